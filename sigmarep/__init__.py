@@ -1,0 +1,1 @@
+"""σReparam for JAX and Flax: Transformers whose attention cannot collapse while they train."""

@@ -1,0 +1,18 @@
+"""Flax (Linen) modules under σReparam; needs jax and flax only."""
+
+from sigmarep.nn.attention import MultiHeadAttention
+from sigmarep.nn.fold import fold
+from sigmarep.nn.linear import SigmaConv, SigmaDense, SigmaDenseGeneral
+from sigmarep.nn.transformer import Mlp, TransformerBlock, TransformerConfig, TransformerStack
+
+__all__ = [
+    "Mlp",
+    "MultiHeadAttention",
+    "SigmaConv",
+    "SigmaDense",
+    "SigmaDenseGeneral",
+    "TransformerBlock",
+    "TransformerConfig",
+    "TransformerStack",
+    "fold",
+]

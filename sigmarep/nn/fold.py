@@ -1,0 +1,46 @@
+"""Folding: the plain model's parameters, for deployment."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sigmarep.core import spectral
+
+
+def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the same model with `reparam="none"` and identical outputs.
+
+    Every kernel is replaced by the effective one that evaluation uses (one power step from the stored u), and γ is
+    dropped. Works for σReparam, spectral and weight normalisation, for layers stacked by `nn.scan` or `nn.vmap`, and
+    leaves other parameters as they are.
+
+    Args:
+      variables: {"params": …, "spectral": …} of a model; "spectral" may be missing.
+    """
+    return _fold(variables["params"], variables.get("spectral", {}))
+
+
+def _fold(params, state):
+    if not isinstance(params, Mapping):
+        return params
+    if "kernel" in params and ("gamma" in params or "u" in state):
+        rest = {name: value for name, value in params.items() if name not in ("kernel", "gamma")}
+        return {"kernel": _effective(params["kernel"], params.get("gamma"), state.get("u")), **rest}
+    return {name: _fold(value, state.get(name, {})) for name, value in params.items()}
+
+
+def _effective(kernel, gamma, u):
+    if u is None:
+        function, arguments, stacked = spectral.weight_normalised, (kernel, gamma), gamma.ndim - 1
+    else:
+        gamma = jnp.ones(u.shape[:-1], jnp.float32) if gamma is None else gamma
+
+        def function(kernel, gamma, u):
+            return spectral.reparametrise(kernel, gamma, u).kernel
+
+        arguments, stacked = (kernel, gamma, u), u.ndim - 1
+    for _ in range(stacked):
+        function = jax.vmap(function)
+    return function(*arguments)

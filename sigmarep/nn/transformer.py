@@ -1,0 +1,246 @@
+"""Transformer blocks and stacks of them: one dataclass says everything about a block."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sigmarep.nn.attention import IMPLEMENTATIONS, QK_NORMS, QKV, MultiHeadAttention
+from sigmarep.nn.linear import REPARAMS, SigmaDense
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": nn.tanh,
+}
+NORMS = ("none", "pre", "post", "deepnorm")
+REMATS: dict[str, Any] = {
+    "none": None,
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+KERNEL_INITS = ("trunc_normal", "normal", "xavier_uniform", "lecun_normal")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """What a stack of Transformer blocks is made of; `config.model` uses the same names.
+
+    Attributes:
+      depth, width, num_heads, mlp_dim: blocks; D; attention heads; hidden units of the MLP.
+      norm: "none"; "pre", LayerNorm before each branch and after the last block; "post", after each addition;
+        "deepnorm", post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).
+      reparam, gamma_init, gamma_trainable: see `sigmarep.nn.linear.Reparametrised`.
+      qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`.
+      activation: of the MLP, one of `ACTIVATIONS`.
+      dropout: rate after the MLP's activation and on each branch; attention_dropout: on the attention weights.
+      drop_path: stochastic depth, the rate of the last block; it rises linearly from 0. Drops a branch per example and
+        divides the others by 1 − rate.
+      layer_drop: the rate at which a whole block is left out for the whole batch, without rescaling (the paper's speech
+        model).
+      kernel_init: one of `KERNEL_INITS`; init_std is the standard deviation of the normal ones.
+      scan: stack the parameters of all blocks and compile one block.
+      remat: "none"; "full" recomputes each block in the backward pass; "dots" keeps the results of its matrix products.
+      dtype: of the computation; parameters and spectral vectors stay float32.
+    """
+
+    depth: int
+    width: int
+    num_heads: int
+    mlp_dim: int
+    norm: str = "pre"
+    norm_epsilon: float = 1e-6
+    reparam: str = "none"
+    gamma_init: str | float = "one"
+    gamma_trainable: bool = True
+    qkv: str = "separate"
+    qk_norm: str = "none"
+    logit_cap: float = 0.0
+    attention_implementation: str = "auto"
+    use_bias: bool = True
+    activation: str = "gelu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_drop: float = 0.0
+    kernel_init: str = "trunc_normal"
+    init_std: float = 0.02
+    scan: bool = True
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        words = {
+            "norm": NORMS,
+            "reparam": REPARAMS,
+            "qkv": QKV,
+            "qk_norm": QK_NORMS,
+            "attention_implementation": IMPLEMENTATIONS,
+            "activation": ACTIVATIONS,
+            "remat": REMATS,
+            "kernel_init": KERNEL_INITS,
+        }
+        for name, accepted in words.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(accepted)}")
+        for name in ("depth", "width", "num_heads", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        for name in ("dropout", "attention_dropout", "drop_path", "layer_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected a rate from 0 to below 1")
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads = {self.num_heads}: does not divide width = {self.width}")
+        if not (self.gamma_init in ("one", "sigma") or isinstance(self.gamma_init, int | float)):
+            raise ValueError(f"gamma_init = {self.gamma_init!r}: expected 'one', 'sigma' or a number")
+
+    @property
+    def residual_scale(self) -> float:
+        """α, the factor on the residual stream: (2·depth)^¼ under DeepNorm's encoder-only rule, else 1."""
+        return (2 * self.depth) ** 0.25 if self.norm == "deepnorm" else 1.0
+
+    @property
+    def branch_init_scale(self) -> float:
+        """β, the factor on the initial value, output and MLP kernels: (8·depth)^−¼ under DeepNorm, else 1."""
+        return (8 * self.depth) ** -0.25 if self.norm == "deepnorm" else 1.0
+
+    def initializer(self, gain: float = 1.0) -> Callable:
+        """The kernel initializer, its standard deviation multiplied by `gain`."""
+        if self.kernel_init == "trunc_normal":
+            # Cut at ±2, not at ±2 standard deviations: the original code's, and no cut at all in effect.
+            std = self.init_std * gain
+            return nn.initializers.truncated_normal(std, lower=-2.0 / std, upper=2.0 / std)
+        if self.kernel_init == "normal":
+            return nn.initializers.normal(self.init_std * gain)
+        if self.kernel_init == "xavier_uniform":
+            return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+        return nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
+
+    def layer_norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
+
+    def reparametrisation(self) -> dict[str, Any]:
+        """The arguments that every reparametrised layer of the model shares."""
+        return {
+            "reparam": self.reparam,
+            "gamma_init": self.gamma_init,
+            "gamma_trainable": self.gamma_trainable,
+            "dtype": self.dtype,
+        }
+
+
+class Mlp(nn.Module):
+    """Two dense layers with the activation and dropout between them."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        c = self.config
+        options = c.reparametrisation() | {
+            "kernel_init": c.initializer(c.branch_init_scale),
+            "use_bias": c.use_bias,
+        }
+        hidden = ACTIVATIONS[c.activation](SigmaDense(c.mlp_dim, name="up", **options)(x))
+        hidden = nn.Dropout(c.dropout)(hidden, deterministic=deterministic)
+        return SigmaDense(x.shape[-1], name="down", **options)(hidden)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and MLP, each around a residual connection."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        drop_path: jax.Array | float = 0.0,
+        *,
+        mask: jax.Array | None = None,
+        key_padding: jax.Array | None = None,
+        is_causal: bool = False,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """x: (B, T, D); drop_path: this block's rate; the others as in `MultiHeadAttention`. Returns (B, T, D)."""
+        c = self.config
+        keep: jax.Array | float = 1.0
+        if c.layer_drop and not deterministic:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.layer_drop).astype(x.dtype)
+
+        def dropped(branch):
+            branch = nn.Dropout(c.dropout)(branch, deterministic=deterministic)
+            if c.drop_path and not deterministic:
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1))
+                branch = branch * (kept / (1 - drop_path)).astype(branch.dtype)
+            return branch * keep
+
+        def residual(x, branch, norm):
+            if c.norm == "none":
+                return x + dropped(branch(x))
+            if c.norm == "pre":
+                return x + dropped(branch(norm(x)))
+            return norm(c.residual_scale * x + dropped(branch(x)))
+
+        attention = MultiHeadAttention(
+            c.num_heads,
+            qkv=c.qkv,
+            use_bias=c.use_bias,
+            dropout=c.attention_dropout,
+            implementation=c.attention_implementation,
+            qk_norm=c.qk_norm,
+            logit_cap=c.logit_cap,
+            value_scale=c.branch_init_scale,
+            kernel_init=c.initializer(),
+            name="attention",
+            **c.reparametrisation(),
+        )
+        mlp = Mlp(c, name="mlp")
+
+        def attend(y):
+            return attention(y, mask=mask, key_padding=key_padding, is_causal=is_causal, deterministic=deterministic)
+
+        x = residual(x, attend, c.layer_norm("attention_norm") if c.norm != "none" else None)
+        return residual(
+            x,
+            lambda y: mlp(y, deterministic=deterministic),
+            c.layer_norm("mlp_norm") if c.norm != "none" else None,
+        )
+
+
+class TransformerStack(nn.Module):
+    """`depth` blocks, and under pre-normalisation the last LayerNorm.
+
+    Parameters: `block_0` … unrolled; with `scan`, `blocks` with a leading axis of length depth in every array.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool = True, is_causal: bool = False, **masks) -> jax.Array:
+        """x: (B, T, D); masks: `mask`, `key_padding` as in `MultiHeadAttention`. Returns (B, T, D)."""
+        c = self.config
+        rates = jnp.linspace(0.0, c.drop_path, c.depth) if c.depth > 1 else jnp.full(1, c.drop_path)
+
+        def apply_block(block, x, rate):
+            return block(x, rate, deterministic=deterministic, is_causal=is_causal, **masks)
+
+        if c.remat != "none":
+            apply_block = nn.remat(apply_block, policy=REMATS[c.remat], prevent_cse=not c.scan)
+        if c.scan:
+            scanned = nn.scan(
+                lambda block, carry, rate: (apply_block(block, carry, rate), None),
+                variable_axes={"params": 0, "spectral": 0, "attention": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=c.depth,
+            )
+            x, _ = scanned(TransformerBlock(c, name="blocks"), x, rates)
+        else:
+            for i in range(c.depth):
+                x = apply_block(TransformerBlock(c, name=f"block_{i}"), x, rates[i])
+        return c.layer_norm("norm")(x) if c.norm == "pre" else x

@@ -1,0 +1,13 @@
+"""Eight virtual devices for every test, and one compilation cache for all runs of the suite."""
+
+import os
+import tempfile
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache")),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

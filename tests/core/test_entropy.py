@@ -1,0 +1,130 @@
+"""Attention entropy against float64 sums over the full attention matrix, and the bound against its table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigmarep.core import entropy
+
+
+def reference(query, key, visible, scale, cap=None):
+    """Entropy and largest logit from the full float64 attention matrix; (B, N, T)."""
+    logits = scale * np.einsum("btnh,bsnh->bnts", query.astype(np.float64), key.astype(np.float64))
+    if cap:
+        logits = cap * np.tanh(logits / cap)
+    logits = np.where(visible, logits, -np.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p = p / p.sum(-1, keepdims=True)
+        h = -np.nansum(np.where(p > 0, p * np.log(p), 0.0), axis=-1)
+    return np.where(visible.any(-1), h, 0.0), logits.max(-1)
+
+
+def inputs(t, s, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    query = scale * rng.normal(size=(2, t, 3, 8)).astype(np.float32)
+    return query, rng.normal(size=(2, s, 3, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("t", "s", "block"), [(10, 10, 128), (10, 10, 4), (7, 19, 5), (19, 7, 3)])
+@pytest.mark.parametrize("kind", ["full", "causal", "padded", "masked", "causal_padded"])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_blocks_of_keys_equal_the_full_matrix(t, s, block, kind, size):
+    query, key = inputs(t, s, size)
+    visible = np.ones((2, 3, t, s), bool)
+    arguments = {}
+    if "causal" in kind:
+        arguments["is_causal"] = True
+        visible &= np.tril(np.ones((t, s), bool), s - t)
+    if "padded" in kind:
+        lengths = np.asarray([s, s // 2])
+        arguments["key_padding"] = jnp.arange(s)[None] < lengths[:, None]
+        visible &= np.asarray(arguments["key_padding"])[:, None, None]
+    if kind == "masked":
+        mask = np.random.default_rng(1).random((2, 1, t, s)) < 0.6
+        mask[0, 0, 0] = False
+        arguments["mask"] = jnp.asarray(mask)
+        visible &= mask
+    result = entropy.attention_statistics(query, key, block_size=block, **arguments)
+    expected, largest = reference(query, key, visible, 8**-0.5)
+    np.testing.assert_allclose(result.entropy, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(result.max_logit, largest, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.broadcast_to(result.visible, expected.shape), visible.sum(-1))
+
+
+def test_soft_cap_and_scale():
+    query, key = inputs(6, 6, 10.0)
+    result = entropy.attention_statistics(query, key, scale=0.5, logit_cap=3.0)
+    expected, largest = reference(query, key, np.ones((2, 3, 6, 6), bool), 0.5, 3.0)
+    np.testing.assert_allclose(result.entropy, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.max_logit, largest, rtol=1e-5)
+
+
+def test_no_array_of_queries_times_keys_is_formed():
+    t = 1024
+    query = jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)
+    compiled = jax.jit(lambda q, k: entropy.attention_statistics(q, k).entropy).lower(query, query).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < t * t * 4
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_fused_attention_gives_the_same_entropy(is_causal):
+    query, key = inputs(12, 12, 3.0)
+    average, lse = jax.nn.dot_product_attention(query, key, key, is_causal=is_causal, return_residual=True)
+    ours = entropy.entropy_from_lse(query, average, lse)
+    visible = np.tril(np.ones((12, 12), bool)) if is_causal else np.ones((12, 12), bool)
+    expected, _ = reference(query, key, np.broadcast_to(visible, (2, 3, 12, 12)), 8**-0.5)
+    np.testing.assert_allclose(np.moveaxis(ours, -1, 1), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_entropy_of_weights_handles_zeros():
+    weights = jnp.asarray([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    np.testing.assert_allclose(entropy.entropy_of_weights(weights), [np.log(2), 0.0, np.log(3)], atol=1e-6)
+
+
+def test_normalised_entropy_is_one_for_uniform_attention():
+    np.testing.assert_allclose(entropy.normalised_entropy(jnp.log(jnp.asarray([2.0, 8.0])), jnp.asarray([2, 8])), 1.0)
+    assert entropy.normalised_entropy(jnp.float32(0.0), jnp.asarray(1)) == 1.0
+
+
+# T, then the bound at σ = 0, 1, 5, 10: computed elsewhere, to six digits.
+BOUND_TABLE = [
+    (2, [0.693147, 0.494200, 0.006850, 0.000011]),
+    (8, [2.079442, 1.979691, 0.205592, 0.001862]),
+    (64, [4.158883, 4.143699, 1.802616, 0.029206]),
+    (197, [5.283204, 5.278175, 3.671609, 0.094856]),
+]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), BOUND_TABLE)
+def test_bound_equals_its_table(tokens, expected):
+    bound = entropy.entropy_lower_bound(jnp.asarray([0.0, 1.0, 5.0, 10.0]), tokens)
+    np.testing.assert_allclose(bound, expected, atol=1.1e-6)
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 64])
+@pytest.mark.parametrize("sigma", [0.5, 5.0])
+def test_bound_is_attained_by_the_extremal_logits(tokens, sigma):
+    w = np.full(tokens, -1 / np.sqrt(tokens * (tokens - 1)))
+    w[0] = np.sqrt((tokens - 1) / tokens)
+    p = np.exp(sigma * w) / np.exp(sigma * w).sum()
+    np.testing.assert_allclose(entropy.entropy_lower_bound(sigma, tokens), -(p * np.log(p)).sum(), rtol=1e-5)
+
+
+def test_bound_holds_for_random_inputs_and_weights():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        t, d = rng.integers(2, 12), rng.integers(1, 8)
+        x = rng.normal(size=(t, d)) * rng.uniform(0.1, 2)
+        product = rng.normal(size=(d, d)) * rng.uniform(0.01, 2)
+        logits = x @ product @ x.T
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        rows = np.asarray(entropy.entropy_of_weights(jnp.asarray(p)))
+        sigma = np.linalg.norm(product, 2) * np.linalg.norm(x, 2) ** 2
+        assert rows.min() >= entropy.entropy_lower_bound(sigma, t) - 1e-5
+
+
+def test_bound_of_one_key_is_zero():
+    assert entropy.entropy_lower_bound(3.0, 1) == 0.0
