@@ -1,0 +1,24 @@
+"""Prepares a data set of TFDS as array_record files, once; training then reads it without TensorFlow.
+
+    python scripts/prepare_data.py --name cifar10 [--data_dir DIR]
+
+Sets that packages bring (digits) need nothing; the others need `pip install "sigmarep[tf]"` on the machine that prepares
+them. For imagenet2012 first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into DIR/downloads/manual.
+"""
+
+from absl import flags
+
+from sigmarep import command
+from sigmarep.data import sources
+
+NAME = flags.DEFINE_string("name", None, "Name of the data set, as in TFDS.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to put it; $TFDS_DATA_DIR or ~/tensorflow_datasets if missing.")
+
+
+def main() -> None:
+    folder = sources.prepare(command.required("name", NAME.value), data_dir=DATA_DIR.value)
+    print(f"prepared: {folder}")
+
+
+if __name__ == "__main__":
+    command.run(main)

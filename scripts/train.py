@@ -1,0 +1,38 @@
+"""Trains from a configuration file.
+
+    python scripts/train.py --config configs/quickstart.py --workdir runs/quickstart [--config.seed=1 …]
+
+The same command goes on where it was stopped. Exit status: 0 done, 1 failed, 2 bad input, 3 diverged, 143 stopped by
+SIGTERM after saving.
+"""
+
+import os
+
+from absl import flags
+
+from sigmarep import command
+
+CONFIG = command.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing, resumed if not.")
+
+
+def main() -> None:
+    config, workdir = command.resolved_config(CONFIG), command.required("workdir", WORKDIR.value)
+    # Importing the trainer starts JAX; a wrong flag should not wait for that.
+    from sigmarep.training.loop import train_and_evaluate
+
+    result = train_and_evaluate(config, workdir)
+    for name, value in result.items():
+        if name.startswith("eval/"):
+            print(f"{name.removeprefix('eval/').replace('/', ' ')}: {value:.4g}")
+    if "attention/entropy_lowest" in result:
+        print(
+            f"lowest attention entropy: {result['attention/entropy_lowest']:.3g} nats "
+            f"(layer {result['attention/entropy_lowest_layer']}, step {result['attention/entropy_lowest_step']})"
+        )
+    for what, where in (("metrics", "metrics.jsonl"), ("checkpoints", "checkpoints"), ("configuration", "config.json")):
+        print(f"{what}: {os.path.join(workdir, where)}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,127 @@
+"""What the commands share: the --config flag with its overrides, one-line errors, exit statuses."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sigmarep.errors import BadInput, SigmarepError
+from sigmarep.training.config import UNITS
+
+
+def define_config_flag() -> Any:
+    """Defines `--config FILE[:arguments]` and its overrides `--config.name=value`."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Configuration file, with its arguments behind a colon.", lock_config=True
+    )
+
+
+def resolved_config(flag: Any) -> Any:
+    """The configuration of the flag. A duration given on the command line replaces the same one in other units.
+
+    Raises:
+      BadInput: --config is missing.
+    """
+    config = flag.value
+    if config is None:
+        raise BadInput("--config is missing: name a configuration file, for example --config configs/quickstart.py")
+    for name in config_flags.get_override_values(flags.FLAGS["config"]):
+        stem, _, unit = name.rpartition("_")
+        if unit in UNITS:
+            *blocks, leaf = stem.split(".")
+            block = config
+            for each in blocks:
+                block = block[each]
+            for other in UNITS:
+                if other != unit:
+                    block[f"{leaf}_{other}"] = None
+    return config
+
+
+def required(name: str, value: str | None) -> str:
+    """The value of a flag that must be given.
+
+    Raises:
+      BadInput: it is not.
+    """
+    if not value:
+        raise BadInput(f"--{name} is missing")
+    return value
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Parses the flags, runs `main` and ends the process with the status that its outcome has."""
+    logging.set_verbosity(logging.ERROR)
+    app.run(lambda _: _finish(main), flags_parser=_parse)
+
+
+def fail(error: SigmarepError) -> None:
+    """Prints the error's line and ends the process with its status."""
+    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_status)
+
+
+def _finish(main: Callable[[], Any]) -> None:
+    try:
+        main()
+    except SigmarepError as error:
+        fail(error)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(list(arguments))
+        _check(rest)
+        return rest
+    except SigmarepError as error:
+        fail(error)
+    except flags.UnrecognizedFlagError as error:
+        fail(BadInput(f"--{error.flagname}: there is no such flag; see --help"))
+    except flags.Error as error:
+        fail(BadInput(_one_line(error).removeprefix("flag ")))
+    except AttributeError as error:
+        fail(BadInput(_unknown_field(arguments, error)))
+    except Exception as error:
+        fail(BadInput(f"{_place(error)}{type(error).__name__}: {_one_line(error)}"))
+    return []
+
+
+def _check(rest: list[str]) -> None:
+    if len(rest) > 1:
+        raise BadInput(f"argument {rest[1]!r}: not understood; flags begin with --")
+    if "config" in flags.FLAGS and (path := flags.FLAGS["config"].value) is not None:
+        # ml_collections keeps what went wrong with the file for the first look at the configuration.
+        try:
+            path.task  # noqa: B018
+        except OSError:
+            named = flags.FLAGS["config"].config_filename
+            raise BadInput(f"--config {named}: there is no such file") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unknown_field(arguments: Sequence[str], error: AttributeError) -> str:
+    """ml_collections names only the last part of an unknown field: finds the flag that it stands in."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    found = re.match(r"['\"]*(\w+)['\"]*(?: Did you mean \"(\w+)\")?", text)
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        parts = name.split(".")
+        if found and parts[0] == "config" and found[1] in parts[1:]:
+            near = ".".join([*parts[: parts.index(found[1])], found[2]]) if found[2] else ""
+            return f"{name}: there is no such field" + (f"; did you mean {near}?" if near else "; see config.json")
+    return f"{_place(error)}{text}"
+
+
+def _place(error: BaseException) -> str:
+    """File and line in the configuration file that raised `error`, if one did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.name == "get_config" and "site-packages" not in frame.filename]
+    return f"{own[-1].filename}:{own[-1].lineno}: " if own else ""

@@ -1,0 +1,110 @@
+"""The one road from a source to batches, for every kind of data.
+
+A stream's position is nothing but the number of its next global batch. Which examples a batch holds, and every random
+number of their augmentation, follow from that number and the seed alone: not from the number of processes, threads or
+workers, and not from where the stream was started. Resuming is therefore starting at a number, and is exact.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from sigmarep.data.sources import Source
+from sigmarep.errors import BadInput
+
+Example = Mapping[str, Any]
+
+
+def training_stream(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    transform: Callable[[Example, np.random.Generator], Example] | None = None,
+    pair_transform: Callable[[Example, np.random.Generator], Example] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 8,
+    num_workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of the global batches `start`, `start + 1`, …, for ever.
+
+    Each epoch is shuffled anew; what is left at its end goes into the next epoch's first batch.
+
+    Args:
+      batch_size: rows of a global batch. Process p of n has rows p·B/n to (p + 1)·B/n.
+      transform: applied to every example.
+      pair_transform: applied to two consecutive examples as a batch of two (mixup, CutMix).
+      num_threads: threads that read and transform.
+      num_workers: processes that do, 0 for none.
+
+    Raises:
+      BadInput: the batch does not divide over the processes, or not into pairs.
+    """
+    local = _local_size(batch_size, process_count)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    if transform is not None:
+        dataset = dataset.random_map(transform)
+    if pair_transform is not None:
+        if local % 2:
+            raise BadInput(
+                f"config.batch_size = {batch_size}: mixup and cutmix mix pairs, so each of the {process_count} "
+                "processes needs an even number of examples"
+            )
+        dataset = dataset.batch(2).random_map(pair_transform)
+        dataset = dataset.batch(local // 2, batch_fn=lambda pairs: _joined(pairs))
+    else:
+        dataset = dataset.batch(local)
+    dataset = dataset[process_index + process_count * start :: process_count]
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * num_threads, 2))
+    iterable = dataset.to_iter_dataset(options)
+    if num_workers:
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(iterable)
+
+
+def evaluation_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    transform: Callable[[Example], Example] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 8,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in order, this process's rows of each global batch.
+
+    The last batch is filled up with copies; `mask` (rows,) float32 is 1 for examples and 0 for those. All processes
+    yield equally many batches.
+
+    Raises:
+      BadInput: the batch does not divide over the processes.
+    """
+    local = _local_size(batch_size, process_count)
+    batches = -(-len(source) // batch_size)
+    last = len(source) - 1
+
+    def example(row: int) -> dict[str, Any]:
+        found = source[min(row, last)]
+        found = dict(transform(found) if transform is not None else found)
+        return {**found, "mask": np.float32(row <= last)}
+
+    dataset = grain.MapDataset.range(batches * batch_size).map(example).batch(local)[process_index::process_count]
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * num_threads, 2))
+    return iter(dataset.to_iter_dataset(options))
+
+
+def _local_size(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise BadInput(
+            f"config.batch_size = {batch_size}: does not divide over {process_count} processes; "
+            f"use a multiple of {process_count}"
+        )
+    return batch_size // process_count
+
+
+def _joined(pairs: list[Example]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([pair[name] for pair in pairs]) for name in pairs[0]}

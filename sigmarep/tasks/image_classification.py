@@ -1,0 +1,158 @@
+"""Supervised image classification with a Vision Transformer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from sigmarep.data import images, pipeline, sources
+from sigmarep.errors import BadInput
+from sigmarep.models.vit import ViT
+from sigmarep.nn import TransformerConfig
+from sigmarep.tasks.protocol import Evaluation, LossOutput
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields `model`, `data` and `label_smoothing`; the model's default is a small pre-LN ViT for the digits."""
+    config = ml_collections.ConfigDict()
+    transformer = TransformerConfig(depth=6, width=64, num_heads=4, mlp_dim=128)
+    config.model = ml_collections.ConfigDict(dataclasses.asdict(transformer))
+    # The trainer's compute_dtype decides.
+    del config.model["dtype"]
+    config.model.patch_size = 2
+    config.model.positions = "learned"
+    config.model.pool = "token"
+    config.model.patch_gain = 1.0
+    config.data = images.default_config()
+    config.label_smoothing = 0.0
+    return config
+
+
+def create(config: ml_collections.ConfigDict) -> "ImageClassification":
+    """The task of a resolved configuration.
+
+    Raises:
+      BadInput: a field of `config.model` or `config.data` is wrong, or the data set is not prepared.
+    """
+    return ImageClassification(config)
+
+
+def create_model(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
+    """The ViT of `config.model`, without touching any data.
+
+    Raises:
+      BadInput: a field has an unknown word or an impossible value.
+    """
+    fields = dict(config.model)
+    options = {name: fields.pop(name) for name in ("patch_size", "positions", "pool", "patch_gain")}
+    try:
+        fields["gamma_init"] = float(fields["gamma_init"])
+    except ValueError:
+        pass
+    try:
+        transformer = TransformerConfig(**fields, dtype=jnp.dtype(config.compute_dtype))
+        model = ViT(transformer, num_classes=num_classes, dropout=config.model.dropout, **options)
+        size = config.data.image_size
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, len(config.data.mean))))
+    except ValueError as error:
+        raise BadInput(f"config.model.{error}") from error
+    return model
+
+
+class ImageClassification:
+    """See `sigmarep.tasks.protocol.Task`."""
+
+    headline = "accuracy"
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        data = config.data
+        described = sources.describe(data.name, data_dir=data.data_dir)
+        self.model = create_model(config, described.num_classes)
+        self.train_source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
+        self.num_train_examples = len(self.train_source)
+
+    def init(self, rng):
+        size, channels = self.config.data.image_size, len(self.config.data.mean)
+        return self.model.init(rng, jnp.zeros((1, size, size, channels), jnp.float32))
+
+    def train_stream(self, *, start, process_index, process_count):
+        data = self.config.data
+        transform, pair_transform = images.train_transforms(data)
+        return pipeline.training_stream(
+            self.train_source,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start=start,
+            transform=transform,
+            pair_transform=pair_transform,
+            process_index=process_index,
+            process_count=process_count,
+            num_threads=data.num_threads,
+            num_workers=data.num_workers,
+        )
+
+    def loss(self, params, model_state, batch, rng, *, attention):
+        logits, changed = self.model.apply(
+            {"params": params, **model_state},
+            batch["image"],
+            deterministic=False,
+            rngs={"dropout": rng},
+            mutable=[*model_state, "attention"] if attention else list(model_state),
+        )
+        logits = logits.astype(jnp.float32)
+        classes = logits.shape[-1]
+        own, other = jax.nn.one_hot(batch["label"], classes), jax.nn.one_hot(batch["mix_label"], classes)
+        mix = batch["mix"][:, None]
+        target = optax.smooth_labels(mix * own + (1 - mix) * other, self.config.label_smoothing)
+        losses = optax.softmax_cross_entropy(logits, target)
+        correct = jnp.argmax(logits, axis=-1) == batch["label"]
+        count = jnp.float32(losses.size)
+        recorded = changed.pop("attention", {})
+        return LossOutput(
+            loss=(jnp.sum(losses), count),
+            metrics={"accuracy": (jnp.sum(correct.astype(jnp.float32)), count)},
+            model_state={**model_state, **changed},
+            attention=recorded,
+        )
+
+    def evaluations(self):
+        data = self.config.data
+        transform = images.eval_transform(data)
+
+        def of_split(split):
+            def batches(*, process_index, process_count):
+                return pipeline.evaluation_batches(
+                    sources.open_source(data.name, split, data_dir=data.data_dir),
+                    batch_size=self.config.batch_size,
+                    transform=transform,
+                    process_index=process_index,
+                    process_count=process_count,
+                    num_threads=data.num_threads,
+                )
+
+            # "train[:10%]" names a split, and would make an awkward metric name.
+            name = split.split("[")[0] if "[" in split else split
+            return Evaluation(name, batches, self._evaluate, _means)
+
+        return [of_split(split) for split in data.eval_splits]
+
+    def _evaluate(self, variables, batch):
+        logits = self.model.apply(variables, batch["image"]).astype(jnp.float32)
+        mask = batch["mask"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+        weight = jnp.sum(mask)
+        return {
+            "accuracy": (jnp.sum(correct * mask), weight),
+            "loss": (jnp.sum(losses * mask), weight),
+        }
+
+
+def _means(results: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    return {
+        name: float(sum(float(r[name][0]) for r in results) / sum(float(r[name][1]) for r in results))
+        for name in results[0]
+    }

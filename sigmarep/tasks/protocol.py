@@ -1,0 +1,59 @@
+"""What the trainer asks of a task.
+
+A task is model, data, loss and metrics. It returns sums and weights, never means: the trainer divides once, after
+adding over microbatches and devices, so that padding and uneven shares never skew a mean.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Batch = Mapping[str, np.ndarray]
+Variables = dict[str, Any]
+# A sum over examples or tokens, and the number of them it is a sum over.
+Sum = tuple[jax.Array, jax.Array]
+
+
+class LossOutput(NamedTuple):
+    """Of one microbatch: `loss` and every one of `metrics` as a sum with its weight; the changed non-parameter
+    collections `model_state`; and `attention`, the statistics of `sigmarep.nn.MultiHeadAttention`, if asked for."""
+
+    loss: Sum
+    metrics: dict[str, Sum]
+    model_state: Variables
+    attention: Variables
+
+
+class Evaluation(NamedTuple):
+    """One split to evaluate.
+
+    `batches(process_index=…, process_count=…)` yields this process's padded batches. `step(variables, batch)` is pure
+    and compiled by the trainer. `finish` turns the host copies of all its results into metrics.
+    """
+
+    name: str
+    batches: Callable[..., Iterable[Batch]]
+    step: Callable[[Variables, Batch], Any]
+    finish: Callable[[list[Any]], dict[str, float]]
+
+
+class Task(Protocol):
+    """See the module docstring; `create(config)` of a task's module makes one."""
+
+    num_train_examples: int
+    # The evaluation metric that says how well a run went, as eval/<split>/<metric>, and the words for it.
+    headline: str
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables, `params` among them."""
+
+    def train_stream(self, *, start: int, process_index: int, process_count: int) -> Iterator[Batch]:
+        """This process's part of the global batches `start`, `start + 1`, …"""
+
+    def loss(self, params: Any, model_state: Variables, batch: Batch, rng: jax.Array, *, attention: bool) -> LossOutput:
+        """The loss of one microbatch, in training mode."""
+
+    def evaluations(self) -> list[Evaluation]:
+        """The splits to evaluate, in order."""

@@ -1,0 +1,80 @@
+"""When a run counts as diverged, and what its metrics say about how it came to that."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+PREFIX = "attention/entropy/"
+# A layer counts as collapsed below this many nats; the paper's own figures show collapsed layers at 0.02 to 0.1.
+COLLAPSED = 0.1
+
+
+def reason(loss: float, first_loss: float | None, factor: float) -> str | None:
+    """Why a loss means divergence, None if it does not.
+
+    Args:
+      first_loss: the first logged loss of the run.
+      factor: the accepted multiple of it; 0 looks at non-finite losses only.
+    """
+    if not math.isfinite(loss):
+        return f"the loss became {loss}"
+    if factor and first_loss is not None and loss > factor * abs(first_loss):
+        return f"the loss rose to {loss:.4g}, more than {factor:g} times its start of {first_loss:.4g}"
+    return None
+
+
+def diagnose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Which layers' attention entropy fell, in the order in which they did.
+
+    Args:
+      rows: the metrics of a run, in order.
+
+    Returns:
+      `layers`: of each layer the lowest entropy in nats, its step, and the step at which it first fell below
+      `COLLAPSED` (None if it never did); `fell`: the collapsed layers, first first; `summary`: one sentence.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if not name.startswith(PREFIX) or not math.isfinite(value):
+                continue
+            layer = layers.setdefault(
+                name.removeprefix(PREFIX), {"lowest": math.inf, "lowest_step": None, "collapsed_step": None}
+            )
+            if value < layer["lowest"]:
+                layer.update(lowest=value, lowest_step=row["step"])
+            if value < COLLAPSED and layer["collapsed_step"] is None:
+                layer["collapsed_step"] = row["step"]
+    fell = sorted(
+        (name for name, layer in layers.items() if layer["collapsed_step"] is not None),
+        key=lambda name: layers[name]["collapsed_step"],
+    )
+    return {"layers": layers, "fell": fell, "summary": _summary(layers, fell)}
+
+
+def _summary(layers, fell) -> str:
+    if not layers:
+        return "no attention entropy was recorded"
+    lowest = min(layers, key=lambda name: layers[name]["lowest"])
+    value, step = layers[lowest]["lowest"], layers[lowest]["lowest_step"]
+    if not fell:
+        return (
+            f"no attention entropy fell below {COLLAPSED} nats: the lowest was {value:.3g} in {lowest} at step {step}"
+        )
+    first = fell[0]
+    return (
+        f"the attention entropy of {first} fell first, below {COLLAPSED} nats by step "
+        f"{layers[first]['collapsed_step']}; {len(fell)} of {len(layers)} layers did; "
+        f"the lowest was {value:.3g} nats in {lowest} at step {step}"
+    )
+
+
+def write_diagnosis(workdir: str, step: int, why: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Writes `diagnosis.json` into the workdir and returns its message."""
+    found = diagnose([row for row in rows if row["step"] <= step])
+    message = f"diverged at step {step}: {why}; {found['summary']}"
+    with open(os.path.join(workdir, "diagnosis.json"), "w") as file:
+        json.dump({"step": step, "reason": why, "message": message, **found}, file, indent=2)
+    return message

@@ -1,0 +1,39 @@
+"""Evaluating a state on every split of its task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sigmarep.tasks.protocol import Evaluation
+from sigmarep.training import mesh as meshes
+from sigmarep.training.experiment import Experiment
+from sigmarep.training.parallel import global_batch
+from sigmarep.training.step import TrainState, evaluation_variables
+
+
+class Evaluator:
+    """Compiles the evaluation steps of an experiment once and runs them on any state in the mesh's layout."""
+
+    def __init__(self, experiment: Experiment):
+        self._mesh = experiment.runner.mesh
+        self._evaluations: list[Evaluation] = experiment.task.evaluations()
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Returns {"eval/<split>/<metric>": value}; the state is not changed."""
+        variables = evaluation_variables(state)
+        metrics = {}
+        for evaluation in self._evaluations:
+            results = [
+                self._step(evaluation)(variables, global_batch(batch, meshes.batch_sharding(self._mesh)))
+                for batch in evaluation.batches(process_index=jax.process_index(), process_count=jax.process_count())
+            ]
+            for name, value in evaluation.finish(jax.device_get(results)).items():
+                metrics[f"eval/{evaluation.name}/{name}"] = value
+        return metrics
+
+    def _step(self, evaluation: Evaluation) -> Callable[..., Any]:
+        if evaluation.step not in self._compiled:
+            self._compiled[evaluation.step] = jax.jit(evaluation.step, out_shardings=meshes.replicated(self._mesh))
+        return self._compiled[evaluation.step]

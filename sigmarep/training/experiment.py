@@ -1,0 +1,85 @@
+"""A configuration made into things that run: task, optimizer, step, state."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import ml_collections
+
+from sigmarep import tasks
+from sigmarep.errors import BadInput
+from sigmarep.tasks.protocol import Task
+from sigmarep.training import durations, parallel
+from sigmarep.training.optimizers import create_optimizer
+from sigmarep.training.schedules import create_schedule
+from sigmarep.training.step import TrainState, create_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a validated configuration means.
+
+    Attributes:
+      total_steps: updates of the whole run.
+      intervals: steps between logs, evaluations and checkpoints.
+      abstract_state: shapes, types and shardings of the state, in the mesh's layout.
+      create_state: makes the state before the first step, in that layout.
+    """
+
+    config: ml_collections.FrozenConfigDict
+    task: Task
+    total_steps: int
+    intervals: dict[str, int]
+    runner: parallel.Runner
+    abstract_state: TrainState
+    create_state: Callable[[], TrainState]
+
+    def due(self, event: str, step: int) -> bool:
+        """Whether `event` ("log", "eval" or "checkpoint") happens after `step`; all do after the last."""
+        return step % self.intervals[event] == 0 or step == self.total_steps
+
+
+def build(config: ml_collections.FrozenConfigDict) -> Experiment:
+    """Builds the experiment; compiles and writes nothing.
+
+    Raises:
+      BadInput: a field is impossible, alone or with the data or the devices.
+    """
+    task = tasks.get(config.task).create(config)
+    to_steps = functools.partial(durations.steps, batch_size=config.batch_size, num_examples=task.num_train_examples)
+    total = to_steps(config, "total")
+    if not total:
+        raise BadInput(
+            "config.total_steps, total_epochs, total_examples: none is set; set one, for example total_epochs"
+        )
+    intervals = {event: to_steps(config, f"{event}_every") or total for event in ("log", "eval", "checkpoint")}
+    warmup = to_steps(config.optimizer, "warmup", prefix="config.optimizer.") or 0
+    schedule = create_schedule(config.optimizer, total_steps=total, warmup_steps=warmup)
+
+    abstract_variables = jax.eval_shape(task.init, jax.random.key(0))
+    optimizer = create_optimizer(config.optimizer, schedule=schedule, params=abstract_variables["params"])
+    create = functools.partial(create_state, task, optimizer, seed=config.seed, ema=config.ema_decay > 0)
+    make_step = functools.partial(
+        make_train_step,
+        task,
+        optimizer,
+        schedule,
+        accumulation=config.accumulation,
+        ema_decay=config.ema_decay,
+    )
+    abstract_state = jax.eval_shape(create)
+    runner = parallel.create_runner(config, make_step, abstract_state)
+    return Experiment(
+        config=config,
+        task=task,
+        total_steps=total,
+        intervals=intervals,
+        runner=runner,
+        abstract_state=jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract_state,
+            runner.shardings,
+        ),
+        create_state=jax.jit(create, out_shardings=runner.shardings),
+    )

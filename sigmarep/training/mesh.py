@@ -1,0 +1,96 @@
+"""The device mesh, and where every array of the training state lives on it.
+
+A rule is a regular expression over the '/'-joined path of an array and the mesh axes of its trailing dimensions: arrays
+stacked over layers have one more in front, which stays whole. The first rule that matches counts, and every array must
+have one. Optimizer moments are found under the path of their parameter.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sigmarep.errors import BadInput
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"(qkv|qk)/kernel$", ("fsdp", None, "tensor", None)),
+    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
+    (r"up/kernel$", ("fsdp", "tensor")),
+    (r"down/kernel$", ("tensor", "fsdp")),
+    (r"patch_embedding/kernel$", (None, None, None, "fsdp")),
+    (r"head/kernel$", ("fsdp", None)),
+    (r"(positions/embedding|class_token)$", ()),
+    (r"/(bias|scale|gamma|u|sigma)$", ()),
+    # Counters, the key of the random numbers, and what an optimizer keeps that is no moment of a parameter.
+    (r"(^|/)(step|rng|count|notfinite_count|last_finite|total_notfinite|ns_coeffs)$", ()),
+)
+
+
+def create_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of `config.mesh`; one axis may be −1 and takes the devices the others leave.
+
+    Raises:
+      BadInput: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config[name] for name in AXES]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise BadInput(f"config.mesh = {dict(config)}: expected sizes of at least 1, or −1 for one of them")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise BadInput(
+            f"config.mesh = {dict(config)}: does not multiply to the {len(devices)} devices; "
+            "set one axis to -1 to take what the others leave"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'/'-joined name of a pytree path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The placement of the array `name` by `RULES`; a dimension that its axis does not divide stays whole.
+
+    Raises:
+      ValueError: no rule matches, or the rule has more dimensions than the array.
+    """
+    for pattern, axes in RULES:
+        if re.search(pattern, name):
+            break
+    else:
+        raise ValueError(f"no sharding rule matches {name!r} of shape {shape}: add one to sigmarep/training/mesh.py")
+    if len(axes) > len(shape):
+        # Optimizers keep scalars in place of moments they do not need.
+        return PartitionSpec()
+    spec = [None] * (len(shape) - len(axes)) + [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape[len(shape) - len(axes) :], strict=True)
+    ]
+    return PartitionSpec(*spec)
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of the training state."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), abstract_state
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples are spread over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,121 @@
+"""Optimizers by name, with weight decay and trust ratios masked by readable rules.
+
+Where weight decay λ enters, with learning rate η:
+
+    adamw, lamb, lion, muon   decoupled: added to the update, W ← W − η·(update + λW)
+    sgd, lars, adam, adagrad  coupled: added to the gradient, before momentum or second moments
+
+`no_decay` names the parameters left out of it, and of the trust ratios of LARS and LAMB: γ, biases, norms' scales,
+positions and the class token, unless configured otherwise.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from sigmarep.errors import BadInput
+from sigmarep.training.mesh import path_name
+from sigmarep.training.panel import STACKED
+
+
+def decay_mask(params: Any, rules: Sequence[str]) -> Any:
+    """True for every parameter whose '/'-joined path none of the regular expressions `rules` is found in.
+
+    Raises:
+      BadInput: a rule is no regular expression.
+    """
+    try:
+        patterns = [re.compile(rule) for rule in rules]
+    except re.error as error:
+        raise BadInput(f"config.optimizer.no_decay = {tuple(rules)!r}: {error}") from error
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(pattern.search(path_name(path)) for pattern in patterns), params
+    )
+
+
+def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+    """The optimizer of `config.optimizer`.
+
+    Args:
+      schedule: learning rate by update.
+      params: parameters, or their shapes.
+    """
+    mask = decay_mask(params, config.no_decay)
+    decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
+    rate = optax.scale_by_learning_rate(schedule)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, nesterov=config.nesterov)
+    momentum = optax.trace(config.momentum, nesterov=config.nesterov) if config.momentum else optax.identity()
+    chains: dict[str, tuple[optax.GradientTransformation, ...]] = {
+        "adamw": (adam, decay, rate),
+        "adam": (decay, adam, rate),
+        "sgd": (decay, momentum, rate),
+        "lars": (decay, optax.masked(scale_by_trust_ratio(config.trust_coefficient), mask), rate, momentum),
+        "lamb": (adam, decay, optax.masked(scale_by_trust_ratio(), mask), rate),
+        "adagrad": (decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=config.epsilon), rate),
+        "lion": (optax.scale_by_lion(config.beta1, config.beta2), decay, rate),
+        "muon": (_muon(config, params), decay, rate),
+    }
+    clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
+    return optax.chain(*clip, *chains[config.name])
+
+
+def scale_by_trust_ratio(coefficient: float = 1.0) -> optax.GradientTransformation:
+    """Scales each layer's update u by coefficient · ‖W‖ / ‖u‖ (You et al., 2017 and 2020), by 1 where a norm is 0.
+
+    Unlike optax's, takes the norms of each layer apart where layers are stacked, so that a scanned model trains as the
+    unrolled one does.
+    """
+
+    def update(updates, state, params=None):
+        def scaled(path, u, w):
+            axes = tuple(range(1, w.ndim)) if _stacked(path) else None
+            w_norm, u_norm = (jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True)) for x in (w, u))
+            usable = (w_norm > 0) & (u_norm > 0)
+            ratio = coefficient * w_norm / jnp.where(usable, u_norm, 1.0)
+            return u * jnp.where(usable, ratio, 1.0).astype(u.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _stacked(path: tuple[Any, ...]) -> bool:
+    return STACKED in path_name(path).split("/")
+
+
+def _muon(config: Any, params: Any) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) on the blocks' matrices, Adam on everything else.
+
+    The first and the last layer are Adam's, as is Muon's practice. Updates are scaled by 0.2·√max(inputs, outputs)
+    (Liu et al., 2025), which brings them to the size of Adam's, so that one learning rate serves both.
+    """
+    directions = optax.contrib.muon(
+        1.0,
+        beta=config.momentum,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        eps=config.epsilon,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrix_axes,
+    )
+    return optax.chain(directions, optax.scale(-1.0))
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Which axes of each parameter are a matrix's inputs and outputs; None for those that are not Muon's."""
+
+    def axes(path, x):
+        names = path_name(path).split("/")
+        if names[-1] != "kernel" or names[-2] in ("patch_embedding", "head"):
+            return None
+        first = 1 if _stacked(path) else 0
+        # Attention's output projection contracts heads and head_dim; all other kernels one axis.
+        split = x.ndim - 1 if names[-2] == "out" else first + 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)

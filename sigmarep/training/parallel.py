@@ -1,0 +1,115 @@
+"""The same training step on many devices: `jit` over a mesh, or replicated under `pmap`.
+
+`jit` is the one to prefer: it shards parameters as well as data and keeps random numbers and losses independent of the
+number of devices. `pmap` keeps a whole copy of the state on every device of this process.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from sigmarep.errors import BadInput
+from sigmarep.training import mesh as meshes
+from sigmarep.training.step import StepOutput, TrainState
+
+AXIS = "devices"
+
+
+class Runner(Protocol):
+    """Runs the step. `state` in its methods is in the runner's own layout; checkpoints and evaluation use the mesh's."""
+
+    mesh: Mesh
+    shardings: Any
+
+    def put_state(self, state: TrainState) -> Any:
+        """From the mesh's layout to the runner's."""
+
+    def get_state(self, state: Any) -> TrainState:
+        """From the runner's layout to the mesh's."""
+
+    def step(self, state: Any, batch: Any, *, panel: bool) -> tuple[Any, StepOutput]:
+        """One training step on this process's rows of the global batch; `state` is consumed."""
+
+
+class JitRunner:
+    """The state and the batch are global arrays over a mesh."""
+
+    def __init__(self, mesh: Mesh, make_step: Callable[..., Any], abstract_state: TrainState):
+        self.mesh = mesh
+        self.shardings = meshes.state_shardings(abstract_state, mesh)
+        self._batch = meshes.batch_sharding(mesh)
+        self._step = jax.jit(
+            make_step(axis_name=None),
+            static_argnums=2,
+            donate_argnums=0,
+            out_shardings=(self.shardings, meshes.replicated(mesh)),
+        )
+
+    def put_state(self, state):
+        return state
+
+    def get_state(self, state):
+        return state
+
+    def step(self, state, batch, *, panel):
+        return self._step(state, global_batch(batch, self._batch), panel)
+
+
+class PmapRunner:
+    """Every device of this process holds a whole state and an equal share of the batch."""
+
+    def __init__(self, mesh: Mesh, make_step: Callable[..., Any], abstract_state: TrainState):
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+            raise BadInput("config.parallel = 'pmap': keeps whole parameters; set config.mesh.fsdp and .tensor to 1")
+        self.mesh = mesh
+        self.shardings = meshes.state_shardings(abstract_state, mesh)
+        self._devices = jax.local_devices()
+        self._step = jax.pmap(make_step(axis_name=AXIS), axis_name=AXIS, static_broadcasted_argnums=2, donate_argnums=0)
+
+    def put_state(self, state):
+        count = len(self._devices)
+        return jax.tree.map(lambda x: jnp.broadcast_to(np.asarray(x), (count, *x.shape)), state)
+
+    def get_state(self, state):
+        return jax.tree.map(lambda x, sharding: jax.device_put(np.asarray(x[0]), sharding), state, self.shardings)
+
+    def step(self, state, batch, *, panel):
+        count = len(self._devices)
+        split = {name: np.reshape(x, (count, -1, *x.shape[1:])) for name, x in batch.items()}
+        state, output = self._step(state, split, panel)
+        return state, jax.tree.map(lambda x: x[0], output)
+
+
+RUNNERS = {"jit": JitRunner, "pmap": PmapRunner}
+
+
+def create_runner(config: ml_collections.ConfigDict, make_step: Callable[..., Any], abstract_state: Any) -> Runner:
+    """The runner of `config.parallel` over the mesh of `config.mesh`.
+
+    Args:
+      make_step: `make_step(axis_name=…)` returns the training step.
+      abstract_state: shapes of the state.
+
+    Raises:
+      BadInput: the devices do not fit the mesh, or the batch does not divide over them.
+    """
+    mesh = meshes.create_mesh(config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.accumulation < 1:
+        raise BadInput(f"config.accumulation = {config.accumulation}: expected at least 1")
+    if config.batch_size < 1 or config.batch_size % (shards * config.accumulation):
+        raise BadInput(
+            f"config.batch_size = {config.batch_size}: does not divide over {shards} devices x "
+            f"{config.accumulation} microbatches (config.accumulation); use a multiple of {shards * config.accumulation}"
+        )
+    return RUNNERS[config.parallel](mesh, make_step, abstract_state)
+
+
+def global_batch(batch: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    """This process's rows as part of arrays over all processes."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), dict(batch))

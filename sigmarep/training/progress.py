@@ -1,0 +1,124 @@
+"""What a run shows while it goes on, and where its time goes."""
+
+import collections
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import rich.console
+import rich.live
+import rich.text
+
+MODES = ("auto", "plain", "off")
+SECONDS_BETWEEN_PLAIN_LINES = 5.0
+# Steps over which the speed is averaged.
+WINDOW = 50
+
+
+class Clock:
+    """Seconds by what they were spent on, over all starts of a run, and the speed of the last steps.
+
+    Time spent compiling, evaluating and saving does not count in the speed.
+    """
+
+    def __init__(self):
+        self._seconds: collections.Counter[str] = collections.Counter()
+        self._window: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW)
+
+    @contextlib.contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        """Adds the seconds of its block to `activity`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self._seconds[activity] += elapsed
+
+    def step(self, examples: int) -> None:
+        """Notes a finished step of so many examples."""
+        self._window.append((examples, self._seconds["training"] + self._seconds["data"]))
+
+    @property
+    def examples_per_second(self) -> float:
+        """Of the last steps; 0 until there are two."""
+        if len(self._window) < 2:
+            return 0.0
+        seconds = self._window[-1][1] - self._window[0][1]
+        return sum(examples for examples, _ in list(self._window)[1:]) / seconds if seconds > 0 else 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Seconds by activity."""
+        return dict(self._seconds)
+
+    def load_state_dict(self, seconds: dict[str, float]) -> None:
+        """Goes on from an earlier start's seconds."""
+        self._seconds = collections.Counter(seconds)
+
+
+class Progress:
+    """One live line on a terminal; elsewhere a plain line every few seconds; or nothing.
+
+    Args:
+      total_steps: of the run.
+      mode: one of `MODES`.
+    """
+
+    def __init__(self, total_steps: int, *, mode: str = "auto"):
+        self._total = total_steps
+        self._mode = mode
+        self._last_line = -SECONDS_BETWEEN_PLAIN_LINES
+        self._first: tuple[int, float] | None = None
+        self._live: rich.live.Live | None = None
+        if mode == "auto" and sys.stdout.isatty():
+            self._live = rich.live.Live(console=rich.console.Console(), refresh_per_second=4)
+            self._live.start()
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float,
+        entropy_min: float | None = None,
+        learning_rate: float | None = None,
+        examples_per_second: float | None = None,
+    ) -> None:
+        """Shows the state after `step`; `entropy_min` in nats."""
+        now = time.perf_counter()
+        self._first = self._first or (step, now)
+        parts = [f"step {step}/{self._total}", f"loss {loss:.4g}"]
+        if entropy_min is not None:
+            parts.append(f"lowest entropy {entropy_min:.3g} nats")
+        if learning_rate is not None:
+            parts.append(f"learning rate {learning_rate:.3g}")
+        if examples_per_second:
+            parts.append(f"{examples_per_second:,.0f} examples/s")
+        done = step - self._first[0]
+        if done:
+            parts.append(f"{_duration((now - self._first[1]) / done * (self._total - step))} left")
+        line = "  ".join(parts)
+        if self._live is not None:
+            self._live.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"))
+        elif self._mode != "off" and (now - self._last_line >= SECONDS_BETWEEN_PLAIN_LINES or step == self._total):
+            self._last_line = now
+            print(line, flush=True)
+
+    def message(self, text: str) -> None:
+        """Shows a line that stays."""
+        if self._live is not None:
+            self._live.console.print(rich.text.Text(text))
+        elif self._mode != "off":
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"
