@@ -29,6 +29,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.interpolation = "bicubic"
     # The share of the resized image's side that evaluation keeps.
     config.eval_crop = 1.0
+    # Reads and decodes the training split once, before the first step: for sets that fit in memory.
+    config.in_memory = False
     config.num_threads = 8
     config.num_workers = 0
     config.augment = ml_collections.ConfigDict()

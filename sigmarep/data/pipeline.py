@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from sigmarep.data.sources import Source
 from sigmarep.errors import BadInput
@@ -62,6 +63,9 @@ def training_stream(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * num_threads, 2))
     iterable = dataset.to_iter_dataset(options)
     if num_workers:
+        # Grain's workers read absl's flags, which a notebook never parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(iterable)
 

@@ -95,9 +95,10 @@ class Reparametrised(nn.Module):
 
     @nn.nowrap
     def _u_of_this_apply(self, u: jax.Array) -> jax.Array:
-        # A scope lives as long as one apply, and a shared layer keeps its scope from call to call: the second call
-        # starts from the same u, so two views of a batch cost one power step, not two.
-        return vars(self.scope).setdefault("_spectral_u", u)
+        # The root scope lives as long as one apply. The second call of a shared layer starts from the same u as the
+        # first, so two views of a batch cost one power step, not two.
+        starts = vars(self.scope.root).setdefault("_spectral_u", {})
+        return starts.setdefault(self.scope.path, u)
 
 
 class SigmaDense(Reparametrised, nn.Dense):

@@ -71,7 +71,9 @@ class ImageClassification:
         data = config.data
         described = sources.describe(data.name, data_dir=data.data_dir)
         self.model = create_model(config, described.num_classes)
-        self.train_source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
+        self.train_source: sources.Source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
+        if data.in_memory:
+            self.train_source = [self.train_source[i] for i in range(len(self.train_source))]
         self.num_train_examples = len(self.train_source)
 
     def init(self, rng):

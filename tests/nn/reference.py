@@ -1,0 +1,124 @@
+"""The paper's reference code in NumPy float64: one layer after another, nothing of JAX, nothing of this project.
+
+Vision (γ₀ = σ(W₀), exact GELU, fused qkv under one γ, class token) and speech (γ₀ = 1, ReLU, no biases, key padding,
+post / pre / no LayerNorm). Every reparametrised product makes one power step from the stored u; training stores it.
+"""
+
+import math
+
+import numpy as np
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+class Model:
+    """Parameters by path, spectral vectors by path; `training` says whether power steps are kept."""
+
+    def __init__(self, params, u, *, reparam, training):
+        self.params, self.u, self.sigma = params, dict(u), {}
+        self.reparam, self.training = reparam, training
+
+    def weight(self, path, outputs):
+        kernel = self.params[f"{path}/kernel"].astype(np.float64)
+        matrix = kernel.reshape(-1, outputs)
+        if self.reparam == "none":
+            return matrix
+        if self.reparam == "weight":
+            return matrix / np.linalg.norm(matrix, axis=0) * self.params[f"{path}/gamma"]
+        v = unit(matrix @ self.u[path])
+        u = unit(matrix.T @ v)
+        sigma = v @ matrix @ u
+        if self.training:
+            self.u[path], self.sigma[path] = u, sigma
+        gamma = self.params[f"{path}/gamma"] if self.reparam == "sigma" else 1.0
+        return gamma / sigma * matrix
+
+    def dense(self, x, path, outputs):
+        y = x @ self.weight(path, outputs)
+        bias = self.params.get(f"{path}/bias")
+        return y if bias is None else y + bias.reshape(-1)
+
+    def layer_norm(self, x, path, epsilon):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+        return x * self.params[f"{path}/scale"] + self.params[f"{path}/bias"]
+
+    def attention(self, x, path, heads, qkv, lengths=None):
+        """Returns the output and the attention weights (batch, heads, queries, keys)."""
+        batch, length, width = x.shape
+        if qkv == "fused":
+            fused = self.dense(x, f"{path}/qkv", 3 * width)
+            q, k, v = np.split(fused, 3, axis=-1)
+        elif qkv == "qk_v":
+            q, k = np.split(self.dense(x, f"{path}/qk", 2 * width), 2, axis=-1)
+            v = self.dense(x, f"{path}/value", width)
+        else:
+            q, k, v = (self.dense(x, f"{path}/{name}", width) for name in ("query", "key", "value"))
+        out = np.zeros_like(x)
+        weights = np.zeros((batch, heads, length, length))
+        size = width // heads
+        for b in range(batch):
+            keys = length if lengths is None else lengths[b]
+            for h in range(heads):
+                part = slice(h * size, (h + 1) * size)
+                logits = q[b, :, part] @ k[b, :keys, part].T / math.sqrt(size)
+                p = np.exp(logits - logits.max(-1, keepdims=True))
+                p /= p.sum(-1, keepdims=True)
+                weights[b, h, :, :keys] = p
+                out[b, :, part] = p @ v[b, :keys, part]
+        return self.dense(out, f"{path}/out", width), weights
+
+    def mlp(self, x, path, hidden, activation):
+        function = {
+            "relu": lambda z: np.maximum(z, 0),
+            "gelu": lambda z: 0.5 * z * (1 + np.vectorize(math.erf)(z / math.sqrt(2))),
+        }[activation]
+        return self.dense(function(self.dense(x, f"{path}/up", hidden)), f"{path}/down", x.shape[-1])
+
+    def stack(self, x, path, *, depth, heads, hidden, norm, qkv, activation, epsilon, lengths=None):
+        """Returns the output and every block's attention weights."""
+        recorded = []
+        for i in range(depth):
+            block = f"{path}/block_{i}"
+
+            def attend(y, block=block):
+                out, weights = self.attention(y, f"{block}/attention", heads, qkv, lengths)
+                recorded.append(weights)
+                return out
+
+            def mlp(y, block=block):
+                return self.mlp(y, f"{block}/mlp", hidden, activation)
+
+            for branch, name in ((attend, "attention_norm"), (mlp, "mlp_norm")):
+                if norm == "none":
+                    x = x + branch(x)
+                elif norm == "pre":
+                    x = x + branch(self.layer_norm(x, f"{block}/{name}", epsilon))
+                else:
+                    alpha = (2 * depth) ** 0.25 if norm == "deepnorm" else 1.0
+                    x = self.layer_norm(alpha * x + branch(x), f"{block}/{name}", epsilon)
+        return (self.layer_norm(x, f"{path}/norm", epsilon) if norm == "pre" else x), recorded
+
+    def vit(self, images, *, patch, width, classes, pool, **stack):
+        batch, height, _, channels = images.shape
+        n = height // patch
+        cut = images.reshape(batch, n, patch, n, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = self.dense(cut.reshape(batch, n * n, patch * patch * channels), "patch_embedding", width)
+        if pool == "token":
+            token = np.broadcast_to(self.params["class_token"], (batch, 1, width))
+            x = np.concatenate([token, x], axis=1)
+        x, recorded = self.stack(x + self.params["positions/embedding"], "encoder", **stack)
+        x = x[:, 0] if pool == "token" else x.mean(1)
+        return self.dense(x, "head", classes), recorded
+
+
+def flat(tree, prefix=""):
+    """{'a': {'b': x}} as {'a/b': x}."""
+    leaves = {}
+    for name, value in tree.items():
+        if hasattr(value, "items"):
+            leaves.update(flat(value, f"{prefix}{name}/"))
+        else:
+            leaves[f"{prefix}{name}"] = np.asarray(value)
+    return leaves

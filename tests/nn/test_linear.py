@@ -1,0 +1,254 @@
+"""The three layers: drop-in for Flax's, one power step an apply, whatever they are wrapped in."""
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from sigmarep.core import spectral
+from sigmarep.nn import SigmaConv, SigmaDense, SigmaDenseGeneral, fold
+
+KEY = jax.random.key(0)
+VECTORS = jax.random.normal(jax.random.key(1), (5, 6))
+HEADS = jax.random.normal(jax.random.key(1), (5, 2, 3))
+SEQUENCE = jax.random.normal(jax.random.key(1), (2, 11, 4))
+IMAGE = jax.random.normal(jax.random.key(1), (2, 9, 8, 4))
+
+PAIRS = [
+    (SigmaDense, nn.Dense, {"features": 7}, VECTORS),
+    (SigmaDense, nn.Dense, {"features": 7, "use_bias": False}, VECTORS),
+    (SigmaDenseGeneral, nn.DenseGeneral, {"features": (2, 3)}, VECTORS),
+    (SigmaDenseGeneral, nn.DenseGeneral, {"features": 7, "axis": (-2, -1)}, HEADS),
+    (SigmaConv, nn.Conv, {"features": 6, "kernel_size": (3,)}, SEQUENCE),
+    (SigmaConv, nn.Conv, {"features": 6, "kernel_size": (3,), "padding": "CAUSAL"}, SEQUENCE),
+    (SigmaConv, nn.Conv, {"features": 6, "kernel_size": (7,), "strides": 3, "padding": "SAME"}, SEQUENCE),
+    (SigmaConv, nn.Conv, {"features": 6, "kernel_size": (3, 3), "padding": "CIRCULAR"}, IMAGE),
+    (SigmaConv, nn.Conv, {"features": 6, "kernel_size": (2, 2), "strides": 2, "padding": "VALID"}, IMAGE),
+    (SigmaConv, nn.Conv, {"features": 6, "kernel_size": (3, 3), "kernel_dilation": 2, "padding": 1}, IMAGE),
+    (SigmaConv, nn.Conv, {"features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, IMAGE),
+]
+
+
+@pytest.mark.parametrize(("ours", "flax", "arguments", "x"), PAIRS)
+def test_without_reparametrisation_the_layer_is_flaxs(ours, flax, arguments, x):
+    expected, variables = flax(**arguments).init_with_output(KEY, x)
+    found, own = ours(**arguments, reparam="none").init_with_output(KEY, x)
+    jax.tree.map(np.testing.assert_array_equal, own, variables)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("ours", "flax", "arguments", "x"), PAIRS)
+@pytest.mark.parametrize("reparam", ["sigma", "weight"])
+def test_starting_at_the_kernels_own_norm_it_is_flaxs_too(ours, flax, arguments, x, reparam):
+    expected = flax(**arguments).init_with_output(KEY, x)[0]
+    found = ours(**arguments, reparam=reparam, gamma_init="sigma").init_with_output(KEY, x)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ours", "flax", "arguments", "x"), PAIRS)
+def test_variables_have_fixed_names_shapes_and_types(ours, flax, arguments, x):
+    layer = ours(**arguments, dtype=jnp.bfloat16)
+    variables = layer.init(KEY, x)
+    kernel = flax(**arguments).init(KEY, x)["params"]["kernel"]
+    outputs = int(np.prod(arguments["features"]))
+    assert set(variables["params"]) == {"kernel", "gamma"} | ({"bias"} if arguments.get("use_bias", True) else set())
+    assert variables["params"]["kernel"].shape == kernel.shape
+    assert variables["params"]["gamma"].shape == ()
+    output, changed = layer.apply(variables, x, mutable=["spectral"])
+    assert output.dtype == jnp.bfloat16
+    for state in (variables["spectral"], changed["spectral"]):
+        shapes = {name: (value.shape, value.dtype) for name, value in state.items()}
+        assert shapes == {"u": ((outputs,), jnp.float32), "sigma": ((), jnp.float32)}
+
+
+@pytest.mark.parametrize(("ours", "flax", "arguments", "x"), PAIRS)
+def test_the_effective_norm_is_gamma_and_the_stored_sigma_exact_at_the_start(ours, flax, arguments, x):
+    variables = ours(**arguments, gamma_init=1.7).init(KEY, x)
+    outputs = int(np.prod(arguments["features"]))
+    effective = fold(variables)["kernel"].reshape(-1, outputs)
+    np.testing.assert_allclose(np.linalg.norm(effective, 2), 1.7, rtol=1e-5)
+    exact = np.linalg.norm(np.asarray(variables["params"]["kernel"], np.float64).reshape(-1, outputs), 2)
+    np.testing.assert_allclose(variables["spectral"]["sigma"], exact, rtol=1e-5)
+
+
+def test_spectral_normalisation_has_no_gamma_and_weight_normalisation_one_an_output():
+    assert set(SigmaDense(7, reparam="spectral").init(KEY, VECTORS)["params"]) == {"kernel", "bias"}
+    weight = SigmaDenseGeneral((2, 3), reparam="weight").init(KEY, VECTORS)
+    assert weight["params"]["gamma"].shape == (6,)
+    assert "spectral" not in weight
+
+
+def test_a_frozen_gamma_receives_no_gradient():
+    for trainable in (True, False):
+        layer = SigmaDense(7, gamma_trainable=trainable)
+        variables = layer.init(KEY, VECTORS)
+
+        def loss(params, layer=layer, variables=variables):
+            return jnp.sum(layer.apply({**variables, "params": params}, VECTORS) ** 2)
+
+        gradient = jax.grad(loss)(variables["params"])["gamma"]
+        assert (gradient != 0) == trainable
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"reparam": "sgima"}, "reparam = 'sgima': expected one of none, sigma, spectral, weight"),
+        ({"gamma_init": "two"}, "gamma_init = 'two': expected 'one', 'sigma' or a number"),
+    ],
+)
+def test_unknown_words_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SigmaDense(7, **fields).init(KEY, VECTORS)
+
+
+def test_missing_spectral_variables_are_said_to_be_missing():
+    layer = SigmaDense(7)
+    params = layer.init(KEY, VECTORS)["params"]
+    with pytest.raises(ValueError, match="no spectral variables were given"):
+        layer.apply({"params": params}, VECTORS)
+    # In training they are made from the kernel: plain parameters can be taken over.
+    _, changed = layer.apply({"params": params}, VECTORS, mutable=["spectral"])
+    assert set(changed["spectral"]) == {"u", "sigma"}
+
+
+def moved(layer, x):
+    """Variables whose u is not the leading singular vector any more."""
+    variables = layer.init(KEY, x)
+    kernel = variables["params"]["kernel"]
+    kernel = kernel + 0.3 * jax.random.normal(jax.random.key(5), kernel.shape)
+    return {**variables, "params": {**variables["params"], "kernel": kernel}}
+
+
+LAYER = SigmaDense(7)
+
+
+def one_step(variables):
+    kernel = variables["params"]["kernel"]
+    return spectral.power_step(kernel, variables["spectral"]["u"])
+
+
+def test_training_stores_one_power_step_and_evaluation_nothing():
+    variables = moved(LAYER, VECTORS)
+    first = LAYER.apply(variables, VECTORS)
+    np.testing.assert_array_equal(first, LAYER.apply(variables, VECTORS))
+    trained, changed = LAYER.apply(variables, VECTORS, mutable=["spectral"])
+    np.testing.assert_array_equal(first, trained)
+    np.testing.assert_allclose(changed["spectral"]["u"], one_step(variables).u, rtol=1e-6)
+    np.testing.assert_allclose(changed["spectral"]["sigma"], one_step(variables).sigma, rtol=1e-6)
+
+
+class Twice(nn.Module):
+    """A layer shared by two views of a batch."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = SigmaDense(6, name="shared")
+        return layer(x) + layer(-x)
+
+
+def test_a_layer_called_twice_in_one_apply_takes_one_step():
+    model = Twice()
+    single = moved(SigmaDense(6), VECTORS)
+    variables = {name: {"shared": single[name]} for name in single}
+    _, changed = model.apply(variables, VECTORS, mutable=["spectral"])
+    np.testing.assert_allclose(changed["spectral"]["shared"]["u"], one_step(single).u, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrapping", ["jit", "remat", "vmap", "two applies"])
+def test_wrapping_changes_neither_numbers_nor_steps(wrapping):
+    variables = moved(LAYER, VECTORS)
+
+    def apply(params, x):
+        return LAYER.apply({**variables, "params": params}, x, mutable=["spectral"])
+
+    def loss(params, function):
+        output, changed = function(params, VECTORS)
+        return jnp.sum(jnp.sin(output)), changed
+
+    def mapped(params, x):
+        # The state does not depend on the example: each one makes the same step.
+        output, changed = jax.vmap(apply, (None, 0))(params, x)
+        return output, jax.tree.map(lambda a: a[0], changed)
+
+    def twice(params, x):
+        first, changed = apply(params, x[:2])
+        second, again = apply(params, x[2:])
+        jax.tree.map(np.testing.assert_array_equal, jax.lax.stop_gradient(changed), jax.lax.stop_gradient(again))
+        return jnp.concatenate([first, second]), changed
+
+    functions = {"jit": jax.jit(apply), "remat": jax.checkpoint(apply), "vmap": mapped, "two applies": twice}
+    (expected, state), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"], apply)
+    if wrapping == "two applies":
+        functions["two applies"].__wrapped__ = twice
+        output, again = twice(variables["params"], VECTORS)
+        np.testing.assert_allclose(jnp.sum(jnp.sin(output)), expected, rtol=1e-5)
+    else:
+        (found, again), other = jax.value_and_grad(loss, has_aux=True)(variables["params"], functions[wrapping])
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), again, state)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec("x", "y")])
+def test_a_sharded_kernel_gives_the_unsharded_numbers(spec):
+    layer, x = SigmaDense(16), jax.random.normal(KEY, (5, 8))
+    variables = moved(layer, x)
+    expected = layer.apply(variables, x, mutable=["spectral"])
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    kernel = jax.device_put(variables["params"]["kernel"], NamedSharding(mesh, spec))
+    sharded = {**variables, "params": {**variables["params"], "kernel": kernel}}
+    found = jax.jit(lambda v: layer.apply(v, x, mutable=["spectral"]))(sharded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(1e-2)], ids=["sgd", "adam"])
+def test_after_two_hundred_steps_sigma_is_the_svds(optimizer):
+    layer = SigmaDense(24)
+    x = jax.random.normal(KEY, (64, 16))
+    target = jnp.tanh(x @ jax.random.normal(jax.random.key(3), (16, 24)))
+    variables = layer.init(KEY, x)
+
+    def loss(params, state):
+        output, changed = layer.apply({"params": params, "spectral": state}, x, mutable=["spectral"])
+        return jnp.mean((output - target) ** 2), changed["spectral"]
+
+    @jax.jit
+    def step(params, state, opt_state):
+        gradient, state = jax.grad(loss, has_aux=True)(params, state)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(params, updates), state, opt_state, gradient
+
+    params, state = variables["params"], variables["spectral"]
+    opt_state = optimizer.init(params)
+    for _ in range(200):
+        before = params
+        params, state, opt_state, gradient = step(params, state, opt_state)
+    exact = np.linalg.norm(np.asarray(before["kernel"], np.float64), 2)
+    np.testing.assert_allclose(state["sigma"], exact, rtol=1e-5)
+    cosine = jnp.vdot(gradient["kernel"], before["kernel"]) / (
+        jnp.linalg.norm(gradient["kernel"]) * jnp.linalg.norm(before["kernel"])
+    )
+    assert abs(cosine) < 1e-5
+    effective = fold({"params": params, "spectral": state})["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(effective, 2), abs(params["gamma"]), rtol=1e-5)
+
+
+def test_importing_the_layers_brings_neither_the_trainer_nor_the_data():
+    code = (
+        "import sys, sigmarep.nn; print([m for m in sys.modules if m.split('.')[0] in "
+        + repr({"tensorflow_datasets", "orbax", "grain", "optax", "ml_collections", "tensorflow", "absl"})
+        + "])"
+    )
+    # Flax itself may import some of them: compare with what Flax alone brings.
+    base = code.replace("sigmarep.nn", "flax.linen")
+    ours, flax = (
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, base)
+    )
+    assert ours.stdout == flax.stdout

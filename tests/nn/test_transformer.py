@@ -1,0 +1,274 @@
+"""Attention, blocks and stacks: every way of computing them gives the same numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigmarep.core import entropy
+from sigmarep.nn import MultiHeadAttention, TransformerBlock, TransformerConfig, TransformerStack, fold
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (2, 6, 16))
+CONTEXT = jax.random.normal(jax.random.key(2), (2, 9, 16))
+PADDING = jnp.arange(6)[None] < jnp.asarray([6, 4])[:, None]
+SMALL = TransformerConfig(3, 16, 4, 24, norm="post", reparam="sigma", init_std=0.3)
+
+
+def unstacked(variables, depth):
+    """Variables of the unrolled stack from those of the scanned one."""
+    return {
+        collection: {
+            **{name: value for name, value in tree.items() if name != "blocks"},
+            **{f"block_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)},
+        }
+        for collection, tree in variables.items()
+    }
+
+
+def close(a, b, rtol=1e-4, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("norm", ["none", "pre", "post", "deepnorm"])
+def test_scanned_equals_unrolled_in_output_state_and_gradient(norm):
+    c = dataclasses.replace(SMALL, norm=norm)
+    scanned, unrolled = TransformerStack(c), TransformerStack(dataclasses.replace(c, scan=False))
+    stacked = scanned.init(KEY, X)
+    apart = unstacked(stacked, 3)
+
+    def loss(model, variables):
+        def of(params):
+            output, changed = model.apply({**variables, "params": params}, X, mutable=["spectral", "attention"])
+            return jnp.sum(jnp.sin(output)), (output, changed)
+
+        (_, auxiliary), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(variables["params"])
+        return *auxiliary, gradient
+
+    output, changed, gradient = loss(scanned, stacked)
+    expected, state, other = loss(unrolled, apart)
+    close(output, expected)
+    close(unstacked(dict(changed), 3), dict(state))
+    close(unstacked({"params": gradient}, 3)["params"], other)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_recomputing_changes_neither_gradient_nor_power_step(remat, scan):
+    c = dataclasses.replace(SMALL, scan=scan)
+    results = []
+    for word in ("none", remat):
+        model = TransformerStack(dataclasses.replace(c, remat=word))
+        variables = model.init(KEY, X)
+
+        def loss(params, model=model, variables=variables):
+            output, changed = model.apply({**variables, "params": params}, X, mutable=["spectral"])
+            return jnp.sum(jnp.sin(output)), changed
+
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
+    close(*results)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("qkv", ["fused", "qk_v", "separate"])
+@pytest.mark.parametrize("reparam", ["sigma", "spectral", "weight"])
+def test_folding_gives_the_plain_model_with_the_same_outputs(scan, qkv, reparam):
+    c = dataclasses.replace(SMALL, scan=scan, qkv=qkv, reparam=reparam)
+    model = TransformerStack(c)
+    plain = TransformerStack(dataclasses.replace(c, reparam="none"))
+    variables = model.init(KEY, X)
+    # Two updates' worth of drift, so that u is not exact and γ not 1.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), variables["params"])
+    folded = fold({**variables, "params": params})
+    shapes = jax.tree.map(jnp.shape, plain.init(KEY, X)["params"])
+    assert jax.tree.map(jnp.shape, folded) == shapes
+    close(plain.apply({"params": folded}, X), model.apply({**variables, "params": params}, X), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"key_padding": PADDING}, {"mask": "random"}])
+def test_fused_attention_equals_the_reference(arguments):
+    if "mask" in arguments:
+        arguments = {"mask": jax.random.bernoulli(KEY, 0.7, (2, 1, 6, 6)) | jnp.eye(6, dtype=bool)}
+    outputs = []
+    for implementation in ("reference", "xla"):
+        layer = MultiHeadAttention(4, implementation=implementation)
+        variables = layer.init(KEY, X)
+        outputs.append(jax.value_and_grad(lambda x, a=layer, v=variables: jnp.sum(a.apply(v, x, **arguments) ** 2))(X))
+    close(*outputs)
+
+
+def test_cross_attention_equals_the_reference_and_projects_apart():
+    for qkv in ("separate", "fused"):
+        outputs = []
+        for implementation in ("reference", "xla"):
+            layer = MultiHeadAttention(4, implementation=implementation, qkv=qkv)
+            variables = layer.init(KEY, X, CONTEXT)
+            outputs.append(layer.apply(variables, X, CONTEXT))
+        assert {"query", "key", "value", "out"} == set(variables["params"])
+        close(*outputs)
+
+
+def weights_of(layer, variables, x, context, visible):
+    """Float64 attention weights and logits from the folded parameters."""
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), fold(variables))
+    q, k = (
+        np.einsum("btd,dnh->btnh", np.asarray(y, np.float64), params[name]["kernel"]) + params[name]["bias"]
+        for name, y in (("query", x), ("key", context))
+    )
+    if layer.qk_norm == "rms":
+        q, k = (
+            y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * params[f"{name}_norm"]["scale"]
+            for name, y in (("query", q), ("key", k))
+        )
+    logits = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    if layer.logit_cap:
+        logits = layer.logit_cap * np.tanh(logits / layer.logit_cap)
+    logits = np.where(visible, logits, -np.inf)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True), logits, params
+
+
+@pytest.mark.parametrize("kind", ["self", "causal", "padded", "cross", "rms", "capped"])
+def test_recorded_statistics_equal_the_full_attention_matrix(kind):
+    fields = {"rms": {"qk_norm": "rms"}, "capped": {"logit_cap": 0.5}}.get(kind, {})
+    layer = MultiHeadAttention(4, gamma_init=3.0, **fields)
+    context = CONTEXT if kind == "cross" else None
+    arguments = {"is_causal": True} if kind == "causal" else {"key_padding": PADDING} if kind == "padded" else {}
+    variables = layer.init(KEY, X, context)
+    _, changed = layer.apply(variables, X, context, mutable=["attention"], **arguments)
+    recorded = changed["attention"]
+    t, s = 6, 9 if kind == "cross" else 6
+    visible = np.ones((2, 1, t, s), bool)
+    real = np.ones((2, t), bool)
+    if kind == "causal":
+        visible &= np.tril(np.ones((t, s), bool))
+    if kind == "padded":
+        real = np.asarray(PADDING)
+        visible &= real[:, None, None, :]
+    p, logits, params = weights_of(layer, variables, X, X if context is None else context, visible)
+    rows = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+    most = np.log(np.broadcast_to(visible, p.shape).sum(-1))
+    share = np.where(most > 0, rows / np.where(most > 0, most, 1), 1.0)
+    for h in range(4):
+        np.testing.assert_allclose(recorded["entropy"][h], rows[:, h][real].mean(), rtol=1e-4)
+        np.testing.assert_allclose(recorded["entropy_normalised"][h], share[:, h][real].mean(), rtol=1e-4)
+        np.testing.assert_allclose(recorded["max_logit"][h], logits[:, h][real].max(), rtol=1e-4)
+        product = params["query"]["kernel"][:, h] @ params["key"]["kernel"][:, h].T
+        np.testing.assert_allclose(recorded["qk_norm"][h], np.linalg.norm(product, 2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("qkv", ["fused", "qk_v", "separate"])
+@pytest.mark.parametrize("reparam", ["none", "sigma", "weight"])
+def test_the_query_key_norm_is_found_in_every_layout(qkv, reparam):
+    layer = MultiHeadAttention(4, qkv=qkv, reparam=reparam)
+    variables = layer.init(KEY, X)
+    _, changed = layer.apply(variables, X, mutable=["spectral", "attention"])
+    params = fold(variables)
+    fused = {"fused": "qkv", "qk_v": "qk"}.get(qkv)
+    pair = [params[fused]["kernel"][:, i] for i in (0, 1)] if fused else [params[n]["kernel"] for n in ("query", "key")]
+    expected = [np.linalg.norm(pair[0][:, h] @ pair[1][:, h].T, 2) for h in range(4)]
+    np.testing.assert_allclose(changed["attention"]["qk_norm"], expected, rtol=1e-4)
+
+
+def test_recorded_entropy_respects_the_theorems_bound():
+    layer = MultiHeadAttention(4, use_bias=False, gamma_init=2.0)
+    variables = layer.init(KEY, X)
+    _, changed = layer.apply(variables, X, mutable=["attention"])
+    largest = max(np.linalg.norm(x, 2) ** 2 for x in np.asarray(X))
+    sigma = changed["attention"]["qk_norm"] * largest / np.sqrt(4)
+    assert np.all(changed["attention"]["entropy"] >= entropy.entropy_lower_bound(sigma, 6) - 1e-6)
+
+
+def test_nothing_is_computed_for_statistics_that_nobody_asks_for():
+    layer = MultiHeadAttention(4, reparam="none")
+    variables = layer.init(KEY, X)
+    assert "attention" not in variables
+    silent = jax.jit(lambda v: layer.apply(v, X)).lower(variables).compile().cost_analysis()["flops"]
+    asked = jax.jit(lambda v: layer.apply(v, X, mutable=["attention"])).lower(variables).compile()
+    assert asked.cost_analysis()["flops"] > silent
+    text = str(jax.make_jaxpr(lambda v: layer.apply(v, X))(variables))
+    assert "eigh" not in text
+    assert "log" not in text.replace("logical", "")
+
+
+def test_entropy_is_taken_before_dropout():
+    layer = MultiHeadAttention(4, dropout=0.5)
+    variables = layer.init(KEY, X)
+    noisy = layer.apply(variables, X, deterministic=False, rngs={"dropout": KEY}, mutable=["attention"])
+    quiet = layer.apply(variables, X, mutable=["attention"])
+    assert not np.allclose(noisy[0], quiet[0])
+    close(noisy[1], quiet[1])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_fused_attention_refuses_what_it_cannot_do(implementation):
+    layer = MultiHeadAttention(4, dropout=0.5, implementation=implementation)
+    with pytest.raises(ValueError, match=f"implementation = '{implementation}': attention dropout"):
+        layer.init({"params": KEY, "dropout": KEY}, X, deterministic=False)
+
+
+def test_deepnorm_constants_equal_the_papers():
+    # DeepNet, encoder only: α = (2N)^¼, β = (8N)^−¼, here by hand for N = 18 and 100.
+    for depth, alpha, beta in ((18, 2.449490, 0.288675), (100, 3.760603, 0.188030)):
+        c = dataclasses.replace(SMALL, norm="deepnorm", depth=depth)
+        np.testing.assert_allclose([c.residual_scale, c.branch_init_scale], [alpha, beta], rtol=1e-6)
+    plain, scaled = (
+        TransformerBlock(dataclasses.replace(SMALL, norm=norm, reparam="none", qkv="fused")).init(KEY, X)["params"]
+        for norm in ("post", "deepnorm")
+    )
+    beta = dataclasses.replace(SMALL, norm="deepnorm").branch_init_scale
+    ratio = scaled["attention"]["qkv"]["kernel"] / plain["attention"]["qkv"]["kernel"]
+    np.testing.assert_allclose(ratio[:, 0], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(ratio[:, 2], beta, rtol=1e-5)
+    for path in (("attention", "out"), ("mlp", "up"), ("mlp", "down")):
+        a, b = (tree[path[0]][path[1]]["kernel"] for tree in (scaled, plain))
+        np.testing.assert_allclose(a / b, beta, rtol=1e-5)
+
+
+def test_drop_path_drops_whole_branches_of_examples_and_keeps_the_mean():
+    c = dataclasses.replace(SMALL, norm="none", drop_path=0.5, reparam="none")
+    block = TransformerBlock(c)
+    x = jnp.broadcast_to(X[:1], (400, 6, 16))
+    variables = block.init(KEY, x)
+    full = block.apply(variables, x, 0.0)[0]
+    dropped = block.apply(variables, x, 0.5, deterministic=False, rngs={"dropout": KEY})
+    untouched = np.all(np.isclose(dropped, x, atol=1e-6), axis=(1, 2))
+    # Both branches dropped: a quarter of the examples.
+    assert 0.18 < untouched.mean() < 0.32
+    assert not np.allclose(full, x[0], atol=1e-3)
+    np.testing.assert_array_equal(block.apply(variables, x, 0.5)[0], full)
+
+
+def test_layer_drop_leaves_whole_blocks_out_without_rescaling():
+    c = dataclasses.replace(SMALL, norm="none", layer_drop=0.5, reparam="none")
+    block = TransformerBlock(c)
+    variables = block.init(KEY, X)
+    full = block.apply(variables, X)
+    kept = []
+    for seed in range(40):
+        output = block.apply(variables, X, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+        is_kept, is_dropped = np.allclose(output, full, atol=1e-5), np.allclose(output, X, atol=1e-6)
+        assert is_kept != is_dropped
+        kept.append(is_kept)
+    assert 8 < sum(kept) < 32
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("norm", "prenorm", "expected one of none, pre, post, deepnorm"),
+        ("reparam", "sigmoid", "expected one of none, sigma, spectral, weight"),
+        ("qkv", "joint", "expected one of separate, fused, qk_v"),
+        ("activation", "gelo", "expected one of gelu"),
+        ("remat", "some", "expected one of none, full, dots"),
+        ("num_heads", 5, "does not divide width = 16"),
+        ("depth", 0, "at least 1"),
+        ("dropout", 1.0, "from 0 to below 1"),
+        ("gamma_init", "two", "'one', 'sigma' or a number"),
+    ],
+)
+def test_impossible_configurations_are_refused_by_name(field, value, message):
+    with pytest.raises(ValueError, match=f"{field} = .*{message}"):
+        dataclasses.replace(SMALL, **{field: value})
