@@ -109,8 +109,9 @@ def _one_line(error: BaseException) -> str:
 
 def _unknown_field(arguments: Sequence[str], error: AttributeError) -> str:
     """ml_collections names only the last part of an unknown field: finds the flag that it stands in."""
-    text = " ".join(str(error.args[0] if error.args else error).split())
-    found = re.match(r"['\"]*(\w+)['\"]*(?: Did you mean \"(\w+)\")?", text)
+    # The message is the representation of another one: its quotes and line ends are escaped.
+    text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
+    found = re.search(r"(\w+)['\"]*(?: Did you mean \"(\w+)\")?", text)
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]
         parts = name.split(".")

@@ -69,6 +69,7 @@ class ImageClassification:
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         data = config.data
+        images.check(data)
         described = sources.describe(data.name, data_dir=data.data_dir)
         self.model = create_model(config, described.num_classes)
         self.train_source: sources.Source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)

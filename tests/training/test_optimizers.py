@@ -1,0 +1,230 @@
+"""Optimizers and schedules against their formulas in NumPy float64; stacked layers train as separate ones."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from sigmarep.errors import BadInput
+from sigmarep.training import durations
+from sigmarep.training.config import trainer_defaults
+from sigmarep.training.optimizers import create_optimizer, decay_mask
+from sigmarep.training.schedules import create_schedule
+
+RATE, STEPS = 0.03, 5
+
+
+def config(name, **fields):
+    made = trainer_defaults().optimizer
+    made.name, made.weight_decay, made.epsilon = name, 0.1, 1e-6
+    made.update(fields)
+    return made
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "block_0": {
+            "mlp": {"up": {"kernel": rng.normal(size=(4, 6)), "gamma": rng.normal(), "bias": rng.normal(size=6)}}
+        },
+        "head": {"kernel": rng.normal(size=(6, 3))},
+    }
+
+
+def float32(x):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), x)
+
+
+def train(made, params, gradients, schedule=lambda _: RATE):
+    params = float32(params)
+    optimizer = create_optimizer(made, schedule=schedule, params=params)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(float32(gradient), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+def reference(name, c, w, gradients, decayed):
+    """One parameter's trajectory in float64, from the optimizers' papers."""
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    decay = c.weight_decay if decayed else 0.0
+    for t, g in enumerate(gradients, 1):
+        coupled = g + decay * w
+        if name in ("adam", "adamw", "lamb"):
+            h = coupled if name == "adam" else g
+            m, v = c.beta1 * m + (1 - c.beta1) * h, c.beta2 * v + (1 - c.beta2) * h**2
+            update = (m / (1 - c.beta1**t)) / (np.sqrt(v / (1 - c.beta2**t)) + c.epsilon)
+            if name != "adam":
+                update = update + decay * w
+            if name == "lamb" and decayed:
+                update = update * np.linalg.norm(w) / np.linalg.norm(update)
+            w = w - RATE * update
+        elif name == "sgd":
+            m = c.momentum * m + coupled
+            w = w - RATE * m
+        elif name == "lars":
+            ratio = c.trust_coefficient * np.linalg.norm(w) / np.linalg.norm(coupled) if decayed else 1.0
+            m = c.momentum * m + RATE * ratio * coupled
+            w = w - m
+        elif name == "adagrad":
+            v = v + coupled**2
+            w = w - RATE * coupled / np.sqrt(v + c.epsilon)
+        elif name == "lion":
+            direction = np.sign(c.beta1 * m + (1 - c.beta1) * g)
+            m = c.beta2 * m + (1 - c.beta2) * g
+            w = w - RATE * (direction + decay * w)
+    return w
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion"])
+def test_optimizers_equal_their_formulas_with_gamma_and_biases_left_out_of_decay(name):
+    made = config(name)
+    gradients = [tree(seed) for seed in range(1, STEPS + 1)]
+    found = train(made, tree(), gradients)
+    mask = decay_mask(found, made.no_decay)
+    assert not mask["block_0"]["mlp"]["up"]["gamma"]
+    assert not mask["block_0"]["mlp"]["up"]["bias"]
+    assert mask["head"]["kernel"]
+    expected = jax.tree.map(
+        lambda w, decayed, *g: reference(name, made, np.asarray(w), [np.asarray(x) for x in g], decayed),
+        tree(),
+        mask,
+        *gradients,
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+NAMES = ["adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon"]
+SHAPES = {
+    "attention": {
+        "query": {"kernel": (8, 2, 4), "gamma": ()},
+        "qkv": {"kernel": (8, 3, 2, 4)},
+        "out": {"kernel": (2, 4, 8), "bias": (8,)},
+    },
+    "mlp": {"up": {"kernel": (8, 12)}},
+}
+
+
+def draw(rng):
+    return jax.tree.map(lambda shape: rng.normal(size=shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stacked_layers_train_as_separate_ones(name):
+    rng = np.random.default_rng(0)
+    apart = [{"encoder": {f"block_{i}": draw(rng) for i in range(3)}} for _ in range(STEPS + 1)]
+
+    def stacked(separate):
+        layers = separate["encoder"].values()
+        return {"encoder": {"blocks": jax.tree.map(lambda *x: np.stack(x), *layers)}}
+
+    made = config(name)
+    found = train(made, stacked(apart[0]), [stacked(g) for g in apart[1:]])
+    expected = stacked(jax.device_get(train(made, apart[0], apart[1:])))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
+
+
+def test_muon_orthogonalises_inputs_by_outputs_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    params = {"encoder": {"block_0": draw(rng)}, "patch_embedding": {"kernel": rng.normal(size=(2, 2, 1, 8))}}
+    gradient = {"encoder": {"block_0": draw(rng)}, "patch_embedding": {"kernel": rng.normal(size=(2, 2, 1, 8))}}
+    made = config("muon", weight_decay=0.0)
+    new = train(made, params, [gradient], schedule=lambda _: 1.0)
+    block, old = new["encoder"]["block_0"], params["encoder"]["block_0"]
+    for path, outputs in (
+        (("attention", "query"), 8),
+        (("attention", "qkv"), 24),
+        (("attention", "out"), 8),
+        (("mlp", "up"), 12),
+    ):
+        change = np.asarray(block[path[0]][path[1]]["kernel"]) - old[path[0]][path[1]]["kernel"]
+        values = np.linalg.svd(change.reshape(-1, outputs), compute_uv=False) / (0.2 * np.sqrt(max(8, outputs)))
+        # Five Newton-Schulz steps bring the singular values near 1, not to it.
+        assert np.all((values > 0.5) & (values < 1.4)), (path, values)
+    adam = train(config("adam", weight_decay=0.0), params, [gradient], schedule=lambda _: 1.0)
+    for get in (
+        lambda t: t["patch_embedding"]["kernel"],
+        lambda t: t["encoder"]["block_0"]["attention"]["query"]["gamma"],
+        lambda t: t["encoder"]["block_0"]["attention"]["out"]["bias"],
+    ):
+        np.testing.assert_allclose(np.sign(get(new) - get(float32(params))), np.sign(get(adam) - get(float32(params))))
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    made = config("sgd", weight_decay=0.0, clip_norm=0.5, momentum=0.0)
+    found = train(made, tree(), [tree(1)])
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(tree(1))))
+    jax.tree.map(
+        lambda new, w, g: np.testing.assert_allclose(new, w - RATE * g * 0.5 / norm, rtol=1e-5, atol=1e-6),
+        found,
+        tree(),
+        tree(1),
+    )
+
+
+def test_a_rule_that_is_no_expression_is_refused():
+    with pytest.raises(BadInput, match=r"config\.optimizer\.no_decay"):
+        decay_mask(tree(), ("(",))
+
+
+def schedule_of(name, warmup, total=100, **fields):
+    made = config("sgd", learning_rate=2.0, schedule=name, **fields)
+    schedule = create_schedule(made, total_steps=total, warmup_steps=warmup)
+    return np.asarray([schedule(i) for i in range(total)])
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "step", "rsqrt"])
+def test_schedules_equal_their_formulas(name, warmup):
+    found = schedule_of(name, warmup, end_factor=0.1, step_at=(0.5, 0.8), step_factor=0.2)
+    for i, rate in enumerate(found):
+        p = (i - warmup) / (100 - warmup)
+        factor = {
+            "constant": 1.0,
+            "cosine": 0.1 + 0.9 * (1 + np.cos(np.pi * p)) / 2,
+            "linear": 1 - 0.9 * p,
+            "step": 0.2 ** ((i >= 50) + (i >= 80)),
+            "rsqrt": np.sqrt(max(warmup, 1) / max(i + 1, warmup, 1)),
+        }[name]
+        np.testing.assert_allclose(rate, 2.0 * ((i + 1) / warmup if i < warmup else factor), rtol=1e-5)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(BadInput, match="longer than the run of 100 steps"):
+        schedule_of("cosine", 101)
+
+
+def block(**fields):
+    return ml_collections.ConfigDict({f"total_{unit}": None for unit in durations.UNITS} | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"total_steps": 7.0}, 7),
+        ({"total_epochs": 2.0}, 20),
+        ({"total_epochs": 0.5}, 5),
+        ({"total_examples": 640.0}, 10),
+        ({"total_examples": 1.0}, 1),
+        ({"total_steps": 0.0}, 0),
+        ({}, None),
+    ],
+)
+def test_durations_in_every_unit(fields, steps):
+    assert durations.steps(block(**fields), "total", batch_size=64, num_examples=640) == steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"total_steps": 7.0, "total_epochs": 2.0}, "config.total_steps and config.total_epochs are both set"),
+        ({"total_steps": -1.0}, "config.total_steps = -1: expected a finite number"),
+        ({"total_epochs": float("inf")}, "config.total_epochs = inf: expected a finite number"),
+        ({"total_steps": 1.5}, "config.total_steps = 1.5: expected a whole number"),
+    ],
+)
+def test_impossible_durations_are_refused(fields, message):
+    with pytest.raises(BadInput, match=message):
+        durations.steps(block(**fields), "total", batch_size=64, num_examples=640)
