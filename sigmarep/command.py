@@ -83,7 +83,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         fail(BadInput(f"--{error.flagname}: there is no such flag; see --help"))
     except flags.Error as error:
-        fail(BadInput(_one_line(error).removeprefix("flag ")))
+        fail(BadInput(_flag_error(error)))
     except AttributeError as error:
         fail(BadInput(_unknown_field(arguments, error)))
     except Exception as error:
@@ -99,12 +99,24 @@ def _check(rest: list[str]) -> None:
         try:
             path.task  # noqa: B018
         except OSError:
-            named = flags.FLAGS["config"].config_filename
+            named = config_flags.get_config_filename(flags.FLAGS["config"])
             raise BadInput(f"--config {named}: there is no such file") from None
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _flag_error(error: flags.Error) -> str:
+    """The message of absl; of an error in the configuration file, that error's own, which absl wraps in its trace."""
+    text = str(error)
+    if "Traceback (most recent call last)" not in text:
+        return _one_line(error).removeprefix("flag ")
+    kind, _, message = text.strip().splitlines()[-1].partition(": ")
+    if kind.startswith("sigmarep.errors."):
+        return message
+    places = re.findall(r'File "([^"]+)", line (\d+), in get_config', text)
+    return (f"{places[-1][0]}:{places[-1][1]}: " if places else "") + f"{kind}: {message}"
 
 
 def _unknown_field(arguments: Sequence[str], error: AttributeError) -> str:

@@ -66,7 +66,7 @@ def crop_box(
 
 
 def random_resized_crop(image, size: int, scale, interpolation: str, rng) -> np.ndarray:
-    box = crop_box(*image.shape[:2], scale, rng)
+    box = crop_box(image.shape[0], image.shape[1], scale, rng)
     return resized(image, (size, size), interpolation, box=box)
 
 

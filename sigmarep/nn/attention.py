@@ -160,7 +160,7 @@ class MultiHeadAttention(nn.Module):
             mask = visible if mask is None else mask & visible
         dropping = self.dropout > 0 and not deterministic
         if self.implementation != "reference" and not (dropping or self.logit_cap):
-            implementation = "xla" if self.implementation == "auto" else self.implementation
+            implementation: Any = "xla" if self.implementation == "auto" else self.implementation
             return jax.nn.dot_product_attention(
                 query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
             )

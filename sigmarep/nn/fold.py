@@ -1,6 +1,6 @@
 """Folding: the plain model's parameters, for deployment."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,15 +32,15 @@ def _fold(params, state):
 
 
 def _effective(kernel, gamma, u):
+    def reparametrised(kernel, gamma, u):
+        return spectral.reparametrise(kernel, gamma, u).kernel
+
+    function: Callable[..., jax.Array]
     if u is None:
-        function, arguments, stacked = spectral.weight_normalised, (kernel, gamma), gamma.ndim - 1
+        function, arguments, stacked = spectral.weight_normalised, [kernel, gamma], gamma.ndim - 1
     else:
         gamma = jnp.ones(u.shape[:-1], jnp.float32) if gamma is None else gamma
-
-        def function(kernel, gamma, u):
-            return spectral.reparametrise(kernel, gamma, u).kernel
-
-        arguments, stacked = (kernel, gamma, u), u.ndim - 1
+        function, arguments, stacked = reparametrised, [kernel, gamma, u], u.ndim - 1
     for _ in range(stacked):
         function = jax.vmap(function)
     return function(*arguments)

@@ -51,7 +51,7 @@ class Reparametrised(nn.Module):
             raise ValueError(f"reparam = {self.reparam!r}: expected one of {', '.join(REPARAMS)}")
         if getattr(self, "batch_dims", ()):
             raise ValueError("batch_dims: several kernels in one have no single spectral norm; use nn.vmap")
-        features = self.features  # type: ignore[attr-defined]
+        features = self.features
         outputs = int(np.prod(features))
         matrix = spectral.matrix_view(kernel, outputs)
         if self.reparam == "weight":
@@ -95,6 +95,7 @@ class Reparametrised(nn.Module):
 
     @nn.nowrap
     def _u_of_this_apply(self, u: jax.Array) -> jax.Array:
+        assert self.scope is not None
         # The root scope lives as long as one apply. The second call of a shared layer starts from the same u as the
         # first, so two views of a batch cost one power step, not two.
         starts = vars(self.scope.root).setdefault("_spectral_u", {})

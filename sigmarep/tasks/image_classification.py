@@ -1,6 +1,8 @@
 """Supervised image classification with a Vision Transformer."""
 
+import contextlib
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +49,8 @@ def create_model(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
     """
     fields = dict(config.model)
     options = {name: fields.pop(name) for name in ("patch_size", "positions", "pool", "patch_gain")}
-    try:
+    with contextlib.suppress(ValueError):
         fields["gamma_init"] = float(fields["gamma_init"])
-    except ValueError:
-        pass
     try:
         transformer = TransformerConfig(**fields, dtype=jnp.dtype(config.compute_dtype))
         model = ViT(transformer, num_classes=num_classes, dropout=config.model.dropout, **options)
@@ -98,7 +98,7 @@ class ImageClassification:
         )
 
     def loss(self, params, model_state, batch, rng, *, attention):
-        logits, changed = self.model.apply(
+        logits, updates = self.model.apply(
             {"params": params, **model_state},
             batch["image"],
             deterministic=False,
@@ -113,6 +113,7 @@ class ImageClassification:
         losses = optax.softmax_cross_entropy(logits, target)
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         count = jnp.float32(losses.size)
+        changed: dict[str, Any] = dict(updates)
         recorded = changed.pop("attention", {})
         return LossOutput(
             loss=(jnp.sum(losses), count),
@@ -143,7 +144,7 @@ class ImageClassification:
         return [of_split(split) for split in data.eval_splits]
 
     def _evaluate(self, variables, batch):
-        logits = self.model.apply(variables, batch["image"]).astype(jnp.float32)
+        logits = jnp.asarray(self.model.apply(variables, batch["image"]), jnp.float32)
         mask = batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)

@@ -173,9 +173,9 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         if name not in given:
             raise BadInput(f"config.{name}: is missing; start from sigmarep.training.config.default_config({task!r})")
         _check_type(name, given[name], _type(schema, name))
-    for name, accepted in CHOICES.items():
-        if given[name] not in accepted:
-            raise BadInput(f"config.{name} = {given[name]!r}: expected one of {', '.join(accepted)}")
+    for name, words in CHOICES.items():
+        if given[name] not in words:
+            raise BadInput(f"config.{name} = {given[name]!r}: expected one of {', '.join(words)}")
     for name, (test, accepted) in RANGES.items():
         if not test(given[name]):
             raise BadInput(f"config.{name} = {given[name]!r}: expected {accepted}")
@@ -192,7 +192,7 @@ def _type(schema: ml_collections.ConfigDict, name: str) -> type:
 
 def _check_type(name: str, value: Any, expected: type) -> None:
     accepted: tuple[type, ...] = {float: (float, int), tuple: (tuple, list)}.get(expected, (expected,))
-    if value is None and name.rsplit(".", 1)[-1] in OPTIONAL or any(name.endswith(f"_{unit}") for unit in UNITS):
+    if (value is None and name.rsplit(".", 1)[-1] in OPTIONAL) or any(name.endswith(f"_{unit}") for unit in UNITS):
         accepted = (*accepted, type(None))
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         raise BadInput(f"config.{name} = {value!r}: expected a value of type {expected.__name__}")

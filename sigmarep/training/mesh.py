@@ -65,10 +65,8 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     Raises:
       ValueError: no rule matches, or the rule has more dimensions than the array.
     """
-    for pattern, axes in RULES:
-        if re.search(pattern, name):
-            break
-    else:
+    axes = next((axes for pattern, axes in RULES if re.search(pattern, name)), None)
+    if axes is None:
         raise ValueError(f"no sharding rule matches {name!r} of shape {shape}: add one to sigmarep/training/mesh.py")
     if len(axes) > len(shape):
         # Optimizers keep scalars in place of moments they do not need.

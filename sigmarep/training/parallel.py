@@ -85,7 +85,7 @@ class PmapRunner:
         return state, jax.tree.map(lambda x: x[0], output)
 
 
-RUNNERS = {"jit": JitRunner, "pmap": PmapRunner}
+RUNNERS: dict[str, Callable[..., Runner]] = {"jit": JitRunner, "pmap": PmapRunner}
 
 
 def create_runner(config: ml_collections.ConfigDict, make_step: Callable[..., Any], abstract_state: Any) -> Runner:

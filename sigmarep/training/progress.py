@@ -23,7 +23,7 @@ class Clock:
     """
 
     def __init__(self):
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._window: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW)
 
     @contextlib.contextmanager
@@ -54,7 +54,7 @@ class Clock:
 
     def load_state_dict(self, seconds: dict[str, float]) -> None:
         """Goes on from an earlier start's seconds."""
-        self._seconds = collections.Counter(seconds)
+        self._seconds = collections.defaultdict(float, seconds)
 
 
 class Progress:

@@ -1,5 +1,6 @@
 """The training state and the one training step, the same under `jit` and `pmap`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,7 +142,8 @@ def make_train_step(
                 )
             spectral = output.model_state.get("spectral", {})
             recorded = {"attention": attention, "spectral": spectral, "gamma": _gammas(state.params)}
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             model_state=output.model_state,

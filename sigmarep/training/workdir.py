@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, and what it ran on.
 
-`config.json`, the resolved configuration; `environment.json`, versions, devices and git revision of the last start and of earlier ones;
-`metrics.jsonl`; `checkpoints/`; `diagnosis.json` after a divergence.
+`config.json`, the resolved configuration; `environment.json`, versions, devices and git revision of the last start and
+of earlier ones; `metrics.jsonl`; `checkpoints/`; `diagnosis.json` after a divergence.
 """
 
 import importlib.metadata

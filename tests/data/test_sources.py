@@ -122,7 +122,7 @@ def test_damaged_files_are_said_to_be(folder, tmp_path):
         for name in names:
             if "array_record" in name:
                 os.truncate(os.path.join(where, name), 10)
-    with pytest.raises(BadInput, match="cannot be read .* delete that folder and prepare it again"):
+    with pytest.raises(BadInput, match=r"cannot be read .* delete that folder and prepare it again"):
         sources.open_source("digits", "train", data_dir=str(tmp_path))
 
 

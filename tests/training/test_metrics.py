@@ -57,7 +57,7 @@ def test_numbers_keep_every_bit_and_any_parser_can_read_them(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="--workdir .*cannot be written"):
+    with pytest.raises(BadInput, match=r"--workdir .*cannot be written"):
         MetricWriter(str(tmp_path / "file" / "run"))
 
 

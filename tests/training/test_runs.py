@@ -15,11 +15,19 @@ import pytest
 from sigmarep.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-TINY = (
-    "--config.model.depth=2 --config.model.width=16 --config.model.num_heads=2 --config.model.mlp_dim=16 "
-    "--config.batch_size=16 --config.total_steps=60 --config.log_every_steps=1 --config.eval_every_steps=20 "
-    "--config.checkpoint_every_steps=10 --config.optimizer.warmup_steps=5 --config.model.dropout=0.1"
-).split()
+TINY = [
+    "--config.model.depth=2",
+    "--config.model.width=16",
+    "--config.model.num_heads=2",
+    "--config.model.mlp_dim=16",
+    "--config.model.dropout=0.1",
+    "--config.batch_size=16",
+    "--config.total_steps=60",
+    "--config.log_every_steps=1",
+    "--config.eval_every_steps=20",
+    "--config.checkpoint_every_steps=10",
+    "--config.optimizer.warmup_steps=5",
+]
 TIMING = ("train/examples_per_second",)
 
 
@@ -166,7 +174,7 @@ def test_a_finished_run_has_nothing_left_to_do(folder, uninterrupted):
     status, again, err = train(folder, workdir)
     assert status == 0, err
     assert "all 60 steps are done already" in again
-    assert [line for line in out.splitlines() if "accuracy:" in line][0] in again
+    assert next(line for line in out.splitlines() if "accuracy:" in line) in again
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 

@@ -1,0 +1,84 @@
+"""Times one training step of the same ViT with plain layers, with σReparam, and plain with pre-LN, interleaved.
+
+    python scripts/benchmark_step.py [--width 384] [--depth 4] [--batch_size 32] [--rounds 15]
+
+The three steps alternate in one process, so that a machine that slows down slows all of them; what is printed is the
+median over rounds, and the median of the ratios within each round. The pictures are the digits, enlarged: the step does
+not depend on what they show.
+"""
+
+import statistics
+import time
+
+from absl import flags
+
+from sigmarep import command
+
+WIDTH = flags.DEFINE_integer("width", 384, "Width; heads have 64 dimensions, the MLP four times the width.")
+DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side; patches have 8.")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
+
+ARMS = {
+    "pre-LN, plain": ("pre", "none"),
+    "no norm, plain": ("none", "none"),
+    "no norm, σReparam": ("none", "sigma"),
+}
+
+
+def prepare(norm: str, reparam: str):
+    """A compiled step, its state after one call, and its batch."""
+    import jax
+
+    from sigmarep.training.config import default_config, validate
+    from sigmarep.training.experiment import build
+
+    config = default_config("image_classification")
+    config.total_steps = 100
+    config.batch_size = BATCH_SIZE.value
+    config.compute_dtype = DTYPE.value
+    config.optimizer.name = "adam"
+    config.data.image_size = IMAGE_SIZE.value
+    model = config.model
+    model.norm, model.reparam, model.patch_size = norm, reparam, 8
+    model.depth, model.width, model.num_heads = DEPTH.value, WIDTH.value, max(WIDTH.value // 64, 1)
+    model.mlp_dim = 4 * WIDTH.value
+    experiment = build(validate(config))
+    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
+    state, output = experiment.runner.step(experiment.create_state(), batch, panel=False)
+    jax.block_until_ready((state, output))
+    return experiment.runner, state, batch
+
+
+def main() -> None:
+    import jax
+
+    runs = {name: prepare(*words) for name, words in ARMS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS.value):
+        for name, (runner, state, batch) in runs.items():
+            start = time.perf_counter()
+            state, output = runner.step(state, batch, panel=False)
+            jax.block_until_ready((state, output))
+            seconds[name].append(time.perf_counter() - start)
+            runs[name] = (runner, state, batch)
+    device = jax.devices()[0]
+    print(
+        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {(IMAGE_SIZE.value // 8) ** 2 + 1} tokens, batch "
+        f"{BATCH_SIZE.value}, {DTYPE.value}, on {device.device_kind}, median of {ROUNDS.value} interleaved rounds"
+    )
+    for name, times in seconds.items():
+        print(f"{name:18} {1000 * statistics.median(times):9.1f} ms")
+    ours = seconds["no norm, σReparam"]
+    for name in ("pre-LN, plain", "no norm, plain"):
+        ratios = [a / b for a, b in zip(ours, seconds[name], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        print(
+            f"σReparam / {name}: {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,166 @@
+"""Every configuration file: loads, refuses a typo, builds its model and schedule, and is what its golden file says.
+
+A golden file holds the resolved configuration and the table of parameters: path, shape, whether the kernel is
+reparametrised and whether it is decayed. After an intended change: pytest tests/configs --update-golden, and read the
+difference.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sigmarep.errors import BadInput
+from sigmarep.tasks import image_classification
+from sigmarep.training.config import arguments, default_config, validate
+from sigmarep.training.mesh import path_name
+from sigmarep.training.optimizers import create_optimizer, decay_mask
+from sigmarep.training.schedules import create_schedule
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GOLDEN = Path(__file__).parent / "golden"
+# Every file with the arguments that stand for its arms.
+ARMS = {
+    "quickstart.py": [""],
+    "collapse.py": ["arm=sigma", "arm=pre_ln"],
+    "vit/cifar10.py": [""],
+    "vit/imagenet_deit.py": ["", "reparam=sigma"],
+    "vit/imagenet_mae.py": ["", "variant=L/16", "variant=H/14"],
+    "vit/imagenet_robustness.py": ["", "norm=pre,reparam=none,batch_size=2048,learning_rate=0.001,warmup_epochs=0"],
+    "vit/imagenet_simplified.py": ["", "variant=L/16", "variant=H/16", "reparam=spectral", "reparam=weight,norm=pre"],
+}
+CASES = [(name, text) for name, texts in ARMS.items() for text in texts]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location("config_under_test", CONFIGS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def abstract_variables(config):
+    classes = {"imagenet2012": 1000}.get(config.data.name, 10)
+    model = image_classification.create_model(config, classes)
+    size = config.data.image_size
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, len(config.data.mean))))
+
+
+def description(config):
+    variables = abstract_variables(config)
+    params = variables["params"]
+    spectral = {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(variables.get("spectral", {}))}
+    decayed = decay_mask(params, config.optimizer.no_decay)
+    names = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def reparametrised(name):
+        stem = name.removesuffix("/kernel")
+        return name.endswith("/kernel") and (f"{stem}/u" in spectral or f"{stem}/gamma" in names)
+
+    table = {
+        path_name(path): {
+            "shape": list(names[path_name(path)]),
+            "reparametrised": reparametrised(path_name(path)),
+            "decayed": keep,
+        }
+        for path, keep in jax.tree_util.tree_leaves_with_path(decayed)
+    }
+    return {"config": json.loads(config.to_json()), "parameters": dict(sorted(table.items()))}
+
+
+def test_every_file_is_covered():
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.py")} == set(ARMS)
+
+
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_it_is_what_its_golden_file_says(name, text, request):
+    found = description(validate(load(name).get_config(text)))
+    slug = (name.removesuffix(".py") + ("-" + text if text else "")).replace("/", "_").replace(",", "-")
+    path = GOLDEN / f"{slug}.json"
+    if request.config.getoption("--update-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    assert found == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_a_typo_is_refused_where_it_is_written(name, text):
+    config = load(name).get_config(text)
+    with pytest.raises(AttributeError, match='Did you mean "batch_size"'):
+        config.batch_sise = 3
+    with pytest.raises(AttributeError, match='Did you mean "reparam"'):
+        config.model.reparm = "sigma"
+
+
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_its_optimizer_can_be_built(name, text):
+    config = validate(load(name).get_config(text))
+    params = abstract_variables(config)["params"]
+    schedule = create_schedule(config.optimizer, total_steps=1000, warmup_steps=10)
+    state = jax.eval_shape(create_optimizer(config.optimizer, schedule=schedule, params=params).init, params)
+    assert jax.tree.leaves(state)
+
+
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
+    doc = load(name).__doc__
+    assert f"python scripts/train.py --config configs/{name}" in doc
+    if name.startswith("vit/"):
+        assert "Not run" in doc
+
+
+@pytest.mark.parametrize("name", [name for name, texts in ARMS.items() if name != "quickstart.py"])
+def test_unknown_arguments_are_refused(name):
+    with pytest.raises(BadInput, match="config argument 'colour=red': expected name=value with one of"):
+        load(name).get_config("colour=red")
+
+
+def test_arguments_keep_the_types_of_their_defaults():
+    found = arguments("a=3,b=0.5,c=true", a=1, b=1.0, c=False, d="x")
+    assert found == {"a": 3, "b": 0.5, "c": True, "d": "x"}
+    with pytest.raises(BadInput, match="'a=many': expected a value of type int"):
+        arguments("a=many", a=1)
+
+
+def changed(**fields):
+    config = default_config("image_classification").unlock()
+    for name, value in fields.items():
+        *blocks, leaf = name.split("__")
+        block = config
+        for each in blocks:
+            block = block[each]
+        with block.ignore_type():
+            block[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"optimizer__learning_rat": 1.0},
+            r"config\.optimizer\.learning_rat: .*did you mean config\.optimizer\.learning_rate",
+        ),
+        ({"nrom": "pre"}, r"config\.nrom: there is no such field; did you mean config\.model\.norm"),
+        ({"batch_size": "8"}, r"config\.batch_size = '8': expected a value of type int"),
+        ({"batch_size": 0}, r"config\.batch_size = 0: expected a finite number of at least 1"),
+        ({"optimizer__learning_rate": float("nan")}, r"config\.optimizer\.learning_rate = nan"),
+        ({"model__scan": 1}, r"config\.model\.scan = 1: expected a value of type bool"),
+        ({"batch_size": True}, r"config\.batch_size = True: expected a value of type int"),
+        ({"compute_dtype": "float16"}, r"config\.compute_dtype = 'float16': expected one of float32, bfloat16"),
+        ({"task": "images"}, r"config\.task = 'images': expected one of image_classification"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(fields, message):
+    with pytest.raises(BadInput, match=message):
+        validate(changed(**fields))
+
+
+def test_a_missing_field_is_named():
+    config = changed()
+    del config["seed"]
+    with pytest.raises(BadInput, match=r"config\.seed: is missing"):
+        validate(config)
