@@ -12,6 +12,8 @@ from sigmarep.data import augment
 from sigmarep.errors import BadInput
 
 CROPS = ("none", "pad", "resized")
+# Pillow's modes by number of channels.
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "CMYK"}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -159,14 +161,25 @@ def eval_transform(config: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """The image as uint8 (height, width, channels): grey made of colours, or colours of grey."""
+    """The image as uint8 (height, width, channels): grey made of colours, or colours of grey.
+
+    Four channels are read as CMYK: that is what a JPEG file with four holds, a few of ImageNet among them.
+
+    Raises:
+      BadInput: the image has another type or number of channels.
+    """
     image = np.asarray(image)
     if image.ndim == 2:
         image = image[..., None]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in MODES:
+        raise BadInput(
+            f"config.data.name: has an image of type {image.dtype} and shape {image.shape}; expected uint8 (height, width) "
+            "with 1 to 4 channels; choose another data set"
+        )
     if image.shape[-1] == channels:
         return image
-    mode = {1: "L", 3: "RGB", 4: "CMYK"}[image.shape[-1]]
-    picture = Image.fromarray(image[..., 0] if mode == "L" else image, mode=mode)
+    height, width, found = image.shape
+    picture = Image.frombytes(MODES[found], (width, height), image.tobytes())
     return augment.from_pil(picture.convert("L" if channels == 1 else "RGB"))
 
 

@@ -5,7 +5,9 @@ number of their augmentation, follow from that number and the seed alone: not fr
 workers, and not from where the stream was started. Resuming is therefore starting at a number, and is exact.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import atexit
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -16,6 +18,8 @@ from sigmarep.data.sources import Source
 from sigmarep.errors import BadInput
 
 Example = Mapping[str, Any]
+
+_streams: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
 def training_stream(
@@ -30,7 +34,7 @@ def training_stream(
     process_count: int = 1,
     num_threads: int = 8,
     num_workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """This process's rows of the global batches `start`, `start + 1`, …, for ever.
 
     Each epoch is shuffled anew; what is left at its end goes into the next epoch's first batch.
@@ -43,8 +47,10 @@ def training_stream(
       num_workers: processes that do, 0 for none.
 
     Raises:
-      BadInput: the batch does not divide over the processes, or not into pairs.
+      BadInput: the batch does not divide over the processes, or not into pairs; the seed is negative.
     """
+    if seed < 0:
+        raise BadInput(f"config.seed = {seed}: expected 0 or more")
     local = _local_size(batch_size, process_count)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     if transform is not None:
@@ -67,7 +73,9 @@ def training_stream(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return iter(iterable)
+    stream = _closing(iter(iterable))
+    _streams.add(stream)
+    return stream
 
 
 def evaluation_batches(
@@ -99,6 +107,20 @@ def evaluation_batches(
     dataset = grain.MapDataset.range(batches * batch_size).map(example).batch(local)[process_index::process_count]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * num_threads, 2))
     return iter(dataset.to_iter_dataset(options))
+
+
+def _closing(iterator: Any) -> Generator[dict[str, np.ndarray], None, None]:
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Ends worker processes and frees the memory shared with them while the modules that do so still exist."""
+    for stream in list(_streams):
+        stream.close()
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

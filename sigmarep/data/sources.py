@@ -6,7 +6,10 @@ needs TensorFlow.
 
 import difflib
 import fcntl
+import glob
+import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +34,10 @@ class Description(NamedTuple):
 
 # Builders of this project, by module.
 OWN = {"digits": ("sigmarep.data.digits", "Digits")}
+NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+# File formats of TFDS with random access.
+RANDOM_ACCESS = {"array_record", "parquet"}
 # Image sets of TFDS that the configurations name; any other name of TFDS works as well.
 KNOWN = ("digits", "cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist")
 
@@ -41,7 +48,7 @@ def data_folder(data_dir: str | None) -> str:
 
 
 def builder(name: str, *, data_dir: str | None = None):
-    """The prepared TFDS builder of a data set.
+    """The prepared TFDS builder of a data set, of its newest prepared version unless the name ends in one.
 
     Raises:
       BadInput: there is no such set, it is not prepared, or what is prepared cannot be read.
@@ -49,16 +56,25 @@ def builder(name: str, *, data_dir: str | None = None):
     import tensorflow_datasets as tfds
 
     folder = data_folder(data_dir)
-    if name in OWN:
-        return _own(name, folder)
     try:
-        return (
-            tfds.builder(name, data_dir=folder, try_gcs=False) if _is_prepared(name, folder) else _missing(name, folder)
-        )
+        if name in OWN:
+            found = _own(name, folder)
+        else:
+            # Read as it lies there: TFDS's own code for the set may need TensorFlow, or be of another version.
+            found = tfds.builder_from_directory(_prepared(name, folder) or _missing(name, folder))
+        if not found.info.splits:
+            raise ValueError("its dataset_info.json is missing or names no splits")
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(_damaged(name, folder, error)) from error
+    formats = sorted(each.value for each in found.info.available_file_formats())
+    if not set(formats) & RANDOM_ACCESS:
+        raise BadInput(
+            f"config.data.name = {name!r}: is prepared in {found.data_dir} as {', '.join(formats)}, which has no random "
+            f"access; run: tfds convert_format --dataset_version_dir={found.data_dir} --out_file_format=array_record"
+        )
+    return found
 
 
 def prepare(name: str, *, data_dir: str | None = None) -> str:
@@ -76,28 +92,34 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
         found = tfds.builder(name, data_dir=folder, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
         raise BadInput(_unknown(name)) from None
+    # Some sets would notice only after hours of downloading.
+    if not found.is_prepared() and importlib.util.find_spec("tensorflow") is None:
+        raise BadInput(f'--name {name}: preparing it needs TensorFlow; pip install "sigmarep[tf]"')
     try:
         found.download_and_prepare()
-    except ImportError as error:
-        raise BadInput(
-            f'--name {name}: preparing it needs TensorFlow; pip install "sigmarep[tf]" ({_line(error)})'
-        ) from error
     except Exception as error:
         raise BadInput(f"--name {name}: could not be prepared ({_line(error)})") from error
+    builder(name, data_dir=folder)
     return str(found.data_dir)
 
 
 def open_source(name: str, split: str, *, data_dir: str | None = None) -> Source:
-    """The examples of a split; TFDS's slices such as "train[:90%]" are splits too.
+    """The examples of a split; TFDS's slices and sums such as "train[:90%]" and "train+test" are splits too.
 
     Raises:
-      BadInput: see `builder`; or there is no such split.
+      BadInput: see `builder`; or there is no such split, or nothing in it.
     """
     found = builder(name, data_dir=data_dir)
-    if split.split("[")[0] not in found.info.splits:
+    splits = found.info.splits
+    try:
+        count = splits[split].num_examples
+    except Exception:
+        count = 0
+    if not count:
+        examples = ", ".join(f"{each} {details.num_examples}" for each, details in splits.items())
         raise BadInput(
-            f"config.data: {name} has no split {split!r}; expected one of {', '.join(found.info.splits)}, "
-            "or a slice such as train[:90%]"
+            f"config.data: {name} has no split {split!r}; expected one of {', '.join(splits)}, "
+            f"or a slice such as train[:90%] that holds an example (examples: {examples})"
         )
     try:
         source = found.as_data_source(split)
@@ -115,17 +137,21 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
     """
     info = builder(name, data_dir=data_dir).info
     features = info.features
-    if not {"image", "label"} <= set(features):
-        raise BadInput(f"config.data.name = {name!r}: has no image and label; its features are {', '.join(features)}")
+    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
+        raise BadInput(
+            f"config.data.name = {name!r}: has no image with one class as its label; its features are "
+            f"{', '.join(features)}"
+        )
     splits = {split: details.num_examples for split, details in info.splits.items()}
     return Description(features["label"].num_classes, tuple(features["image"].shape), splits)
 
 
 def _own(name: str, folder: str):
-    import importlib
-
     module, attribute = OWN[name]
     made = getattr(importlib.import_module(module), attribute)
+    found = made(data_dir=folder, file_format="array_record")
+    if found.is_prepared():
+        return found
     try:
         os.makedirs(folder, exist_ok=True)
         # Two processes may start at once on a machine that has nothing yet.
@@ -137,27 +163,39 @@ def _own(name: str, folder: str):
 
                 tfds.disable_progress_bar()
                 found.download_and_prepare()
-    except BadInput:
-        raise
     except OSError as error:
         raise BadInput(
             f"config.data.data_dir = {folder!r}: cannot be written ({error.strerror}); set another with "
             "--config.data.data_dir"
         ) from error
-    except Exception as error:
-        raise BadInput(_damaged(name, folder, error)) from error
     return found
 
 
-def _is_prepared(name: str, folder: str) -> bool:
-    path = os.path.join(folder, *name.split(":")[0].split("/"))
-    return any("dataset_info.json" in files for _, _, files in os.walk(path))
+def _prepared(name: str, folder: str) -> str | None:
+    """The folder of the newest prepared version of `dataset[/variant][:version]`, or None.
+
+    Raises:
+      BadInput: no variant is named, and several are prepared.
+    """
+    if not NAME.fullmatch(name):
+        raise BadInput(_unknown(name))
+    dataset, _, asked = name.partition(":")
+    root = glob.escape(os.path.join(folder, *dataset.split("/")))
+    found = [os.path.dirname(path) for depth in ("*", "*/*") for path in glob.glob(f"{root}/{depth}/dataset_info.json")]
+    # What was interrupted lies in folders such as 1.0.0.incompleteXY.
+    found = [path for path in found if VERSION.fullmatch(os.path.basename(path))]
+    variants = sorted({os.path.relpath(os.path.dirname(path), folder) for path in found})
+    if len(variants) > 1:
+        raise BadInput(f"config.data.name = {name!r}: has variants; expected one of {', '.join(variants)}")
+    found = [path for path in found if asked in ("", os.path.basename(path))]
+    return max(found, key=lambda path: [int(part) for part in os.path.basename(path).split(".")], default=None)
 
 
 def _missing(name: str, folder: str):
     import tensorflow_datasets as tfds
 
-    if name not in KNOWN and name not in tfds.list_builders(with_community_datasets=False):
+    dataset = re.split("[/:]", name)[0]
+    if dataset not in KNOWN and dataset not in tfds.list_builders(with_community_datasets=False):
         raise BadInput(_unknown(name))
     raise BadInput(
         f"config.data.name = {name!r}: is not prepared under {folder}; "

@@ -71,6 +71,40 @@ def test_operations_grow_from_nothing(name, channels):
         assert changes[1] > changes[0] >= 0
 
 
+def test_operations_have_the_strengths_of_magnitude_nine():
+    image = picture()
+    x = image.astype(int)
+    expected = {
+        "invert": 255 - x,
+        # A threshold of 256 − 0.9·256, one bit kept of 8, 0.9·110 added below 128.
+        "solarize": np.where(x >= 26, 255 - x, x),
+        "posterize": np.where(x >= 128, 128, 0),
+        "solarize_add": np.where(x < 128, x + 99, x),
+    }
+    for name, array in expected.items():
+        np.testing.assert_array_equal(augment.from_pil(augment.OPERATIONS[name](augment.to_pil(image), 0.9, 1)), array)
+    for sign in (-1, 1):
+        brighter = augment.from_pil(augment.OPERATIONS["brightness"](augment.to_pil(image), 0.9, sign))
+        np.testing.assert_allclose(brighter, np.clip(x * (1 + sign * 0.81), 0, 255), atol=1)
+        # Half the 20 columns at level 1/0.9, whole pixels, so that nothing is interpolated.
+        square = picture(20, 20)
+        moved = augment.from_pil(augment.OPERATIONS["translate_x"](augment.to_pil(square), 0.5 / 0.45, sign))
+        kept, gone = (moved[:, :10], moved[:, 10:])[::sign]
+        np.testing.assert_array_equal(kept, square[:, 10:] if sign == 1 else square[:, :10])
+        assert np.all(gone == augment.FILL)
+
+
+def test_colour_jitter_of_an_even_grey_is_its_brightness_factor():
+    # Contrast and saturation leave an even grey as it is.
+    image = np.full((4, 4, 3), 100, np.uint8)
+    rng = np.random.default_rng(0)
+    jittered = [augment.color_jitter(image, 0.4, rng) for _ in range(200)]
+    assert all(np.ptp(each) == 0 for each in jittered)
+    values = [int(each[0, 0, 0]) for each in jittered]
+    assert 59 <= min(values) < 70
+    assert 130 < max(values) <= 141
+
+
 def test_rand_augment_applies_each_layer_with_its_probability():
     image = picture()
     rng = np.random.default_rng(0)
@@ -153,10 +187,22 @@ def test_flips_happen_half_the_time():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (5, 6, 3), (5, 6, 4)])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (5, 6, 2), (5, 6, 3), (5, 6, 4)])
 def test_any_picture_gets_the_asked_channels(shape, channels):
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     assert images.with_channels(image, channels).shape == (5, 6, channels)
+
+
+@pytest.mark.parametrize("image", [np.zeros((5, 6, 5), np.uint8), np.zeros((5, 6, 1), np.uint16)])
+def test_images_of_another_kind_are_refused(image):
+    with pytest.raises(BadInput, match=r"expected uint8 \(height, width\) with 1 to 4 channels"):
+        images.with_channels(image, 3)
+
+
+def test_four_channels_are_cyan_magenta_yellow_black():
+    cyan = np.zeros((2, 2, 4), np.uint8)
+    cyan[..., 0] = 255
+    np.testing.assert_array_equal(images.with_channels(cyan, 3)[0, 0], (0, 255, 255))
 
 
 @pytest.mark.parametrize(

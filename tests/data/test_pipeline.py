@@ -1,6 +1,8 @@
 """The road from a source to batches: resumable at any batch, for any number of processes."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -63,7 +65,30 @@ def test_threads_do_not_change_the_batches():
 
 @pytest.mark.slow
 def test_worker_processes_do_not_change_the_batches():
-    assert_equal(take(9), take(9, num_workers=2))
+    assert_equal(take(12)[3:], take(9, start=3, num_workers=2))
+
+
+ABANDONED = """
+import numpy as np
+from sigmarep.data import pipeline
+
+class Zeros:
+    def __len__(self):
+        return 50
+    def __getitem__(self, index):
+        return {"x": np.zeros(1000)}
+
+if __name__ == "__main__":
+    stream = pipeline.training_stream(Zeros(), batch_size=8, seed=0, num_workers=2)
+    next(stream)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_may_end_while_workers_run(tmp_path):
+    (tmp_path / "program.py").write_text(ABANDONED)
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_epoch_has_every_example_once_and_another_order():
@@ -106,6 +131,11 @@ def test_evaluation_sees_every_example_once(batch_size, processes):
     assert all(len(batch["x"]) == batch_size // processes for batch in rows)
     real = np.concatenate([batch["x"][batch["mask"] == 1] for batch in rows])
     np.testing.assert_array_equal(np.sort(real), np.arange(50))
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(BadInput, match=r"config\.seed = -1: expected 0 or more"):
+        take(1, seed=-1)
 
 
 def test_a_batch_that_does_not_divide_is_refused():

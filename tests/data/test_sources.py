@@ -1,8 +1,12 @@
 """Data sets through TFDS: the project's own builder, sets prepared by name, and what the errors say."""
 
+import importlib.util
 import io
 import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -37,14 +41,31 @@ def test_the_digits_are_scikit_learns(folder):
     assert read == expected
 
 
-def test_slices_are_splits(folder):
+def test_slices_and_sums_are_splits(folder):
     assert len(sources.open_source("digits", "train[:10%]", data_dir=folder)) == 144
+    assert len(sources.open_source("digits", "train[:10]+test", data_dir=folder)) == 370
+
+
+def test_processes_that_start_at_once_prepare_the_digits_once(tmp_path):
+    code = (
+        "from sigmarep.data import sources; "
+        f"print(len(sources.open_source('digits', 'train', data_dir={str(tmp_path)!r})))"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert all(text.endswith("1437\n") for text in said)
+    assert sum("Downloading and preparing" in text for text in said) == 1
+
+
+def test_prepared_digits_are_read_from_a_folder_that_cannot_be_written(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / ".digits.lock").unlink()
+    (tmp_path / ".digits.lock").mkdir()
+    assert len(sources.open_source("digits", "test", data_dir=str(tmp_path))) == 360
 
 
 def test_reading_needs_no_tensorflow(folder):
-    import subprocess
-    import sys
-
     code = (
         "import sys; from sigmarep.data import sources; "
         f"sources.open_source('digits', 'test', data_dir={folder!r})[0]; "
@@ -54,35 +75,44 @@ def test_reading_needs_no_tensorflow(folder):
     assert done.stdout.strip() == "False"
 
 
-class Imagenet2012(tfds.core.GeneratorBasedBuilder):
-    """Pictures of several sizes and modes under TFDS's own name and features, as a prepared folder has them."""
+# Outside TFDS's register, where its own ImageNet has this name.
+with tfds.core.registered.skip_registration():
 
-    name = "imagenet2012"
-    VERSION = tfds.core.Version("5.1.0")
+    class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+        """Pictures of several sizes and modes under TFDS's name and features, as a prepared folder has them."""
 
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(num_classes=1000),
-            "file_name": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        name = "imagenet2012"
+        VERSION = tfds.core.Version("5.0.0")
+        SUPPORTED_VERSIONS = [tfds.core.Version("4.10.0")]  # noqa: RUF012
 
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(6), "validation": self._generate_examples(4)}
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(num_classes=1000),
+                "file_name": tfds.features.Text(),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-    def _generate_examples(self, count):
-        rng = np.random.default_rng(0)
-        for i in range(count):
-            picture = Image.fromarray(rng.integers(0, 255, (40 + i, 60, 3), dtype=np.uint8))
-            encoded = io.BytesIO()
-            picture.convert(["RGB", "L"][i % 2]).save(encoded, format="JPEG")
-            encoded.seek(0)
-            yield i, {"image": encoded, "label": i, "file_name": str(i)}
+        def _split_generators(self, dl_manager):
+            older = str(self.version) == "4.10.0"
+            return {"train": self._generate_examples(6 - older), "validation": self._generate_examples(4)}
+
+        def _generate_examples(self, count):
+            rng = np.random.default_rng(0)
+            for i in range(count):
+                picture = Image.fromarray(rng.integers(0, 255, (40 + i, 60, 3), dtype=np.uint8))
+                encoded = io.BytesIO()
+                picture.convert(["RGB", "L", "CMYK"][i % 3]).save(encoded, format="JPEG")
+                encoded.seek(0)
+                yield i, {"image": encoded, "label": i, "file_name": str(i)}
+
+
+def prepare_imagenet(folder, version=None):
+    Imagenet2012(data_dir=str(folder), file_format="array_record", version=version).download_and_prepare()
 
 
 def test_a_prepared_imagenet_travels_the_same_road(tmp_path):
-    Imagenet2012(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    prepare_imagenet(tmp_path)
     described = sources.describe("imagenet2012", data_dir=str(tmp_path))
     assert described.num_classes == 1000
     config = images.default_config()
@@ -100,6 +130,37 @@ def test_a_prepared_imagenet_travels_the_same_road(tmp_path):
     assert evaluate(validation[1])["image"].shape == (32, 32, 3)
 
 
+def test_the_newest_prepared_version_is_read_unless_one_is_named(tmp_path):
+    prepare_imagenet(tmp_path, "4.10.0")
+    assert sources.describe("imagenet2012", data_dir=str(tmp_path)).splits["train"] == 5
+    prepare_imagenet(tmp_path)
+    assert sources.describe("imagenet2012", data_dir=str(tmp_path)).splits["train"] == 6
+    assert sources.describe("imagenet2012:4.10.0", data_dir=str(tmp_path)).splits["train"] == 5
+    with pytest.raises(BadInput, match=r"'imagenet2012:5\.1\.0': is not prepared"):
+        sources.describe("imagenet2012:5.1.0", data_dir=str(tmp_path))
+
+
+def test_several_prepared_variants_are_listed(tmp_path):
+    prepare_imagenet(tmp_path / "made")
+    for variant in ("160px", "320px"):
+        shutil.copytree(tmp_path / "made/imagenet2012", tmp_path / "imagenette" / variant)
+    with pytest.raises(BadInput, match="expected one of imagenette/160px, imagenette/320px"):
+        sources.describe("imagenette", data_dir=str(tmp_path))
+    assert len(sources.open_source("imagenette/320px", "train", data_dir=str(tmp_path))) == 6
+
+
+def test_a_set_without_random_access_is_to_be_converted_not_deleted(tmp_path):
+    prepare_imagenet(tmp_path)
+    version = tmp_path / "imagenet2012/5.0.0"
+    for path in version.glob("*array_record*"):
+        path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
+    info = version / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(BadInput, match=rf"tfds convert_format --dataset_version_dir={version}") as raised:
+        sources.open_source("imagenet2012", "train", data_dir=str(tmp_path))
+    assert "delete" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["cifar10", "imagenet2012", "imagenette"])
 def test_a_set_that_is_not_prepared_names_the_command(name, tmp_path):
     with pytest.raises(BadInput, match=rf"python scripts/prepare_data.py --name {name} --data_dir {tmp_path}"):
@@ -111,9 +172,16 @@ def test_an_unknown_name_gets_the_nearest_one(tmp_path):
         sources.describe("cifr10", data_dir=str(tmp_path))
 
 
-def test_an_unknown_split_lists_the_splits(folder):
-    with pytest.raises(BadInput, match="no split 'validation'; expected one of train, test"):
-        sources.open_source("digits", "validation", data_dir=folder)
+@pytest.mark.parametrize("name", ["", "../digits", "a b"])
+def test_a_name_that_cannot_be_one_is_unknown(name, folder):
+    with pytest.raises(BadInput, match="there is no such data set"):
+        sources.describe(name, data_dir=folder)
+
+
+@pytest.mark.parametrize("split", ["validation", "", "train[:10", "train[:0]", "train[3000:]"])
+def test_an_unknown_or_empty_split_lists_the_splits(split, folder):
+    with pytest.raises(BadInput, match=f"no split {re.escape(repr(split))}; expected one of train, test"):
+        sources.open_source("digits", split, data_dir=folder)
 
 
 def test_damaged_files_are_said_to_be(folder, tmp_path):
@@ -126,7 +194,34 @@ def test_damaged_files_are_said_to_be(folder, tmp_path):
         sources.open_source("digits", "train", data_dir=str(tmp_path))
 
 
+def test_a_missing_description_is_damage(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    next(tmp_path.glob("digits/*/dataset_info.json")).unlink()
+    with pytest.raises(BadInput, match=r"dataset_info\.json is missing .* delete that folder and prepare it again"):
+        sources.open_source("digits", "train", data_dir=str(tmp_path))
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"config\.data\.data_dir = .*cannot be written"):
         sources.describe("digits", data_dir=str(tmp_path / "file"))
+
+
+def prepare_data(*arguments):
+    script = os.path.join(os.path.dirname(__file__), "../../scripts/prepare_data.py")
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+
+def test_the_command_prepares_and_refuses_on_one_line(tmp_path):
+    done = prepare_data("--name", "digits", "--data_dir", str(tmp_path))
+    assert done.returncode == 0
+    assert len(sources.open_source("digits", "test", data_dir=str(tmp_path))) == 360
+    refused = prepare_data("--name", "cifr10", "--data_dir", str(tmp_path))
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("prepare_data.py: config.data.name = 'cifr10'")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed")
+def test_preparing_other_sets_without_tensorflow_names_the_extra(tmp_path):
+    with pytest.raises(BadInput, match=r'cifar10: preparing it needs TensorFlow; pip install "sigmarep\[tf\]"'):
+        sources.prepare("cifar10", data_dir=str(tmp_path))

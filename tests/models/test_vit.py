@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sigmarep.models.vit import ViT, variant
-from sigmarep.nn import TransformerConfig
+from sigmarep.nn import TransformerConfig, fold
 from sigmarep.nn.positions import sincos_2d
 
 KEY = jax.random.key(0)
@@ -69,13 +69,13 @@ def test_without_classes_it_gives_features():
 
 
 def test_the_patch_gain_scales_the_first_kernel():
-    wide = dataclasses.replace(SMALL, width=64)
-    kernels = [
+    wide = dataclasses.replace(SMALL, width=64, depth=1)
+    found = [
         ViT(wide, patch_size=4, num_classes=0, patch_gain=gain).init(KEY, IMAGES)["params"]["patch_embedding"]["kernel"]
         for gain in (1.0, 0.125)
     ]
-    np.testing.assert_allclose(np.std(kernels[0]), 0.02, rtol=0.05)
-    np.testing.assert_allclose(np.std(kernels[1]), 0.0025, rtol=0.05)
+    np.testing.assert_allclose(np.std(found[0]), 0.02, rtol=0.05)
+    np.testing.assert_allclose(np.std(found[1]), 0.0025, rtol=0.05)
 
 
 def test_bfloat16_is_close_and_keeps_float32_state():
@@ -89,6 +89,70 @@ def test_bfloat16_is_close_and_keeps_float32_state():
     np.testing.assert_allclose(output, full, atol=0.05)
     # σ and u depend on the float32 kernels alone.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), changed, exact)
+
+
+def of_vit(params, variables, model):
+    output, changed = model.apply({**variables, "params": params}, IMAGES, mutable=["spectral"])
+    return jnp.sum(jnp.tanh(output[:, 0])), changed
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["scan", "unrolled"])
+def trained(request):
+    """A ViT after five steps of gradient descent, and its gradient there."""
+    c = dataclasses.replace(SMALL, reparam="sigma", gamma_init="sigma", norm="none", init_std=0.2, scan=request.param)
+    model = ViT(c, patch_size=2, num_classes=5)
+    variables = model.init(KEY, IMAGES)
+    gradient = jax.jit(jax.grad(lambda params, variables: of_vit(params, variables, model), has_aux=True))
+    for _ in range(5):
+        slope, changed = gradient(variables["params"], variables)
+        params = jax.tree.map(lambda x, g: x - 0.05 * g, variables["params"], slope)
+        variables = {"params": params, **changed}
+    return model, variables, gradient(variables["params"], variables)[0]
+
+
+def kernels(tree, stacked=False):
+    """Every reparametrised layer's variables by path, one entry a block."""
+    if "kernel" not in tree:
+        for name, part in tree.items():
+            if hasattr(part, "items"):
+                for path, layer in kernels(part, stacked or name == "blocks"):
+                    yield f"{name}/{path}", layer
+    elif stacked:
+        for i in range(len(tree["kernel"])):
+            yield str(i), {name: value[i] for name, value in tree.items()}
+    else:
+        yield "", tree
+
+
+def test_no_gradient_of_a_whole_model_points_along_its_kernel(trained):
+    _, variables, gradient = trained
+    pairs = list(zip(kernels(variables["params"]), kernels(gradient), strict=True))
+    assert len(pairs) == 2 + 6 * 2
+    for (path, layer), (_, slope) in pairs:
+        w, g = (np.asarray(x["kernel"], np.float64) for x in (layer, slope))
+        assert abs(np.sum(w * g)) < 1e-5 * np.linalg.norm(w) * np.linalg.norm(g), path
+
+
+def test_every_effective_norm_of_a_whole_model_is_its_gamma(trained):
+    _, variables, _ = trained
+    layers = kernels(variables["params"])
+    for (path, layer), (_, folded) in zip(layers, kernels(fold(variables)), strict=True):
+        name = path.split("/")[-2]
+        inputs = {"out": 2, "patch_embedding": 3}.get(name, 1)
+        effective = np.asarray(folded["kernel"], np.float64)
+        matrix = effective.reshape(int(np.prod(effective.shape[:inputs])), -1)
+        np.testing.assert_allclose(np.linalg.norm(matrix, 2), abs(layer["gamma"]), rtol=1e-4, err_msg=path)
+
+
+def test_a_trained_model_folds_to_the_plain_one_with_the_same_logits(trained):
+    model, variables, _ = trained
+    plain = ViT(dataclasses.replace(model.transformer, reparam="none"), patch_size=2, num_classes=5)
+    folded = fold(variables)
+    expected = jax.eval_shape(plain.init, KEY, IMAGES)["params"]
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, expected)
+    np.testing.assert_allclose(
+        plain.apply({"params": folded}, IMAGES), model.apply(variables, IMAGES), rtol=1e-5, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,16 @@ def test_scanned_equals_unrolled_in_output_state_and_gradient(norm):
 @pytest.mark.parametrize("remat", ["full", "dots"])
 @pytest.mark.parametrize("scan", [True, False])
 def test_recomputing_changes_neither_gradient_nor_power_step(remat, scan):
-    c = dataclasses.replace(SMALL, scan=scan)
+    # Dropout too: what is recomputed must draw the same masks.
+    c = dataclasses.replace(SMALL, depth=2, scan=scan, dropout=0.3, layer_drop=0.3)
+    options = {"deterministic": False, "rngs": {"dropout": KEY}, "mutable": ["spectral"]}
+    variables = TransformerStack(c).init(KEY, X)
     results = []
     for word in ("none", remat):
         model = TransformerStack(dataclasses.replace(c, remat=word))
-        variables = model.init(KEY, X)
 
-        def loss(params, model=model, variables=variables):
-            output, changed = model.apply({**variables, "params": params}, X, mutable=["spectral"])
+        def loss(params, model=model):
+            output, changed = model.apply({**variables, "params": params}, X, **options)
             return jnp.sum(jnp.sin(output)), changed
 
         results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
@@ -82,7 +84,7 @@ def test_folding_gives_the_plain_model_with_the_same_outputs(scan, qkv, reparam)
     # Two updates' worth of drift, so that u is not exact and γ not 1.
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), variables["params"])
     folded = fold({**variables, "params": params})
-    shapes = jax.tree.map(jnp.shape, plain.init(KEY, X)["params"])
+    shapes = jax.tree.map(jnp.shape, jax.eval_shape(plain.init, KEY, X)["params"])
     assert jax.tree.map(jnp.shape, folded) == shapes
     close(plain.apply({"params": folded}, X), model.apply({**variables, "params": params}, X), rtol=1e-5, atol=2e-6)
 
@@ -99,15 +101,19 @@ def test_fused_attention_equals_the_reference(arguments):
     close(*outputs)
 
 
-def test_cross_attention_equals_the_reference_and_projects_apart():
-    for qkv in ("separate", "fused"):
-        outputs = []
-        for implementation in ("reference", "xla"):
-            layer = MultiHeadAttention(4, implementation=implementation, qkv=qkv)
-            variables = layer.init(KEY, X, CONTEXT)
-            outputs.append(layer.apply(variables, X, CONTEXT))
-        assert {"query", "key", "value", "out"} == set(variables["params"])
-        close(*outputs)
+@pytest.mark.parametrize("qkv", ["separate", "fused"])
+def test_cross_attention_equals_the_reference_and_projects_apart(qkv):
+    results = []
+    for implementation in ("reference", "xla"):
+        layer = MultiHeadAttention(4, implementation=implementation, qkv=qkv)
+        variables = layer.init(KEY, X, CONTEXT)
+
+        def loss(x, context, layer=layer, variables=variables):
+            return jnp.sum(layer.apply(variables, x, context) ** 2)
+
+        results.append(jax.value_and_grad(loss, (0, 1))(X, CONTEXT))
+    assert set(variables["params"]) == {"query", "key", "value", "out"}
+    close(*results)
 
 
 def weights_of(layer, variables, x, context, visible):
@@ -117,7 +123,9 @@ def weights_of(layer, variables, x, context, visible):
         np.einsum("btd,dnh->btnh", np.asarray(y, np.float64), params[name]["kernel"]) + params[name]["bias"]
         for name, y in (("query", x), ("key", context))
     )
-    if layer.qk_norm == "rms":
+    if layer.qk_norm != "none":
+        centre = layer.qk_norm == "layer"
+        q, k = (y - centre * y.mean(-1, keepdims=True) for y in (q, k))
         q, k = (
             y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * params[f"{name}_norm"]["scale"]
             for name, y in (("query", q), ("key", k))
@@ -130,9 +138,9 @@ def weights_of(layer, variables, x, context, visible):
     return p / p.sum(-1, keepdims=True), logits, params
 
 
-@pytest.mark.parametrize("kind", ["self", "causal", "padded", "cross", "rms", "capped"])
+@pytest.mark.parametrize("kind", ["self", "causal", "padded", "cross", "layer", "rms", "capped"])
 def test_recorded_statistics_equal_the_full_attention_matrix(kind):
-    fields = {"rms": {"qk_norm": "rms"}, "capped": {"logit_cap": 0.5}}.get(kind, {})
+    fields = {"layer": {"qk_norm": "layer"}, "rms": {"qk_norm": "rms"}, "capped": {"logit_cap": 0.5}}.get(kind, {})
     layer = MultiHeadAttention(4, gamma_init=3.0, **fields)
     context = CONTEXT if kind == "cross" else None
     arguments = {"is_causal": True} if kind == "causal" else {"key_padding": PADDING} if kind == "padded" else {}
@@ -181,16 +189,32 @@ def test_recorded_entropy_respects_the_theorems_bound():
     assert np.all(changed["attention"]["entropy"] >= entropy.entropy_lower_bound(sigma, 6) - 1e-6)
 
 
+class Unrecorded(MultiHeadAttention):
+    """The layer with its statistics cut out."""
+
+    def _record(self, *inputs):
+        pass
+
+
 def test_nothing_is_computed_for_statistics_that_nobody_asks_for():
-    layer = MultiHeadAttention(4, reparam="none")
-    variables = layer.init(KEY, X)
+    variables = MultiHeadAttention(4).init(KEY, X)
     assert "attention" not in variables
-    silent = jax.jit(lambda v: layer.apply(v, X)).lower(variables).compile().cost_analysis()["flops"]
-    asked = jax.jit(lambda v: layer.apply(v, X, mutable=["attention"])).lower(variables).compile()
-    assert asked.cost_analysis()["flops"] > silent
-    text = str(jax.make_jaxpr(lambda v: layer.apply(v, X))(variables))
-    assert "eigh" not in text
-    assert "log" not in text.replace("logical", "")
+
+    def program(kind, mutable):
+        return str(jax.make_jaxpr(lambda v: kind(4).apply(v, X, mutable=mutable))(variables))
+
+    assert program(MultiHeadAttention, ["spectral"]) == program(Unrecorded, ["spectral"])
+    assert program(MultiHeadAttention, ["attention"]) != program(Unrecorded, ["attention"])
+
+
+def test_an_example_without_a_real_token_is_left_out_of_the_statistics():
+    layer = MultiHeadAttention(4)
+    variables = layer.init(KEY, X)
+    empty = jnp.asarray([[True] * 6, [False] * 6])
+    output, changed = layer.apply(variables, X, key_padding=empty, mutable=["attention"])
+    alone = layer.apply(variables, X[:1], mutable=["attention"])[1]
+    assert np.all(np.isfinite(output))
+    close(changed, alone)
 
 
 def test_entropy_is_taken_before_dropout():
@@ -210,8 +234,13 @@ def test_fused_attention_refuses_what_it_cannot_do(implementation):
 
 
 def test_deepnorm_constants_equal_the_papers():
-    # DeepNet, encoder only: α = (2N)^¼, β = (8N)^−¼, here by hand for N = 18 and 100.
-    for depth, alpha, beta in ((18, 2.449490, 0.288675), (100, 3.760603, 0.188030)):
+    # DeepNet, encoder only: α⁴ = 2N and β⁴ = 1/(8N).
+    for depth, alpha, beta in (
+        (6, 1.861210, 0.379918),
+        (18, 2.449490, 0.288675),
+        (50, 3.162278, 0.223607),
+        (100, 3.760603, 0.188030),
+    ):
         c = dataclasses.replace(SMALL, norm="deepnorm", depth=depth)
         np.testing.assert_allclose([c.residual_scale, c.branch_init_scale], [alpha, beta], rtol=1e-6)
     plain, scaled = (
@@ -227,18 +256,32 @@ def test_deepnorm_constants_equal_the_papers():
         np.testing.assert_allclose(a / b, beta, rtol=1e-5)
 
 
-def test_drop_path_drops_whole_branches_of_examples_and_keeps_the_mean():
+def test_drop_path_drops_branches_of_single_examples_and_rescales_the_others():
     c = dataclasses.replace(SMALL, norm="none", drop_path=0.5, reparam="none")
     block = TransformerBlock(c)
     x = jnp.broadcast_to(X[:1], (400, 6, 16))
     variables = block.init(KEY, x)
-    full = block.apply(variables, x, 0.0)[0]
-    dropped = block.apply(variables, x, 0.5, deterministic=False, rngs={"dropout": KEY})
-    untouched = np.all(np.isclose(dropped, x, atol=1e-6), axis=(1, 2))
-    # Both branches dropped: a quarter of the examples.
-    assert 0.18 < untouched.mean() < 0.32
-    assert not np.allclose(full, x[0], atol=1e-3)
-    np.testing.assert_array_equal(block.apply(variables, x, 0.5)[0], full)
+    # A silent MLP leaves one branch to look at.
+    variables["params"]["mlp"]["down"]["kernel"] *= 0
+    branch = block.apply(variables, x, 0.0) - x
+    dropped = block.apply(variables, x, 0.75, deterministic=False, rngs={"dropout": KEY})
+    kept = np.any(np.abs(dropped - x) > 1e-6, axis=(1, 2))
+    np.testing.assert_allclose(dropped - x, kept[:, None, None] * branch * 4, atol=1e-4)
+    # 400 draws at 1/4: three standard deviations are 0.065.
+    assert abs(kept.mean() - 0.25) < 0.065
+    np.testing.assert_array_equal(block.apply(variables, x, 0.75) - x, branch)
+
+
+def test_the_rate_of_drop_path_rises_from_none_in_the_first_block_to_the_last():
+    c = dataclasses.replace(SMALL, depth=2, norm="none", drop_path=0.9, reparam="none")
+    x = jnp.broadcast_to(X[:1], (200, 6, 16))
+    stack = TransformerStack(c)
+    variables = stack.init(KEY, x[:1])
+    first = TransformerBlock(c).apply({"params": jax.tree.map(lambda a: a[0], variables["params"]["blocks"])}, x)
+    dropped = stack.apply(variables, x, deterministic=False, rngs={"dropout": KEY})
+    only_first = np.all(np.isclose(dropped, first, atol=1e-5), axis=(1, 2))
+    # Both branches of the last block dropped: 0.81 of the examples, ± three standard deviations.
+    assert abs(only_first.mean() - 0.81) < 0.085
 
 
 def test_layer_drop_leaves_whole_blocks_out_without_rescaling():
@@ -255,6 +298,18 @@ def test_layer_drop_leaves_whole_blocks_out_without_rescaling():
     assert 8 < sum(kept) < 32
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_layer_drop_draws_for_every_block_anew(scan):
+    stack = TransformerStack(
+        dataclasses.replace(SMALL, depth=2, norm="none", layer_drop=0.5, reparam="none", scan=scan)
+    )
+    variables = stack.init(KEY, X)
+    run = jax.jit(lambda key: stack.apply(variables, X, deterministic=False, rngs={"dropout": key}))
+    outputs = {round(float(jnp.sum(jnp.abs(run(jax.random.key(seed))))), 2) for seed in range(40)}
+    # Each of two blocks kept or left out.
+    assert len(outputs) == 4
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -265,6 +320,11 @@ def test_layer_drop_leaves_whole_blocks_out_without_rescaling():
         ("remat", "some", "expected one of none, full, dots"),
         ("num_heads", 5, "does not divide width = 16"),
         ("depth", 0, "at least 1"),
+        ("mlp_dim", -4, "at least 1"),
+        ("qk_norm", "l2", "expected one of none, layer, rms"),
+        ("attention_implementation", "flash", "expected one of auto, reference, xla, cudnn"),
+        ("kernel_init", "zeros", "expected one of trunc_normal, normal"),
+        ("drop_path", -0.1, "from 0 to below 1"),
         ("dropout", 1.0, "from 0 to below 1"),
         ("gamma_init", "two", "'one', 'sigma' or a number"),
     ],

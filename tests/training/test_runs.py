@@ -277,3 +277,14 @@ def test_evaluating_an_empty_folder_is_refused(folder, tmp_path):
     status, _, err = finish(start(folder, tmp_path, script="evaluate.py"))
     assert status == 2
     assert "holds no run" in err
+
+
+@pytest.mark.slow
+def test_the_quickstart_reads_at_least_95_percent_of_the_test_digits(folder, monkeypatch):
+    # As a user runs it, without the flags that make tiny models compile sooner.
+    monkeypatch.setenv("XLA_FLAGS", "")
+    status, out, err = finish(start(folder, folder / "quickstart"), timeout=600)
+    assert status == 0, err
+    accuracy = next(line for line in out.splitlines() if line.startswith("test accuracy: "))
+    assert float(accuracy.split()[-1]) >= 0.95
+    assert "lowest attention entropy: " in out

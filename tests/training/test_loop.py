@@ -1,0 +1,131 @@
+"""The loop in this process: many devices, both ways of using them, other devices on resume, averaged weights."""
+
+import jax
+import numpy as np
+import pytest
+
+from sigmarep.core import spectral
+from sigmarep.nn import fold
+from sigmarep.training import evaluate, train_and_evaluate
+from sigmarep.training.checkpoints import Checkpointer
+from sigmarep.training.config import default_config, validate
+from sigmarep.training.experiment import build
+from sigmarep.training.metrics import read_metrics
+from sigmarep.training.step import evaluation_variables
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+def tiny(data_dir, **fields):
+    config = default_config("image_classification")
+    config.total_steps, config.log_every_steps, config.checkpoint_every_steps = 12, 1, 4
+    config.batch_size = 16
+    config.writers.progress = "off"
+    config.model.depth, config.model.width, config.model.mlp_dim = 2, 16, 16
+    config.model.reparam, config.model.norm = "sigma", "post"
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
+    config.data.data_dir, config.data.in_memory, config.data.num_threads = data_dir, True, 1
+    for name, value in fields.items():
+        *blocks, leaf = name.split("__")
+        block = config
+        for each in blocks:
+            block = block[each]
+        block[leaf] = value
+    return config
+
+
+def losses(folder):
+    return [row["train/loss"] for row in read_metrics(f"{folder}/metrics.jsonl") if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(data_dir, tmp_path_factory):
+    """The result of a run with the batch over eight devices, and its workdir."""
+    folder = tmp_path_factory.mktemp("data8")
+    return train_and_evaluate(tiny(data_dir), str(folder)), folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mesh__data": 2, "mesh__fsdp": 4},
+        {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+        {"parallel": "pmap"},
+    ],
+    ids=["fsdp", "tensor", "pmap"],
+)
+def test_every_way_of_using_the_devices_gives_the_same_losses(fields, data_dir, on_eight_devices, tmp_path):
+    result = train_and_evaluate(tiny(data_dir, **fields), str(tmp_path))
+    np.testing.assert_allclose(losses(tmp_path), losses(on_eight_devices[1]), rtol=1e-4)
+    assert result["eval/test/accuracy"] == pytest.approx(on_eight_devices[0]["eval/test/accuracy"], abs=0.01)
+
+
+def test_a_run_goes_on_with_other_devices(data_dir, on_eight_devices, tmp_path):
+    import os
+    import shutil
+
+    shutil.copytree(on_eight_devices[1], tmp_path / "run")
+    for step in ("8", "12"):
+        if step == "12":
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    assert "8" in os.listdir(tmp_path / "run" / "checkpoints")
+    config = tiny(data_dir, mesh__data=1, mesh__fsdp=8)
+    train_and_evaluate(config, str(tmp_path / "run"))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(on_eight_devices[1]), rtol=1e-4)
+
+
+def test_evaluating_twice_changes_nothing(on_eight_devices):
+    result, folder = on_eight_devices
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    first, second = evaluate(None, str(folder)), evaluate(None, str(folder))
+    assert first == second
+    assert first["eval/test/loss"] == pytest.approx(result["eval/test/loss"], rel=1e-5)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_training_that_learns_keeps_sigma_at_the_svds_value(data_dir):
+    """Two hundred steps of SGD on the digits; the stored u, one power step later, against float64 SVDs."""
+    config = tiny(data_dir, total_steps=200, batch_size=64, mesh__data=8)
+    config.model.scan, config.model.norm, config.model.init_std = False, "pre", 0.2
+    config.model.width, config.model.mlp_dim = 32, 64
+    experiment = build(validate(config))
+    state = experiment.create_state()
+    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+    seen = []
+    for _, batch in zip(range(200), stream, strict=False):
+        state, output = experiment.runner.step(state, batch, panel=False)
+        seen.append(float(output.scalars["loss"]))
+    assert np.mean(seen[-10:]) < 0.7 * np.mean(seen[:10])
+    variables = jax.device_get(evaluation_variables(state))
+    layers = jax.tree_util.tree_leaves_with_path(variables["spectral"])
+    checked = 0
+    for path, u in layers:
+        if path[-1].key != "u":
+            continue
+        node = variables["params"]
+        for key in path[:-1]:
+            node = node[key.key]
+        matrix = node["kernel"].reshape(-1, u.size)
+        exact = np.linalg.norm(matrix.astype(np.float64), 2)
+        np.testing.assert_allclose(spectral.power_step(matrix, u).sigma, exact, rtol=1e-5, err_msg=str(path))
+        checked += 1
+    assert checked == 14
+
+
+def test_averaged_weights_are_evaluated_with_a_sigma_of_their_own(data_dir, tmp_path):
+    config = tiny(data_dir, ema_decay=0.9, model__scan=False)
+    train_and_evaluate(config, str(tmp_path))
+    experiment = build(validate(config))
+    checkpoints = Checkpointer(str(tmp_path / "checkpoints"), keep=2)
+    _, state, extra = checkpoints.restore(experiment.abstract_state)
+    checkpoints.close()
+    assert extra["next_batch"] == 12
+    variables = jax.device_get(evaluation_variables(state))
+    kernel, raw = variables["params"]["head"]["kernel"], jax.device_get(state.params)["head"]["kernel"]
+    assert not np.allclose(kernel, raw, atol=1e-5)
+    effective = fold(variables)["head"]["kernel"]
+    gamma = abs(float(variables["params"]["head"]["gamma"]))
+    np.testing.assert_allclose(np.linalg.norm(effective, 2), gamma, rtol=1e-4)
