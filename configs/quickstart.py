@@ -9,10 +9,10 @@ from sigmarep.training.config import default_config
 def get_config(_=None):
     config = default_config("image_classification")
     config.batch_size = 64
-    config.total_steps = 900
+    config.total_steps = 700
     config.log_every_steps = 50
-    config.eval_every_steps = 300
-    config.checkpoint_every_steps = 150
+    config.eval_every_steps = 350
+    config.checkpoint_every_steps = 100
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 6, 64, 4, 128
     config.model.patch_size = 2
@@ -29,7 +29,7 @@ def get_config(_=None):
 
     config.data.name = "digits"
     config.data.in_memory = True
-    config.data.num_threads = 2
+    config.data.num_threads = 1
     config.data.augment.crop = "resized"
     config.data.augment.crop_scale = (0.6, 1.0)
     return config
