@@ -14,6 +14,7 @@ from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, build
+from sigmarep.training.mesh import fits
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
@@ -61,6 +62,9 @@ def evaluate(config: ml_collections.ConfigDict | None, folder: str) -> dict[str,
       BadInput: the folder holds no run or no checkpoint.
     """
     stored = restored_config(folder) if config is None else config
+    if config is None and not fits(stored.mesh):
+        # The run had other devices; evaluation gives the same numbers on these.
+        stored.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     experiment = build(validate(stored))
     checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), keep=stored.keep_checkpoints)
     try:
@@ -201,7 +205,6 @@ class _Run:
             step,
             loss=loss,
             entropy_min=panel.get("attention/entropy_min"),
-            learning_rate=scalars["train/learning_rate"],
             examples_per_second=self.clock.examples_per_second,
         )
 

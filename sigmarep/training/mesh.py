@@ -54,6 +54,15 @@ def create_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = N
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def fits(config: ml_collections.ConfigDict) -> bool:
+    """Whether the devices of this machine make the mesh of `config.mesh`."""
+    try:
+        create_mesh(config)
+    except BadInput:
+        return False
+    return True
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """'/'-joined name of a pytree path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -81,17 +81,15 @@ class Progress:
         *,
         loss: float,
         entropy_min: float | None = None,
-        learning_rate: float | None = None,
         examples_per_second: float | None = None,
     ) -> None:
         """Shows the state after `step`; `entropy_min` in nats."""
         now = time.perf_counter()
         self._first = self._first or (step, now)
+        # Eighty columns have to hold it.
         parts = [f"step {step}/{self._total}", f"loss {loss:.4g}"]
         if entropy_min is not None:
             parts.append(f"lowest entropy {entropy_min:.3g} nats")
-        if learning_rate is not None:
-            parts.append(f"learning rate {learning_rate:.3g}")
         if examples_per_second:
             parts.append(f"{examples_per_second:,.0f} examples/s")
         done = step - self._first[0]

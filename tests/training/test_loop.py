@@ -87,6 +87,18 @@ def test_evaluating_twice_changes_nothing(on_eight_devices):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_run_of_a_larger_machine_can_be_evaluated_here(data_dir, on_eight_devices, tmp_path):
+    import json
+    import shutil
+
+    result, folder = on_eight_devices
+    shutil.copytree(folder, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    stored["mesh"] = {"data": 64, "fsdp": 4, "tensor": 1}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    assert evaluate(None, str(tmp_path / "run"))["eval/test/loss"] == pytest.approx(result["eval/test/loss"], rel=1e-5)
+
+
 def sigma_errors(variables):
     """Relative error of σ, one power step from the stored u, against the float64 SVD, of every layer."""
     errors = {}
