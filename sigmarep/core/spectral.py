@@ -8,7 +8,11 @@ where γ is a learned scalar and u (outputs,), v (inputs,) come from one step of
 
     v ← W u / ‖W u‖,        z = Wᵀ v,        u ← z / ‖z‖,        hence σ = ‖z‖.
 
-The step reads W twice and σ needs no third read. Gradients pass through σ but not through u and v:
+The step reads W twice and σ needs no third read. One vector follows W with a lag where the two largest singular values
+come close. `basis` holds further ones: the step is then one of block power iteration with Rayleigh-Ritz (Golub and Van
+Loan, 2013, section 8.2), reads W twice as well, and u is the best vector of the block.
+
+Gradients pass through σ but not through u and v:
 
     ∂L/∂W = (γ/σ) · (G − (⟨G, W⟩/σ) · v uᵀ),        ∂L/∂γ = ⟨G, W⟩ / σ,        G = ∂L/∂Ŵ.
 
@@ -28,19 +32,22 @@ TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class PowerStep(NamedTuple):
-    """One step of power iteration: `v` (inputs,), `u` (outputs,) of unit norm, and `sigma` () = vᵀ W u."""
+    """One step of power iteration: `v` (inputs,), `u` (outputs,) of unit norm, and `sigma` () = vᵀ W u; `basis`
+    (k − 1, outputs), the other vectors of the block in falling order, None without a block."""
 
     v: jax.Array
     u: jax.Array
     sigma: jax.Array
+    basis: jax.Array | None
 
 
 class Reparametrised(NamedTuple):
-    """`kernel`, the effective kernel Ŵ in the compute type; `u` and `sigma` to be stored, both float32."""
+    """`kernel`, the effective kernel Ŵ in the compute type; `u`, `sigma` and `basis` to be stored, all float32."""
 
     kernel: jax.Array
     u: jax.Array
     sigma: jax.Array
+    basis: jax.Array | None
 
 
 def matrix_view(kernel: jax.Array, outputs: int) -> jax.Array:
@@ -63,21 +70,23 @@ def matrix_view(kernel: jax.Array, outputs: int) -> jax.Array:
 
 def _unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x/‖x‖ and ‖x‖ without overflow or underflow of the squares; a zero vector stays zero."""
-    largest = jnp.max(jnp.abs(x))
-    scale = jnp.where(largest > 0, largest, 1.0)
+    scale = _scale(x)
     x = x / scale
     norm = jnp.sqrt(jnp.sum(x * x))
     return x / jnp.where(norm > 0, norm, 1.0), norm * scale
 
 
-def power_step(matrix: jax.Array, u: jax.Array) -> PowerStep:
+def power_step(matrix: jax.Array, u: jax.Array, basis: jax.Array | None = None) -> PowerStep:
     """One step of power iteration from `u`; σ's derivative in `matrix` is v uᵀ with u and v held fixed.
 
     Args:
       matrix: W, shape (inputs, outputs).
       u: shape (outputs,), the vector stored by the step before.
+      basis: shape (k − 1, outputs), the other vectors that it stored; None for a block of one.
     """
     matrix = matrix.astype(jnp.float32)
+    if basis is not None:
+        return _block_step(matrix, jnp.concatenate([u[None], basis]))
     fixed = lax.stop_gradient(matrix)
     v, norm = _unit(fixed @ u)
     # A u in the null space of W would leave σ at 0 for good: start again from a dense vector.
@@ -85,16 +94,44 @@ def power_step(matrix: jax.Array, u: jax.Array) -> PowerStep:
     z = v @ matrix
     u, _ = _unit(lax.stop_gradient(z))
     # Equal to ‖z‖ in value. Written as ⟨z, u⟩ so that every derivative, of any order, sees u and v as constants.
-    return PowerStep(v=v, u=u, sigma=z @ u)
+    return PowerStep(v=v, u=u, sigma=z @ u, basis=None)
+
+
+def _block_step(matrix: jax.Array, block: jax.Array) -> PowerStep:
+    """Block power iteration with Rayleigh-Ritz from the rows of `block` (k, outputs)."""
+    image = lax.stop_gradient(matrix) @ block.T
+    # Columns that W maps to nothing get some direction orthogonal to the others: QR never divides by a norm.
+    left, _ = jnp.linalg.qr(image / _scale(image))
+    rows = left.T @ matrix
+    fixed = lax.stop_gradient(rows)
+    scaled = fixed / _scale(fixed)
+    _, rotation = jnp.linalg.eigh(scaled @ scaled.T)
+    # eigh sorts upwards.
+    rotation = rotation[:, ::-1]
+    units = jax.vmap(lambda row: _unit(row)[0])(rotation.T @ fixed)
+    return PowerStep(v=left @ rotation[:, 0], u=units[0], sigma=(rotation[:, 0] @ rows) @ units[0], basis=units[1:])
+
+
+def _scale(x: jax.Array) -> jax.Array:
+    largest = jnp.max(jnp.abs(x))
+    return jnp.where(largest > 0, largest, 1.0)
 
 
 def svd_start(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The leading right singular vector u (outputs,) and the spectral norm () of `matrix` (inputs, outputs)."""
+    vh, sigma = svd_block(matrix, 1)
+    return vh[0], sigma
+
+
+def svd_block(matrix: jax.Array, vectors: int) -> tuple[jax.Array, jax.Array]:
+    """The leading right singular vectors (vectors, outputs) and the spectral norm () of `matrix` (inputs, outputs).
+
+    `vectors` is at most the smaller side of the matrix.
+    """
     matrix = matrix.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(matrix))
-    scale = jnp.where(largest > 0, largest, 1.0)
+    scale = _scale(matrix)
     _, s, vh = jnp.linalg.svd(matrix / scale, full_matrices=False)
-    return vh[0], s[0] * scale
+    return vh[:vectors], s[0] * scale
 
 
 def spectral_norm(matrix: jax.Array) -> jax.Array:
@@ -111,15 +148,14 @@ def _scaled(kernel, gamma, step: PowerStep, dtype) -> jax.Array:
     return (kernel.astype(jnp.float32) * _ratio(gamma, step.sigma)).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _reparametrise(kernel, gamma, u, dtype):
-    step = power_step(matrix_view(kernel, u.size), u)
-    return _scaled(kernel, gamma, step, dtype), step.u, step.sigma
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _reparametrise(kernel, gamma, u, basis, dtype):
+    return _reparametrise_fwd(kernel, gamma, u, basis, dtype)[0]
 
 
-def _reparametrise_fwd(kernel, gamma, u, dtype):
-    step = power_step(matrix_view(kernel, u.size), u)
-    return (_scaled(kernel, gamma, step, dtype), step.u, step.sigma), (kernel, gamma, step)
+def _reparametrise_fwd(kernel, gamma, u, basis, dtype):
+    step = power_step(matrix_view(kernel, u.size), u, basis)
+    return (_scaled(kernel, gamma, step, dtype), step.u, step.sigma, step.basis), (kernel, gamma, step)
 
 
 def _reparametrise_bwd(dtype, residuals, cotangents):
@@ -133,26 +169,30 @@ def _reparametrise_bwd(dtype, residuals, cotangents):
     rank_one = jnp.where(nonzero, d_gamma, 0.0)
     outer = (step.v[:, None] * step.u[None, :]).reshape(kernel.shape)
     d_kernel = (gamma * reciprocal) * (g - rank_one * outer)
-    return d_kernel.astype(kernel.dtype), d_gamma.astype(gamma.dtype), jnp.zeros_like(step.u)
+    zeros = jax.tree.map(jnp.zeros_like, (step.u, step.basis))
+    return d_kernel.astype(kernel.dtype), d_gamma.astype(gamma.dtype), *zeros
 
 
 _reparametrise.defvjp(_reparametrise_fwd, _reparametrise_bwd)
 
 
-def reparametrise(kernel: jax.Array, gamma: jax.Array, u: jax.Array, *, dtype=None) -> Reparametrised:
+def reparametrise(
+    kernel: jax.Array, gamma: jax.Array, u: jax.Array, *, basis: jax.Array | None = None, dtype=None
+) -> Reparametrised:
     """Ŵ = (γ/σ)·W after one power step from `u` (module docstring), with the gradients stated there.
 
-    Nothing of the kernel's size is saved for the backward pass but the kernel itself. `u` and `sigma` of the result
-    carry no gradient: they are statistics to store.
+    Nothing of the kernel's size is saved for the backward pass but the kernel itself. What the result has beside the
+    kernel carries no gradient: these are statistics to store.
 
     Args:
       kernel: shape (*input_axes, *output_axes), any float type; computed in float32.
       gamma: shape ().
       u: shape (outputs,), float32; says how many trailing elements of `kernel` are outputs.
+      basis: shape (k − 1, outputs), see `power_step`.
       dtype: type of the returned kernel, `kernel.dtype` if None.
     """
     dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
-    return Reparametrised(*_reparametrise(kernel, gamma, lax.stop_gradient(u), dtype))
+    return Reparametrised(*_reparametrise(kernel, gamma, *lax.stop_gradient((u, basis)), dtype))
 
 
 def weight_normalised(kernel: jax.Array, gain: jax.Array, *, dtype=None) -> jax.Array:

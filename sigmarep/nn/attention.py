@@ -62,6 +62,7 @@ class MultiHeadAttention(nn.Module):
     reparam: str = "sigma"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
+    power_vectors: int = 1
     kernel_init: Callable = DEFAULT_KERNEL_INIT
     bias_init: Callable = nn.initializers.zeros_init()
     dtype: Any = None
@@ -127,6 +128,7 @@ class MultiHeadAttention(nn.Module):
             reparam=self.reparam,
             gamma_init=self.gamma_init,
             gamma_trainable=self.gamma_trainable,
+            power_vectors=self.power_vectors,
             bias_init=self.bias_init,
             dtype=self.dtype,
             name=name,

@@ -27,20 +27,20 @@ def _fold(params, state):
         return params
     if "kernel" in params and ("gamma" in params or "u" in state):
         rest = {name: value for name, value in params.items() if name not in ("kernel", "gamma")}
-        return {"kernel": _effective(params["kernel"], params.get("gamma"), state.get("u")), **rest}
+        return {"kernel": _effective(params["kernel"], params.get("gamma"), state.get("u"), state.get("basis")), **rest}
     return {name: _fold(value, state.get(name, {})) for name, value in params.items()}
 
 
-def _effective(kernel, gamma, u):
-    def reparametrised(kernel, gamma, u):
-        return spectral.reparametrise(kernel, gamma, u).kernel
+def _effective(kernel, gamma, u, basis):
+    def reparametrised(kernel, gamma, u, basis):
+        return spectral.reparametrise(kernel, gamma, u, basis=basis).kernel
 
     function: Callable[..., jax.Array]
     if u is None:
         function, arguments, stacked = spectral.weight_normalised, [kernel, gamma], gamma.ndim - 1
     else:
         gamma = jnp.ones(u.shape[:-1], jnp.float32) if gamma is None else gamma
-        function, arguments, stacked = reparametrised, [kernel, gamma, u], u.ndim - 1
+        function, arguments, stacked = reparametrised, [kernel, gamma, u, basis], u.ndim - 1
     for _ in range(stacked):
         function = jax.vmap(function)
     return function(*arguments)

@@ -35,7 +35,7 @@ class TransformerConfig:
       depth, width, num_heads, mlp_dim: blocks; D; attention heads; hidden units of the MLP.
       norm: "none"; "pre", LayerNorm before each branch and after the last block; "post", after each addition;
         "deepnorm", post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).
-      reparam, gamma_init, gamma_trainable: see `sigmarep.nn.linear.Reparametrised`.
+      reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.Reparametrised`.
       qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`.
       activation: of the MLP, one of `ACTIVATIONS`.
       dropout: rate after the MLP's activation and on each branch; attention_dropout: on the attention weights.
@@ -58,6 +58,7 @@ class TransformerConfig:
     reparam: str = "none"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
+    power_vectors: int = 1
     qkv: str = "separate"
     qk_norm: str = "none"
     logit_cap: float = 0.0
@@ -88,7 +89,7 @@ class TransformerConfig:
         for name, accepted in words.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(accepted)}")
-        for name in ("depth", "width", "num_heads", "mlp_dim"):
+        for name in ("depth", "width", "num_heads", "mlp_dim", "power_vectors"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         for name in ("dropout", "attention_dropout", "drop_path", "layer_drop"):
@@ -130,6 +131,7 @@ class TransformerConfig:
             "reparam": self.reparam,
             "gamma_init": self.gamma_init,
             "gamma_trainable": self.gamma_trainable,
+            "power_vectors": self.power_vectors,
             "dtype": self.dtype,
         }
 

@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embedding/kernel$", (None, None, None, "fsdp")),
     (r"head/kernel$", ("fsdp", None)),
     (r"(positions/embedding|class_token)$", ()),
-    (r"/(bias|scale|gamma|u|sigma)$", ()),
+    (r"/(bias|scale|gamma|u|basis|sigma)$", ()),
     # Counters, the key of the random numbers, and what an optimizer keeps that is no moment of a parameter.
     (r"(^|/)(step|rng|count|notfinite_count|last_finite|total_notfinite|ns_coeffs)$", ()),
 )

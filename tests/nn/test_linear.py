@@ -313,3 +313,16 @@ def test_importing_the_layers_brings_neither_the_trainer_nor_the_data():
         subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, base)
     )
     assert ours.stdout == flax.stdout
+
+
+@pytest.mark.parametrize(("power_vectors", "rows"), [(1, None), (4, 3), (100, 5)])
+def test_further_power_vectors_are_variables_of_fixed_shape(power_vectors, rows):
+    layer = SigmaDense(7, power_vectors=power_vectors)
+    variables = layer.init(KEY, VECTORS)
+    _, changed = layer.apply(variables, VECTORS, mutable=["spectral"])
+    for state in (variables["spectral"], changed["spectral"]):
+        shapes = {name: value.shape for name, value in state.items()}
+        assert shapes == {"u": (7,), "sigma": ()} | ({} if rows is None else {"basis": (rows, 7)})
+    np.testing.assert_allclose(np.linalg.norm(fold(variables)["kernel"], 2), 1.0, rtol=1e-5)
+    with pytest.raises(ValueError, match="power_vectors = 0: expected at least 1"):
+        SigmaDense(7, power_vectors=0).init(KEY, VECTORS)

@@ -341,3 +341,17 @@ def test_layer_drop_draws_for_every_block_anew(scan):
 def test_impossible_configurations_are_refused_by_name(field, value, message):
     with pytest.raises(ValueError, match=f"{field} = .*{message}"):
         dataclasses.replace(SMALL, **{field: value})
+
+
+def test_a_block_of_power_vectors_is_the_same_scanned_unrolled_and_folded():
+    c = dataclasses.replace(SMALL, power_vectors=3)
+    scanned, unrolled = TransformerStack(c), TransformerStack(dataclasses.replace(c, scan=False))
+    stacked = scanned.init(KEY, X)
+    stacked["params"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), stacked["params"])
+    output, changed = scanned.apply(stacked, X, mutable=["spectral"])
+    expected, state = unrolled.apply(unstacked(stacked, 3), X, mutable=["spectral"])
+    close(output, expected)
+    # The sign of a vector of the basis is nobody's choice.
+    close(jax.tree.map(jnp.abs, unstacked(dict(changed), 3)), jax.tree.map(jnp.abs, dict(state)), atol=1e-3)
+    plain = TransformerStack(dataclasses.replace(c, reparam="none"))
+    close(plain.apply({"params": fold(stacked)}, X), scanned.apply(stacked, X))

@@ -109,19 +109,25 @@ def sigma_errors(variables):
                 node = node[key.key]
             matrix = node["kernel"].reshape(-1, u.size)
             exact = np.linalg.norm(matrix.astype(np.float64), 2)
-            errors[path_name(path)] = abs(float(spectral.power_step(matrix, u).sigma) / exact - 1)
+            state = variables["spectral"]
+            for key in path[:-1]:
+                state = state[key.key]
+            sigma = spectral.power_step(matrix, u, state.get("basis")).sigma
+            errors[path_name(path)] = abs(float(sigma) / exact - 1)
     return errors
 
 
-def test_sigma_is_exact_at_the_start_and_followed_while_a_vit_learns(data_dir):
-    """Two hundred steps of SGD on the digits, fast enough to learn.
+@pytest.mark.parametrize(("optimizer", "learning_rate", "power_vectors"), [("sgd", 0.1, 1), ("adam", 3e-3, 4)])
+def test_sigma_is_exact_at_the_start_and_followed_while_a_vit_learns(data_dir, optimizer, learning_rate, power_vectors):
+    """Two hundred steps on the digits, fast enough to learn.
 
-    A layer whose two leading singular values change places is followed with a lag, whatever the learning rate: that
-    is the price of one power step, and why only the median has a tight bound.
+    One vector follows a layer whose two leading singular values change places with a lag, whatever the learning rate:
+    only its median has a tight bound. Four follow every layer.
     """
     config = tiny(data_dir, total_steps=200, batch_size=64, mesh__data=8)
     config.model.scan, config.model.norm, config.model.init_std = False, "pre", 0.15
-    config.model.width, config.model.mlp_dim = 32, 64
+    config.model.width, config.model.mlp_dim, config.model.power_vectors = 32, 64, power_vectors
+    config.optimizer.name, config.optimizer.learning_rate = optimizer, learning_rate
     config.optimizer.warmup_steps = 50
     experiment = build(validate(config))
     state = experiment.create_state()
@@ -135,7 +141,7 @@ def test_sigma_is_exact_at_the_start_and_followed_while_a_vit_learns(data_dir):
     errors = sigma_errors(jax.device_get(evaluation_variables(state)))
     assert len(errors) == 14
     assert np.median(list(errors.values())) < 1e-5
-    assert max(errors.values()) < 0.02
+    assert max(errors.values()) < (0.02 if power_vectors == 1 else 1e-5)
 
 
 def test_averaged_weights_are_evaluated_with_a_sigma_of_their_own(data_dir, tmp_path):
