@@ -63,6 +63,7 @@ def attention_statistics(
     *,
     mask: jax.Array | None = None,
     key_padding: jax.Array | None = None,
+    segments: jax.Array | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     logit_cap: float | None = None,
@@ -77,6 +78,7 @@ def attention_statistics(
       key: (B, S, N, H).
       mask: bool, broadcastable to (B, N, T, S), True where a key is visible. An array of that size is the caller's.
       key_padding: bool (B, S), True for real keys.
+      segments: int (B, T) with T = S; a query sees the keys of its own segment.
       is_causal: query i sees keys up to i + S − T.
       scale: s, 1/√H if None.
       logit_cap: see `soft_capped`.
@@ -101,6 +103,8 @@ def attention_statistics(
     inputs = {"key": by_block(key, 1), "position": by_block(jnp.arange(1, s + 1), 0) - 1}
     if key_padding is not None:
         inputs["key_padding"] = by_block(key_padding, 1)
+    if segments is not None:
+        inputs["segments"] = by_block(segments, 1)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         if mask.shape[3] == s:
@@ -114,6 +118,8 @@ def attention_statistics(
             visible &= (position[None, :] <= jnp.arange(t)[:, None] + (s - t))[None, None]
         if key_padding is not None:
             visible &= part["key_padding"][:, None, None, :]
+        if segments is not None:
+            visible &= (part["segments"][:, None, :] == segments[:, :, None])[:, None]
         if mask is not None:
             visible = visible & part.get("mask", mask)
         return visible

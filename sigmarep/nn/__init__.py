@@ -2,7 +2,7 @@
 
 from sigmarep.nn.attention import MultiHeadAttention
 from sigmarep.nn.fold import fold
-from sigmarep.nn.linear import SigmaConv, SigmaDense, SigmaDenseGeneral
+from sigmarep.nn.linear import SigmaConv, SigmaDense, SigmaDenseGeneral, SigmaEmbed
 from sigmarep.nn.transformer import Mlp, TransformerBlock, TransformerConfig, TransformerStack
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "SigmaConv",
     "SigmaDense",
     "SigmaDenseGeneral",
+    "SigmaEmbed",
     "TransformerBlock",
     "TransformerConfig",
     "TransformerStack",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sigmarep.core import entropy, spectral
 from sigmarep.nn.fold import fold
 from sigmarep.nn.linear import SigmaDenseGeneral
+from sigmarep.nn.positions import rotated
 
 QKV = ("separate", "fused", "qk_v")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
@@ -46,6 +47,7 @@ class MultiHeadAttention(nn.Module):
         "auto" is the reference where attention dropout or a soft-cap needs it, else "xla".
       qk_norm: normalises queries and keys over H before their product ("layer" without bias, or "rms").
       logit_cap: soft-cap of the logits, off at 0.
+      rotary_base: base of rotary positions (10000 usually), which self-attention then has; off at 0.
       dropout: rate on the attention weights.
       value_scale: factor on the initial value and output kernels (DeepNorm's β).
     """
@@ -58,6 +60,7 @@ class MultiHeadAttention(nn.Module):
     implementation: str = "auto"
     qk_norm: str = "none"
     logit_cap: float = 0.0
+    rotary_base: float = 0.0
     value_scale: float = 1.0
     reparam: str = "sigma"
     gamma_init: str | float = "one"
@@ -76,7 +79,10 @@ class MultiHeadAttention(nn.Module):
         mask: jax.Array | None = None,
         key_padding: jax.Array | None = None,
         query_padding: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
         is_causal: bool = False,
+        cache_length: int = 0,
         deterministic: bool = True,
     ) -> jax.Array:
         """Attends from x to `context`, or to itself.
@@ -88,7 +94,13 @@ class MultiHeadAttention(nn.Module):
           key_padding: bool (B, S), True for real keys.
           query_padding: bool (B, T), True for real queries: the others are left out of the statistics. Taken to be
             `key_padding` in self-attention.
+          segments: int (B, T), self-attention only: a token sees its own segment; 0 stands for padding.
+          positions: int (B, T) for rotary positions; 0, 1, … if None.
           is_causal: a query sees no later key.
+          cache_length: decoding, if not 0; apply with `mutable=["cache"]`. x holds the next T tokens, which see the
+            earlier ones through the collection `cache` (made by the first call, for so many tokens) and each other
+            causally. With a context, its keys and values are kept from the first call. Masks and segments are not for
+            it; `key_padding` is that of the context.
           deterministic: no dropout.
 
         Returns:
@@ -96,19 +108,55 @@ class MultiHeadAttention(nn.Module):
         """
         self._check(x.shape[-1], deterministic)
         if context is None and query_padding is None:
-            query_padding = key_padding
-        query, key, value = self._project(x, x if context is None else context, fusable=context is None)
+            query_padding = key_padding if segments is None else segments > 0
+        if cache_length and context is not None:
+            query, key, value = self._project_cached(x, context)
+        else:
+            query, key, value = self._project(x, x if context is None else context, fusable=context is None)
         if self.qk_norm != "none":
             norm = nn.LayerNorm if self.qk_norm == "layer" else nn.RMSNorm
             options: dict[str, Any] = {"use_bias": False} if self.qk_norm == "layer" else {}
             query = norm(name="query_norm", dtype=self.dtype, **options)(query)
             key = norm(name="key_norm", dtype=self.dtype, **options)(key)
-
-        if self.is_mutable_collection("attention") and not self.is_initializing():
-            self._record(query, key, mask, key_padding, query_padding, is_causal)
+        if self.rotary_base and context is None:
+            if positions is None:
+                positions = jnp.arange(x.shape[1])[None]
+            query, key = (rotated(each, positions, self.rotary_base) for each in (query, key))
+        if cache_length and context is None:
+            key, value, mask = self._cached(key, value, cache_length)
+            is_causal = False
+        elif self.is_mutable_collection("attention") and not self.is_initializing():
+            self._record(query, key, mask, key_padding, query_padding, segments, is_causal)
+        if segments is not None:
+            same = segments[:, None, :, None] == segments[:, None, None, :]
+            mask = same if mask is None else mask & same
 
         attended = self._attend(query, key, value, mask, key_padding, is_causal, deterministic)
         return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
+
+    def _cached(self, key, value, length: int):
+        """All keys and values so far with the new ones among them, (B, length, N, H), and who sees whom."""
+        batch, new, *rest = key.shape
+        keys = self.variable("cache", "key", jnp.zeros, (batch, length, *rest), key.dtype)
+        values = self.variable("cache", "value", jnp.zeros, (batch, length, *rest), value.dtype)
+        index = self.variable("cache", "index", lambda: jnp.zeros((), jnp.int32))
+        start = index.value
+        keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, key, start, axis=1)
+        values.value = jax.lax.dynamic_update_slice_in_dim(values.value, value, start, axis=1)
+        index.value = start + new
+        visible = jnp.arange(length)[None, :] <= start + jnp.arange(new)[:, None]
+        return keys.value, values.value, visible[None, None]
+
+    def _project_cached(self, x, context):
+        """Queries of x; keys and values of the context as the first call projected them."""
+        heads = (self.num_heads, self.head_dim or x.shape[-1] // self.num_heads)
+        if self.has_variable("cache", "key"):
+            query = self._dense(heads, "query", kernel_init=self.kernel_init)(x)
+            return query, self.get_variable("cache", "key"), self.get_variable("cache", "value")
+        query, key, value = self._project(x, context, fusable=False)
+        self.put_variable("cache", "key", key)
+        self.put_variable("cache", "value", value)
+        return query, key, value
 
     def _check(self, width: int, deterministic: bool) -> None:
         if self.head_dim is None and width % self.num_heads:
@@ -178,13 +226,14 @@ class MultiHeadAttention(nn.Module):
         weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
         return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
 
-    def _record(self, query, key, mask, key_padding, query_padding, is_causal):
+    def _record(self, query, key, mask, key_padding, query_padding, segments, is_causal):
         query, key = jax.lax.stop_gradient((query, key))
         found = entropy.attention_statistics(
             query,
             key,
             mask=mask,
             key_padding=key_padding,
+            segments=segments,
             is_causal=is_causal,
             logit_cap=self.logit_cap or None,
         )

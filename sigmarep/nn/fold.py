@@ -25,9 +25,10 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
 def _fold(params, state):
     if not isinstance(params, Mapping):
         return params
-    if "kernel" in params and ("gamma" in params or "u" in state):
-        rest = {name: value for name, value in params.items() if name not in ("kernel", "gamma")}
-        return {"kernel": _effective(params["kernel"], params.get("gamma"), state.get("u"), state.get("basis")), **rest}
+    for name in ("kernel", "embedding"):
+        if name in params and ("gamma" in params or "u" in state):
+            rest = {each: value for each, value in params.items() if each not in (name, "gamma")}
+            return {name: _effective(params[name], params.get("gamma"), state.get("u"), state.get("basis")), **rest}
     return {name: _fold(value, state.get(name, {})) for name, value in params.items()}
 
 

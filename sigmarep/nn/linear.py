@@ -1,4 +1,4 @@
-"""σReparam in place of Flax's linear layers: `SigmaDense`, `SigmaDenseGeneral`, `SigmaConv`.
+"""σReparam in place of Flax's linear layers: `SigmaDense`, `SigmaDenseGeneral`, `SigmaConv`, `SigmaEmbed`.
 
 Each is the Flax layer of the same name, with the same arguments and behaviour, whose kernel is replaced on its way into
 the product (see `sigmarep.core.spectral`). Variables: `params/{kernel, bias, gamma}` and, changing as training goes on,
@@ -12,7 +12,7 @@ Each apply that may change `spectral` takes one power step from the state it was
 called in it.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ REPARAMS = ("none", "sigma", "spectral", "weight")
 
 
 class Reparametrised(nn.Module):
-    """What the three layers share: the fields, and the replacement of the kernel.
+    """What the layers share: the fields, and the replacement of the kernel.
 
     Attributes:
       reparam: "sigma", Ŵ = (γ/σ)W with γ learned; "spectral", the same with γ = 1 (spectral normalisation);
@@ -42,11 +42,13 @@ class Reparametrised(nn.Module):
     gamma_trainable: bool = True
     power_vectors: int = 1
 
+    matrix_name: ClassVar[str] = "kernel"
+
     @nn.nowrap
     def param(self, name, init_fn, *init_args, unbox=True, **init_kwargs):
-        """Flax's `param`, except that the layer receives the effective kernel when it asks for `kernel`."""
+        """Flax's `param`, except that the layer receives the effective kernel when it asks for its kernel."""
         value = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
-        return self._effective(value) if name == "kernel" else value
+        return self._effective(value) if name == self.matrix_name else value
 
     @nn.nowrap
     def _effective(self, kernel: jax.Array) -> jax.Array:
@@ -131,3 +133,9 @@ class SigmaConv(Reparametrised, nn.Conv):
     σ is that of the kernel read as the matrix (window · in / groups) × features, as in the paper's code; it is not the
     norm of the convolution operator.
     """
+
+
+class SigmaEmbed(Reparametrised, nn.Embed):
+    """`flax.linen.Embed` under σReparam; σ is that of the table (num_embeddings, features), γ of shape ()."""
+
+    matrix_name: ClassVar[str] = "embedding"

@@ -26,6 +26,41 @@ def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def sincos_1d(positions: jax.Array, features: int, base: float = 10_000.0) -> jax.Array:
+    """Sinusoidal embedding of any positions (Vaswani et al., 2017): (..., features), all sines before all cosines.
+
+    Raises:
+      ValueError: `features` is odd.
+    """
+    if features % 2:
+        raise ValueError(f"width = {features}: sinusoidal positions need an even number")
+    angles = positions[..., None] * _frequencies(features, base)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def rotated(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Rotary positions (Su et al., 2021): feature i is paired with feature i + H/2.
+
+    Args:
+      x: queries or keys, (B, T, N, H).
+      positions: (B or 1, T).
+
+    Raises:
+      ValueError: H is odd.
+    """
+    features = x.shape[-1]
+    if features % 2:
+        raise ValueError(f"head_dim = {features}: rotary positions need an even number")
+    angles = (positions[..., None] * _frequencies(features, base))[:, :, None, :]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _frequencies(features: int, base: float) -> np.ndarray:
+    return (base ** -(np.arange(features // 2) / (features // 2))).astype(np.float32)
+
+
 class LearnedPositions(nn.Module):
     """Adds a learned vector to every position of (B, T, D)."""
 

@@ -37,6 +37,7 @@ class TransformerConfig:
         "deepnorm", post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).
       reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.Reparametrised`.
       qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`.
+      rotary_base: rotary positions in self-attention, off at 0.
       activation: of the MLP, one of `ACTIVATIONS`.
       dropout: rate after the MLP's activation and on each branch; attention_dropout: on the attention weights.
       drop_path: stochastic depth, the rate of the last block; it rises linearly from 0. Drops a branch per example and
@@ -46,6 +47,8 @@ class TransformerConfig:
       kernel_init: one of `KERNEL_INITS`; init_std is the standard deviation of the normal ones.
       scan: stack the parameters of all blocks and compile one block.
       remat: "none"; "full" recomputes each block in the backward pass; "dots" keeps the results of its matrix products.
+      residual_scale, branch_init_scale: DeepNorm's α and β where its rule for an encoder alone, (2·depth)^¼ and
+        (8·depth)^−¼, does not hold; None for that rule.
       dtype: of the computation; parameters and spectral vectors stay float32.
     """
 
@@ -62,6 +65,7 @@ class TransformerConfig:
     qkv: str = "separate"
     qk_norm: str = "none"
     logit_cap: float = 0.0
+    rotary_base: float = 0.0
     attention_implementation: str = "auto"
     use_bias: bool = True
     activation: str = "gelu"
@@ -73,6 +77,8 @@ class TransformerConfig:
     init_std: float = 0.02
     scan: bool = True
     remat: str = "none"
+    residual_scale: float | None = None
+    branch_init_scale: float | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -101,14 +107,18 @@ class TransformerConfig:
             raise ValueError(f"gamma_init = {self.gamma_init!r}: expected 'one', 'sigma' or a number")
 
     @property
-    def residual_scale(self) -> float:
-        """α, the factor on the residual stream: (2·depth)^¼ under DeepNorm's encoder-only rule, else 1."""
-        return (2 * self.depth) ** 0.25 if self.norm == "deepnorm" else 1.0
+    def alpha(self) -> float:
+        """α, the factor on the residual stream; 1 but under DeepNorm."""
+        if self.norm != "deepnorm":
+            return 1.0
+        return (2 * self.depth) ** 0.25 if self.residual_scale is None else self.residual_scale
 
     @property
-    def branch_init_scale(self) -> float:
-        """β, the factor on the initial value, output and MLP kernels: (8·depth)^−¼ under DeepNorm, else 1."""
-        return (8 * self.depth) ** -0.25 if self.norm == "deepnorm" else 1.0
+    def beta(self) -> float:
+        """β, the factor on the initial value, output and MLP kernels; 1 but under DeepNorm."""
+        if self.norm != "deepnorm":
+            return 1.0
+        return (8 * self.depth) ** -0.25 if self.branch_init_scale is None else self.branch_init_scale
 
     def initializer(self, gain: float = 1.0) -> Callable:
         """The kernel initializer, its standard deviation multiplied by `gain`."""
@@ -145,7 +155,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         c = self.config
         options = c.reparametrisation() | {
-            "kernel_init": c.initializer(c.branch_init_scale),
+            "kernel_init": c.initializer(c.beta),
             "use_bias": c.use_bias,
         }
         hidden = ACTIVATIONS[c.activation](SigmaDense(c.mlp_dim, name="up", **options)(x))
@@ -154,9 +164,10 @@ class Mlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and MLP, each around a residual connection."""
+    """Self-attention, attention to a context if `cross_attention`, and MLP, each around a residual connection."""
 
     config: TransformerConfig
+    cross_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -164,12 +175,25 @@ class TransformerBlock(nn.Module):
         x: jax.Array,
         drop_path: jax.Array | float = 0.0,
         *,
-        mask: jax.Array | None = None,
-        key_padding: jax.Array | None = None,
-        is_causal: bool = False,
+        context: jax.Array | None = None,
+        context_padding: jax.Array | None = None,
+        query_padding: jax.Array | None = None,
+        cache_length: int = 0,
         deterministic: bool = True,
+        **self_attention,
     ) -> jax.Array:
-        """x: (B, T, D); drop_path: this block's rate; the others as in `MultiHeadAttention`. Returns (B, T, D)."""
+        """One block.
+
+        Args:
+          x: (B, T, D).
+          drop_path: this block's rate.
+          context: (B, S, D), with `context_padding` (B, S), True for real keys, for cross-attention.
+          query_padding, cache_length, deterministic and the others (`mask`, `key_padding`, `segments`, `positions`,
+            `is_causal`): as in `MultiHeadAttention`.
+
+        Returns:
+          (B, T, D).
+        """
         c = self.config
         keep: jax.Array | float = 1.0
         if c.layer_drop and not deterministic:
@@ -182,37 +206,38 @@ class TransformerBlock(nn.Module):
                 branch = branch * (kept / (1 - drop_path)).astype(branch.dtype)
             return branch * keep
 
-        def residual(x, branch, norm):
+        def residual(x, name, branch):
             if c.norm == "none":
                 return x + dropped(branch(x))
+            norm = c.layer_norm(f"{name}_norm")
             if c.norm == "pre":
                 return x + dropped(branch(norm(x)))
-            return norm(c.residual_scale * x + dropped(branch(x)))
+            return norm(c.alpha * x + dropped(branch(x)))
 
-        attention = MultiHeadAttention(
-            c.num_heads,
-            qkv=c.qkv,
-            use_bias=c.use_bias,
-            dropout=c.attention_dropout,
-            implementation=c.attention_implementation,
-            qk_norm=c.qk_norm,
-            logit_cap=c.logit_cap,
-            value_scale=c.branch_init_scale,
-            kernel_init=c.initializer(),
-            name="attention",
-            **c.reparametrisation(),
-        )
-        mlp = Mlp(c, name="mlp")
+        def attention(name, **options):
+            return MultiHeadAttention(
+                c.num_heads,
+                qkv=c.qkv,
+                use_bias=c.use_bias,
+                dropout=c.attention_dropout,
+                implementation=c.attention_implementation,
+                qk_norm=c.qk_norm,
+                logit_cap=c.logit_cap,
+                rotary_base=c.rotary_base,
+                value_scale=c.beta,
+                kernel_init=c.initializer(),
+                name=name,
+                **c.reparametrisation(),
+            )(**options, query_padding=query_padding, cache_length=cache_length, deterministic=deterministic)
 
-        def attend(y):
-            return attention(y, mask=mask, key_padding=key_padding, is_causal=is_causal, deterministic=deterministic)
-
-        x = residual(x, attend, c.layer_norm("attention_norm") if c.norm != "none" else None)
-        return residual(
-            x,
-            lambda y: mlp(y, deterministic=deterministic),
-            c.layer_norm("mlp_norm") if c.norm != "none" else None,
-        )
+        x = residual(x, "attention", lambda y: attention("attention", x=y, **self_attention))
+        if self.cross_attention:
+            x = residual(
+                x,
+                "cross_attention",
+                lambda y: attention("cross_attention", x=y, context=context, key_padding=context_padding),
+            )
+        return residual(x, "mlp", lambda y: Mlp(c, name="mlp")(y, deterministic=deterministic))
 
 
 class TransformerStack(nn.Module):
@@ -222,27 +247,28 @@ class TransformerStack(nn.Module):
     """
 
     config: TransformerConfig
+    cross_attention: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool = True, is_causal: bool = False, **masks) -> jax.Array:
-        """x: (B, T, D); masks: `mask`, `key_padding` as in `MultiHeadAttention`. Returns (B, T, D)."""
+    def __call__(self, x: jax.Array, **options) -> jax.Array:
+        """x: (B, T, D); options: see `TransformerBlock`. Returns (B, T, D)."""
         c = self.config
         rates = jnp.linspace(0.0, c.drop_path, c.depth) if c.depth > 1 else jnp.full(1, c.drop_path)
 
         def apply_block(block, x, rate):
-            return block(x, rate, deterministic=deterministic, is_causal=is_causal, **masks)
+            return block(x, rate, **options)
 
         if c.remat != "none":
             apply_block = nn.remat(apply_block, policy=REMATS[c.remat], prevent_cse=not c.scan)
         if c.scan:
             scanned = nn.scan(
                 lambda block, carry, rate: (apply_block(block, carry, rate), None),
-                variable_axes={"params": 0, "spectral": 0, "attention": 0},
+                variable_axes={"params": 0, "spectral": 0, "attention": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.depth,
             )
-            x, _ = scanned(TransformerBlock(c, name="blocks"), x, rates)
+            x, _ = scanned(TransformerBlock(c, self.cross_attention, name="blocks"), x, rates)
         else:
             for i in range(c.depth):
-                x = apply_block(TransformerBlock(c, name=f"block_{i}"), x, rates[i])
+                x = apply_block(TransformerBlock(c, self.cross_attention, name=f"block_{i}"), x, rates[i])
         return c.layer_norm("norm")(x) if c.norm == "pre" else x

@@ -1,7 +1,5 @@
 """Supervised image classification with a Vision Transformer."""
 
-import contextlib
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,17 +10,14 @@ import optax
 from sigmarep.data import images, pipeline, sources
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import ViT
-from sigmarep.nn import TransformerConfig
 from sigmarep.tasks.protocol import Evaluation, LossOutput
+from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 
 def default_config() -> ml_collections.ConfigDict:
     """The fields `model`, `data` and `label_smoothing`; the model's default is a small pre-LN ViT for the digits."""
     config = ml_collections.ConfigDict()
-    transformer = TransformerConfig(depth=6, width=64, num_heads=4, mlp_dim=128)
-    config.model = ml_collections.ConfigDict(dataclasses.asdict(transformer))
-    # The trainer's compute_dtype decides.
-    del config.model["dtype"]
+    config.model = transformer_defaults(depth=6, width=64, num_heads=4, mlp_dim=128)
     config.model.patch_size = 2
     config.model.positions = "learned"
     config.model.pool = "token"
@@ -47,13 +42,10 @@ def create_model(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
     Raises:
       BadInput: a field has an unknown word or an impossible value.
     """
-    fields = dict(config.model)
-    options = {name: fields.pop(name) for name in ("patch_size", "positions", "pool", "patch_gain")}
-    with contextlib.suppress(ValueError):
-        fields["gamma_init"] = float(fields["gamma_init"])
+    options = {name: config.model[name] for name in ("patch_size", "positions", "pool", "patch_gain", "dropout")}
+    transformer = create_transformer(config)
     try:
-        transformer = TransformerConfig(**fields, dtype=jnp.dtype(config.compute_dtype))
-        model = ViT(transformer, num_classes=num_classes, dropout=config.model.dropout, **options)
+        model = ViT(transformer, num_classes=num_classes, **options)
         size = config.data.image_size
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, len(config.data.mean))))
     except ValueError as error:

@@ -251,12 +251,12 @@ def test_deepnorm_constants_equal_the_papers():
         (100, 3.760603, 0.188030),
     ):
         c = dataclasses.replace(SMALL, norm="deepnorm", depth=depth)
-        np.testing.assert_allclose([c.residual_scale, c.branch_init_scale], [alpha, beta], rtol=1e-6)
+        np.testing.assert_allclose([c.alpha, c.beta], [alpha, beta], rtol=1e-6)
     plain, scaled = (
         TransformerBlock(dataclasses.replace(SMALL, norm=norm, reparam="none", qkv="fused")).init(KEY, X)["params"]
         for norm in ("post", "deepnorm")
     )
-    beta = dataclasses.replace(SMALL, norm="deepnorm").branch_init_scale
+    beta = dataclasses.replace(SMALL, norm="deepnorm").beta
     ratio = scaled["attention"]["qkv"]["kernel"] / plain["attention"]["qkv"]["kernel"]
     np.testing.assert_allclose(ratio[:, 0], 1.0, rtol=1e-5)
     np.testing.assert_allclose(ratio[:, 2], beta, rtol=1e-5)
