@@ -137,9 +137,9 @@ class MultiHeadAttention(nn.Module):
     def _cached(self, key, value, length: int):
         """All keys and values so far with the new ones among them, (B, length, N, H), and who sees whom."""
         batch, new, *rest = key.shape
-        keys = self.variable("cache", "key", jnp.zeros, (batch, length, *rest), key.dtype)
-        values = self.variable("cache", "value", jnp.zeros, (batch, length, *rest), value.dtype)
-        index = self.variable("cache", "index", lambda: jnp.zeros((), jnp.int32))
+        keys = self.variable("cache", "cached_key", jnp.zeros, (batch, length, *rest), key.dtype)
+        values = self.variable("cache", "cached_value", jnp.zeros, (batch, length, *rest), value.dtype)
+        index = self.variable("cache", "cached_index", lambda: jnp.zeros((), jnp.int32))
         start = index.value
         keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, key, start, axis=1)
         values.value = jax.lax.dynamic_update_slice_in_dim(values.value, value, start, axis=1)
@@ -150,12 +150,12 @@ class MultiHeadAttention(nn.Module):
     def _project_cached(self, x, context):
         """Queries of x; keys and values of the context as the first call projected them."""
         heads = (self.num_heads, self.head_dim or x.shape[-1] // self.num_heads)
-        if self.has_variable("cache", "key"):
+        if self.has_variable("cache", "cached_key"):
             query = self._dense(heads, "query", kernel_init=self.kernel_init)(x)
-            return query, self.get_variable("cache", "key"), self.get_variable("cache", "value")
+            return query, self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
         query, key, value = self._project(x, context, fusable=False)
-        self.put_variable("cache", "key", key)
-        self.put_variable("cache", "value", value)
+        self.put_variable("cache", "cached_key", key)
+        self.put_variable("cache", "cached_value", value)
         return query, key, value
 
     def _check(self, width: int, deterministic: bool) -> None:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 POSITIONS = ("learned", "sincos", "none")
+TOKEN_POSITIONS = ("learned", "sinusoidal", "none")
 
 
 def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
@@ -71,3 +72,28 @@ class LearnedPositions(nn.Module):
         init = nn.initializers.normal(self.std)
         embedding = self.param("embedding", init, (1, *x.shape[1:]), jnp.float32)
         return x + embedding.astype(x.dtype)
+
+
+class TokenPositions(nn.Module):
+    """Adds to tokens (B, T, D) the embedding of their positions (B or 1, T).
+
+    Attributes:
+      kind: one of `TOKEN_POSITIONS`.
+      length: positions that there are vectors for, if they are learned.
+    """
+
+    kind: str
+    length: int
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        if self.kind not in TOKEN_POSITIONS:
+            raise ValueError(f"positions = {self.kind!r}: expected one of {', '.join(TOKEN_POSITIONS)} or rotary")
+        if self.kind == "none":
+            return x
+        if self.kind == "sinusoidal":
+            return x + sincos_1d(positions, x.shape[-1]).astype(x.dtype)
+        init = nn.initializers.normal(self.std)
+        embedding = self.param("embedding", init, (self.length, x.shape[-1]), jnp.float32)
+        return x + embedding[positions].astype(x.dtype)

@@ -26,6 +26,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"down/kernel$", ("tensor", "fsdp")),
     (r"patch_embedding/kernel$", (None, None, None, "fsdp")),
     (r"head/kernel$", ("fsdp", None)),
+    (r"(tables|projections)_\d+/(embedding|kernel)$", ("fsdp", None)),
+    (r"tokens/classes/kernel$", ("fsdp", None)),
     (r"(positions/embedding|class_token)$", ()),
     (r"/(bias|scale|gamma|u|basis|sigma)$", ()),
     # Counters, the key of the random numbers, and what an optimizer keeps that is no moment of a parameter.

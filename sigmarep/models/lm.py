@@ -1,0 +1,83 @@
+"""Decoder-only language models, with σReparam by one word."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sigmarep.nn import TransformerConfig, TransformerStack
+from sigmarep.nn.positions import TokenPositions
+from sigmarep.nn.tokens import TokenLosses, TokenTable
+
+
+class LanguageModel(nn.Module):
+    """Tokens (B, T) to what follows each.
+
+    Attributes:
+      transformer: the blocks.
+      vocabulary_size: V.
+      max_length: positions that learned embeddings have.
+      positions: "learned", "sinusoidal", "none"; rotary positions are the transformer's `rotary_base`.
+      tie_embeddings, adaptive_cutoffs, reparam_embedding, output_logit_cap: see `sigmarep.nn.tokens.TokenTable`.
+      dropout: rate on the embeddings.
+      logit_chunk: positions whose logits exist at a time in `losses`, 0 for all.
+    """
+
+    transformer: TransformerConfig
+    vocabulary_size: int
+    max_length: int
+    positions: str = "none"
+    tie_embeddings: bool = True
+    adaptive_cutoffs: Sequence[int] = ()
+    reparam_embedding: bool = False
+    output_logit_cap: float = 0.0
+    dropout: float = 0.0
+    logit_chunk: int = 0
+
+    def setup(self):
+        c = self.transformer
+        self.tokens = TokenTable(
+            self.vocabulary_size,
+            c.width,
+            tied=self.tie_embeddings,
+            cutoffs=self.adaptive_cutoffs,
+            reparam_embedding=self.reparam_embedding,
+            reparametrisation=c.reparametrisation(),
+            kernel_init=c.initializer(),
+            logit_cap=self.output_logit_cap,
+        )
+        self.position_embedding = TokenPositions(self.positions, self.max_length, name="positions")
+        self.embedding_dropout = nn.Dropout(self.dropout)
+        self.decoder = TransformerStack(c)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache_length: int = 0,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """(B, T, D); `positions`, `segments`, `cache_length` as in `sigmarep.nn.MultiHeadAttention`."""
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        x = self.position_embedding(self.tokens.encode(tokens), positions)
+        x = self.embedding_dropout(x, deterministic=deterministic)
+        return self.decoder(
+            x,
+            positions=positions,
+            segments=segments,
+            is_causal=True,
+            cache_length=cache_length,
+            deterministic=deterministic,
+        )
+
+    def __call__(self, tokens: jax.Array, **options) -> jax.Array:
+        """ln p of every next token, (B, T, V), float32; options of `hidden`."""
+        return self.tokens.log_probabilities(self.hidden(tokens, **options))
+
+    def losses(self, tokens: jax.Array, targets: jax.Array, **options) -> TokenLosses:
+        """Losses of `targets` (B, T); options of `hidden`."""
+        return self.tokens.losses(self.hidden(tokens, **options), targets, chunk=self.logit_chunk)

@@ -1,0 +1,115 @@
+"""Encoder-decoder Transformers for translation, with σReparam by one word."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sigmarep.nn import TransformerConfig, TransformerStack
+from sigmarep.nn.positions import TokenPositions
+from sigmarep.nn.tokens import TokenLosses, TokenTable
+
+PAD = 0
+
+
+def deepnorm_constants(encoder_depth: int, decoder_depth: int) -> dict[str, dict[str, float]]:
+    """α and β of an encoder of N and a decoder of M blocks (Wang et al., 2022, table 1), as fields of each stack's
+    TransformerConfig."""
+    n, m = encoder_depth, decoder_depth
+    return {
+        "encoder": {
+            "residual_scale": 0.81 * (n**4 * m) ** (1 / 16),
+            "branch_init_scale": 0.87 * (n**4 * m) ** (-1 / 16),
+        },
+        "decoder": {"residual_scale": (3 * m) ** 0.25, "branch_init_scale": (12 * m) ** -0.25},
+    }
+
+
+class Seq2Seq(nn.Module):
+    """Sentences (B, S) and what is written of their translation (B, T) to what follows. Token 0 is padding.
+
+    Attributes:
+      encoder, decoder: the blocks of each, of one width.
+      vocabulary_size: V, of both languages together.
+      max_length: positions that learned embeddings have.
+      positions: "learned", "sinusoidal", "none"; rotary positions are the stacks' `rotary_base`.
+      share_embeddings: one table for both languages; else one each.
+      tie_embeddings: the logits come from the decoder's table.
+      reparam_embedding: see `sigmarep.nn.tokens.TokenTable`.
+      dropout: rate on the embeddings.
+    """
+
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    vocabulary_size: int
+    max_length: int
+    positions: str = "sinusoidal"
+    share_embeddings: bool = True
+    tie_embeddings: bool = True
+    reparam_embedding: bool = False
+    dropout: float = 0.0
+
+    def setup(self):
+        def table(config, tied):
+            return TokenTable(
+                self.vocabulary_size,
+                config.width,
+                tied=tied,
+                reparam_embedding=self.reparam_embedding,
+                reparametrisation=config.reparametrisation(),
+                kernel_init=config.initializer(),
+            )
+
+        self.tokens = table(self.decoder, self.tie_embeddings)
+        self.source_tokens = None if self.share_embeddings else table(self.encoder, True)
+        self.position_embedding = TokenPositions(self.positions, self.max_length, name="positions")
+        self.embedding_dropout = nn.Dropout(self.dropout)
+        self.encoder_stack = TransformerStack(self.encoder, name="encoder")
+        self.decoder_stack = TransformerStack(self.decoder, cross_attention=True, name="decoder")
+
+    def encode(self, source: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """The encoder's states, (B, S, D)."""
+        positions = jnp.arange(source.shape[1])[None]
+        x = (self.source_tokens or self.tokens).encode(source)
+        x = self.embedding_dropout(self.position_embedding(x, positions), deterministic=deterministic)
+        return self.encoder_stack(x, key_padding=source != PAD, deterministic=deterministic)
+
+    def hidden(
+        self,
+        inputs: jax.Array,
+        memory: jax.Array,
+        source: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        cache_length: int = 0,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """The decoder's states (B, T, D) given the encoder's, `memory`; `positions` and `cache_length` as in
+        `sigmarep.nn.MultiHeadAttention`."""
+        if positions is None:
+            positions = jnp.arange(inputs.shape[1])[None]
+        x = self.position_embedding(self.tokens.encode(inputs), positions)
+        x = self.embedding_dropout(x, deterministic=deterministic)
+        return self.decoder_stack(
+            x,
+            positions=positions,
+            # Padding stands behind the words, where a causal query never sees it; what it asks itself is not counted.
+            query_padding=None if cache_length else inputs != PAD,
+            context=memory,
+            context_padding=source != PAD,
+            is_causal=True,
+            cache_length=cache_length,
+            deterministic=deterministic,
+        )
+
+    def __call__(self, source: jax.Array, inputs: jax.Array) -> jax.Array:
+        """ln p of every next token, (B, T, V), float32."""
+        return self.tokens.log_probabilities(self.hidden(inputs, self.encode(source), source))
+
+    def next_token(self, inputs, memory, source, **options) -> jax.Array:
+        """ln p of what follows `inputs`, given the encoder's states; options of `hidden`."""
+        return self.tokens.log_probabilities(self.hidden(inputs, memory, source, **options))
+
+    def losses(self, source: jax.Array, inputs: jax.Array, targets: jax.Array, *, deterministic=True) -> TokenLosses:
+        """Losses of `targets` (B, T)."""
+        memory = self.encode(source, deterministic=deterministic)
+        return self.tokens.losses(self.hidden(inputs, memory, source, deterministic=deterministic), targets)
