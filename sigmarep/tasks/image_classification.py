@@ -10,7 +10,7 @@ import optax
 from sigmarep.data import images, pipeline, sources
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import ViT
-from sigmarep.tasks.protocol import Evaluation, LossOutput
+from sigmarep.tasks.protocol import Evaluation, LossOutput, Task
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 
@@ -53,7 +53,7 @@ def create_model(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
     return model
 
 
-class ImageClassification:
+class ImageClassification(Task):
     """See `sigmarep.tasks.protocol.Task`."""
 
     headline = "accuracy"

@@ -26,23 +26,39 @@ class LossOutput(NamedTuple):
     attention: Variables
 
 
+class Outputs(NamedTuple):
+    """What a model made of a split: `files` by name, kept in the workdir; `samples`, lines for whoever watches."""
+
+    files: dict[str, str]
+    samples: list[str]
+
+
 class Evaluation(NamedTuple):
     """One split to evaluate.
 
     `batches(process_index=…, process_count=…)` yields this process's padded batches. `step(variables, batch)` is pure
-    and compiled by the trainer. `finish` turns the host copies of all its results into metrics.
+    and compiled by the trainer. `finish` turns the host copies of all its results into metrics, and `outputs` into
+    what can be read.
     """
 
     name: str
     batches: Callable[..., Iterable[Batch]]
     step: Callable[[Variables, Batch], Any]
     finish: Callable[[list[Any]], dict[str, float]]
+    outputs: Callable[[list[Any]], Outputs] | None = None
 
 
 class Task(Protocol):
-    """See the module docstring; `create(config)` of a task's module makes one."""
+    """See the module docstring; `create(config)` of a task's module makes one.
 
+    What has a default here is for tasks whose `config.batch_size` is a number of examples.
+    """
+
+    config: Any
+    # Of the training split, in the unit of config.batch_size.
     num_train_examples: int
+    # What a step's batch is a number of, for the speed that is shown.
+    unit: str = "examples"
     # The evaluation metric that says how well a run went, as eval/<split>/<metric>, and the words for it.
     headline: str
 
@@ -57,3 +73,16 @@ class Task(Protocol):
 
     def evaluations(self) -> list[Evaluation]:
         """The splits to evaluate, in order."""
+
+    def batch_rows(self) -> tuple[int, ...]:
+        """The numbers of rows that a global batch may have; each must divide over devices and microbatches."""
+        return (self.config.batch_size,)
+
+    def units_per_step(self) -> int:
+        """How many of `unit` a step takes."""
+        return self.config.batch_size
+
+    def files(self) -> dict[str, bytes]:
+        """What belongs to a run beside its configuration, by file name, such as a vocabulary. It is kept in the workdir,
+        and a run goes on with the same alone."""
+        return {}

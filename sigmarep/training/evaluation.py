@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from sigmarep.tasks.protocol import Evaluation
+from sigmarep.tasks.protocol import Evaluation, Outputs
 from sigmarep.training import mesh as meshes
 from sigmarep.training.experiment import Experiment
 from sigmarep.training.parallel import global_batch
@@ -13,11 +13,16 @@ from sigmarep.training.step import TrainState, evaluation_variables
 
 
 class Evaluator:
-    """Compiles the evaluation steps of an experiment once and runs them on any state in the mesh's layout."""
+    """Compiles the evaluation steps of an experiment once and runs them on any state in the mesh's layout.
+
+    Attributes:
+      outputs: what the last call's models made, by split.
+    """
 
     def __init__(self, experiment: Experiment):
         self._mesh = experiment.runner.mesh
         self._evaluations: list[Evaluation] = experiment.task.evaluations()
+        self.outputs: dict[str, Outputs] = {}
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -29,8 +34,11 @@ class Evaluator:
                 self._step(evaluation)(variables, global_batch(batch, meshes.batch_sharding(self._mesh)))
                 for batch in evaluation.batches(process_index=jax.process_index(), process_count=jax.process_count())
             ]
-            for name, value in evaluation.finish(jax.device_get(results)).items():
+            results = jax.device_get(results)
+            for name, value in evaluation.finish(results).items():
                 metrics[f"eval/{evaluation.name}/{name}"] = value
+            if evaluation.outputs is not None:
+                self.outputs[evaluation.name] = evaluation.outputs(results)
         return metrics
 
     def _step(self, evaluation: Evaluation) -> Callable[..., Any]:

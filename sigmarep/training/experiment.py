@@ -69,7 +69,7 @@ def build(config: ml_collections.FrozenConfigDict) -> Experiment:
         ema_decay=config.ema_decay,
     )
     abstract_state = jax.eval_shape(create)
-    runner = parallel.create_runner(config, make_step, abstract_state)
+    runner = parallel.create_runner(config, make_step, abstract_state, task.batch_rows())
     return Experiment(
         config=config,
         task=task,

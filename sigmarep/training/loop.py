@@ -42,7 +42,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, folder: str) -> dict[s
       Stopped: SIGTERM arrived; the state is saved.
     """
     experiment = build(validate(config))
-    workdir.claim(folder, experiment.config)
+    workdir.claim(folder, experiment.config, experiment.task.files())
     with Preemption(Stopped.exit_status) as preemption:
         run = _Run(experiment, folder, preemption)
         try:
@@ -122,7 +122,7 @@ class _Run:
         config = experiment.config
         self.experiment, self.folder, self.preemption = experiment, folder, preemption
         self.clock = Clock()
-        self.progress = Progress(experiment.total_steps, mode=config.writers.progress)
+        self.progress = Progress(experiment.total_steps, mode=config.writers.progress, unit=experiment.task.unit)
         self.checkpoints = Checkpointer(
             os.path.join(folder, "checkpoints"), keep=config.keep_checkpoints, say=self.progress.message
         )
@@ -172,7 +172,7 @@ class _Run:
                 if first or len(in_flight) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
                 self.preemption.nothing_to_save = False
-            self.clock.step(self.experiment.config.batch_size)
+            self.clock.step(self.experiment.task.units_per_step())
             # The log of a step is fetched after the next one was given to the devices, which then do not wait for it.
             self.log()
             if logging:
@@ -197,7 +197,8 @@ class _Run:
         output = jax.device_get(output)
         scalars = {f"train/{name}": float(value) for name, value in output.scalars.items()}
         panel = panel_metrics(output.panel)
-        self.writer.write(step, {**scalars, "train/examples_per_second": self.clock.examples_per_second, **panel})
+        speed = {f"train/{self.experiment.task.unit}_per_second": self.clock.units_per_second}
+        self.writer.write(step, {**scalars, **speed, **panel})
         loss = scalars["train/loss"]
         self.check(step, loss)
         self.first_loss = loss if self.first_loss is None else self.first_loss
@@ -205,7 +206,7 @@ class _Run:
             step,
             loss=loss,
             entropy_min=panel.get("attention/entropy_min"),
-            examples_per_second=self.clock.examples_per_second,
+            units_per_second=self.clock.units_per_second,
         )
 
     def check(self, step: int, loss: float) -> None:
@@ -226,6 +227,11 @@ class _Run:
         self.writer.write(step, metrics)
         words = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         self.progress.message(f"step {step}: {words}")
+        if jax.process_index() == 0:
+            workdir.write_outputs(self.folder, self.evaluator.outputs)
+        for outputs in self.evaluator.outputs.values():
+            for line in outputs.samples:
+                self.progress.message(f"  {line}")
 
     def save(self, step: int, output: StepOutput) -> None:
         """Saves the state after `step`; never one whose loss was not finite."""

@@ -88,12 +88,15 @@ class PmapRunner:
 RUNNERS: dict[str, Callable[..., Runner]] = {"jit": JitRunner, "pmap": PmapRunner}
 
 
-def create_runner(config: ml_collections.ConfigDict, make_step: Callable[..., Any], abstract_state: Any) -> Runner:
+def create_runner(
+    config: ml_collections.ConfigDict, make_step: Callable[..., Any], abstract_state: Any, batch_rows: tuple[int, ...]
+) -> Runner:
     """The runner of `config.parallel` over the mesh of `config.mesh`.
 
     Args:
       make_step: `make_step(axis_name=…)` returns the training step.
       abstract_state: shapes of the state.
+      batch_rows: rows that a global batch may have.
 
     Raises:
       BadInput: the devices do not fit the mesh, or the batch does not divide over them.
@@ -102,9 +105,11 @@ def create_runner(config: ml_collections.ConfigDict, make_step: Callable[..., An
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.accumulation < 1:
         raise BadInput(f"config.accumulation = {config.accumulation}: expected at least 1")
-    if config.batch_size < 1 or config.batch_size % (shards * config.accumulation):
+    odd = [rows for rows in batch_rows if rows < 1 or rows % (shards * config.accumulation)]
+    if odd:
+        which = "" if batch_rows == (config.batch_size,) else f", a batch of {odd[0]} rows among it,"
         raise BadInput(
-            f"config.batch_size = {config.batch_size}: does not divide over {shards} devices x "
+            f"config.batch_size = {config.batch_size}:{which} does not divide over {shards} devices x "
             f"{config.accumulation} microbatches (config.accumulation); use a multiple of {shards * config.accumulation}"
         )
     return RUNNERS[config.parallel](mesh, make_step, abstract_state)

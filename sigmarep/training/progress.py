@@ -36,17 +36,17 @@ class Clock:
             elapsed = time.perf_counter() - start
             self._seconds[activity] += elapsed
 
-    def step(self, examples: int) -> None:
-        """Notes a finished step of so many examples."""
-        self._window.append((examples, self._seconds["training"] + self._seconds["data"]))
+    def step(self, units: int) -> None:
+        """Notes a finished step of so many examples or tokens."""
+        self._window.append((units, self._seconds["training"] + self._seconds["data"]))
 
     @property
-    def examples_per_second(self) -> float:
+    def units_per_second(self) -> float:
         """Of the last steps; 0 until there are two."""
         if len(self._window) < 2:
             return 0.0
         seconds = self._window[-1][1] - self._window[0][1]
-        return sum(examples for examples, _ in list(self._window)[1:]) / seconds if seconds > 0 else 0.0
+        return sum(units for units, _ in list(self._window)[1:]) / seconds if seconds > 0 else 0.0
 
     def state_dict(self) -> dict[str, float]:
         """Seconds by activity."""
@@ -63,11 +63,12 @@ class Progress:
     Args:
       total_steps: of the run.
       mode: one of `MODES`.
+      unit: what the speed is a number of.
     """
 
-    def __init__(self, total_steps: int, *, mode: str = "auto"):
+    def __init__(self, total_steps: int, *, mode: str = "auto", unit: str = "examples"):
         self._total = total_steps
-        self._mode = mode
+        self._mode, self._unit = mode, unit
         self._last_line = -SECONDS_BETWEEN_PLAIN_LINES
         self._first: tuple[int, float] | None = None
         self._live: rich.live.Live | None = None
@@ -81,7 +82,7 @@ class Progress:
         *,
         loss: float,
         entropy_min: float | None = None,
-        examples_per_second: float | None = None,
+        units_per_second: float | None = None,
     ) -> None:
         """Shows the state after `step`; `entropy_min` in nats."""
         now = time.perf_counter()
@@ -90,8 +91,8 @@ class Progress:
         parts = [f"step {step}/{self._total}", f"loss {loss:.4g}"]
         if entropy_min is not None:
             parts.append(f"lowest entropy {entropy_min:.3g} nats")
-        if examples_per_second:
-            parts.append(f"{examples_per_second:,.0f} examples/s")
+        if units_per_second:
+            parts.append(f"{units_per_second:,.0f} {self._unit}/s")
         done = step - self._first[0]
         if done:
             parts.append(f"{_duration((now - self._first[1]) / done * (self._total - step))} left")

@@ -1,21 +1,25 @@
 """The folder of a run: whose it is, and what it ran on.
 
-`config.json`, the resolved configuration; `environment.json`, versions, devices and git revision of the last start and
-of earlier ones; `metrics.jsonl`; `checkpoints/`; `diagnosis.json` after a divergence.
+`config.json`, the resolved configuration; the files of the task, such as `vocabulary.model`; `environment.json`, versions,
+devices and git revision of the last start and of earlier ones; `metrics.jsonl`; `checkpoints/`; `outputs/<split>/`, what
+the model made at the last evaluation; `diagnosis.json` after a divergence.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
 
 from sigmarep.errors import BadInput
+from sigmarep.tasks.protocol import Outputs
 from sigmarep.training.config import flatten
 
 # What may differ when a run goes on in its workdir: where it runs and what it reports, not what it computes.
@@ -24,19 +28,23 @@ FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
 
 
-def claim(workdir: str, config: ml_collections.FrozenConfigDict) -> None:
-    """Makes `workdir` this configuration's, or checks that it is.
+def claim(workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[str, bytes]) -> None:
+    """Makes `workdir` this configuration's and the task's `files`', or checks that it is.
 
     Raises:
-      BadInput: it cannot be written, or holds a run of another configuration.
+      BadInput: it cannot be written, or holds a run of another configuration, vocabulary or data set.
     """
     path = os.path.join(workdir, "config.json")
     try:
         os.makedirs(workdir, exist_ok=True)
         if os.path.exists(path):
             _check_same(path, config)
-        _write(path, json.dumps(json.loads(config.to_json()), indent=2))
-        _write(os.path.join(workdir, "environment.json"), json.dumps(_environment(workdir), indent=2))
+        for name, content in files.items():
+            _check_file(workdir, name, content)
+        for name, content in files.items():
+            _write(os.path.join(workdir, name), content)
+        _write(path, _json(json.loads(config.to_json())))
+        _write(os.path.join(workdir, "environment.json"), _json(_environment(workdir)))
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -76,10 +84,37 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(list(value) if isinstance(value, tuple) else value))
 
 
-def _write(path: str, text: str) -> None:
+def _check_file(workdir: str, name: str, content: bytes) -> None:
+    try:
+        with open(os.path.join(workdir, name), "rb") as file:
+            there = file.read()
+    except FileNotFoundError:
+        return
+    if there != content:
+        old, new = (hashlib.sha256(each).hexdigest()[:12] for each in (there, content))
+        raise BadInput(
+            f"--workdir {workdir}: {name} of its run (sha256 {old}) is not what config.data gives now (sha256 {new}): the "
+            "vocabulary or the data changed; restore them, or choose another folder"
+        )
+
+
+def write_outputs(workdir: str, outputs: Mapping[str, Outputs]) -> None:
+    """Keeps what the model made of each split below `outputs/`."""
+    for split, found in outputs.items():
+        folder = os.path.join(workdir, "outputs", split)
+        os.makedirs(folder, exist_ok=True)
+        for name, text in found.files.items():
+            _write(os.path.join(folder, name), text.encode())
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def _write(path: str, content: bytes) -> None:
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w") as file:
-        file.write(text + "\n")
+    with open(temporary, "wb") as file:
+        file.write(content)
     os.replace(temporary, path)
 
 

@@ -44,9 +44,13 @@ class Model:
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
         return x * self.params[f"{path}/scale"] + self.params[f"{path}/bias"]
 
-    def attention(self, x, path, heads, qkv, lengths=None):
-        """Returns the output and the attention weights (batch, heads, queries, keys)."""
-        batch, length, width = x.shape
+    def attention(self, x, path, heads, qkv, lengths=None, context=None, visible=None):
+        """Returns the output and the attention weights (batch, heads, queries, keys).
+
+        `lengths` are those of the keys; `visible` (batch, queries, keys) hides further ones.
+        """
+        batch, queries, width = x.shape
+        length = queries if context is None else context.shape[1]
         if qkv == "fused":
             fused = self.dense(x, f"{path}/qkv", 3 * width)
             q, k, v = np.split(fused, 3, axis=-1)
@@ -54,15 +58,20 @@ class Model:
             q, k = np.split(self.dense(x, f"{path}/qk", 2 * width), 2, axis=-1)
             v = self.dense(x, f"{path}/value", width)
         else:
-            q, k, v = (self.dense(x, f"{path}/{name}", width) for name in ("query", "key", "value"))
+            seen = x if context is None else context
+            q, k, v = (
+                self.dense(y, f"{path}/{name}", width) for y, name in ((x, "query"), (seen, "key"), (seen, "value"))
+            )
         out = np.zeros_like(x)
-        weights = np.zeros((batch, heads, length, length))
+        weights = np.zeros((batch, heads, queries, length))
         size = width // heads
         for b in range(batch):
             keys = length if lengths is None else lengths[b]
             for h in range(heads):
                 part = slice(h * size, (h + 1) * size)
                 logits = q[b, :, part] @ k[b, :keys, part].T / math.sqrt(size)
+                if visible is not None:
+                    logits = np.where(visible[b][:, :keys], logits, -np.inf)
                 p = np.exp(logits - logits.max(-1, keepdims=True))
                 p /= p.sum(-1, keepdims=True)
                 weights[b, h, :, :keys] = p
@@ -76,28 +85,55 @@ class Model:
         }[activation]
         return self.dense(function(self.dense(x, f"{path}/up", hidden)), f"{path}/down", x.shape[-1])
 
-    def stack(self, x, path, *, depth, heads, hidden, norm, qkv, activation, epsilon, lengths=None):
-        """Returns the output and every block's attention weights."""
+    def stack(
+        self,
+        x,
+        path,
+        *,
+        depth,
+        heads,
+        hidden,
+        norm,
+        qkv,
+        activation,
+        epsilon,
+        lengths=None,
+        context=None,
+        context_lengths=None,
+        visible=None,
+        alpha=None,
+    ):
+        """Returns the output and every block's attention weights, those of the context after the block's own."""
         recorded = []
         for i in range(depth):
             block = f"{path}/block_{i}"
 
             def attend(y, block=block):
-                out, weights = self.attention(y, f"{block}/attention", heads, qkv, lengths)
+                out, weights = self.attention(y, f"{block}/attention", heads, qkv, lengths, visible=visible)
+                recorded.append(weights)
+                return out
+
+            def attend_context(y, block=block):
+                out, weights = self.attention(
+                    y, f"{block}/cross_attention", heads, "separate", context_lengths, context=context
+                )
                 recorded.append(weights)
                 return out
 
             def mlp(y, block=block):
                 return self.mlp(y, f"{block}/mlp", hidden, activation)
 
-            for branch, name in ((attend, "attention_norm"), (mlp, "mlp_norm")):
+            branches = [(attend, "attention_norm"), (mlp, "mlp_norm")]
+            if context is not None:
+                branches.insert(1, (attend_context, "cross_attention_norm"))
+            for branch, name in branches:
                 if norm == "none":
                     x = x + branch(x)
                 elif norm == "pre":
                     x = x + branch(self.layer_norm(x, f"{block}/{name}", epsilon))
                 else:
-                    alpha = (2 * depth) ** 0.25 if norm == "deepnorm" else 1.0
-                    x = self.layer_norm(alpha * x + branch(x), f"{block}/{name}", epsilon)
+                    scale = alpha or ((2 * depth) ** 0.25 if norm == "deepnorm" else 1.0)
+                    x = self.layer_norm(scale * x + branch(x), f"{block}/{name}", epsilon)
         return (self.layer_norm(x, f"{path}/norm", epsilon) if norm == "pre" else x), recorded
 
     def vit(self, images, *, patch, width, classes, pool, **stack):
@@ -111,6 +147,35 @@ class Model:
         x, recorded = self.stack(x + self.params["positions/embedding"], "encoder", **stack)
         x = x[:, 0] if pool == "token" else x.mean(1)
         return self.dense(x, "head", classes), recorded
+
+    def translate(self, source, inputs, *, width, alphas=(None, None), **stack):
+        """ln p of every next token (batch, length, vocabulary) of an encoder-decoder with sinusoidal positions and one
+        table for both languages and the logits; and the attention weights of encoder and decoder."""
+        table = self.params["tokens/tables_0/embedding"].astype(np.float64)
+        lengths, longest = (source != 0).sum(-1), inputs.shape[1]
+
+        def embedded(tokens):
+            position = np.arange(tokens.shape[1])[:, None]
+            angle = position / 10_000.0 ** (np.arange(width // 2) / (width // 2))
+            return table[tokens] * math.sqrt(width) + np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
+
+        memory, seen = self.stack(embedded(source), "encoder", lengths=lengths, alpha=alphas[0], **stack)
+        causal = np.broadcast_to(np.tril(np.ones((longest, longest), bool)), (len(inputs), longest, longest))
+        x, written = self.stack(
+            embedded(inputs),
+            "decoder",
+            context=memory,
+            context_lengths=lengths,
+            visible=causal,
+            alpha=alphas[1],
+            **stack,
+        )
+        return log_softmax(x @ table.T), seen, written
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def flat(tree, prefix=""):

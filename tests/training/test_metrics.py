@@ -83,7 +83,7 @@ def test_the_clock_tells_activities_apart_and_leaves_them_out_of_the_speed():
         clock.step(100)
         with clock.measure("evaluating"):
             time.sleep(0.05)
-    assert 2_000 < clock.examples_per_second < 10_100
+    assert 2_000 < clock.units_per_second < 10_100
     resumed = Clock()
     resumed.load_state_dict(json.loads(json.dumps(clock.state_dict())))
     assert resumed.state_dict() == clock.state_dict()
@@ -93,7 +93,7 @@ def test_the_clock_tells_activities_apart_and_leaves_them_out_of_the_speed():
 def test_plain_progress_is_sparse_and_names_the_time_left(capsys):
     progress = Progress(1000, mode="plain")
     for step in range(1, 101):
-        progress.update(step, loss=2.0, entropy_min=1.5, examples_per_second=10.0)
+        progress.update(step, loss=2.0, entropy_min=1.5, units_per_second=10.0)
     progress.message("evaluated")
     progress.close()
     lines = capsys.readouterr().out.splitlines()

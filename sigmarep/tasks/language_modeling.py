@@ -1,0 +1,198 @@
+"""Causal language modelling: what comes next in a text."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from sigmarep.data import baselines, pipeline, text
+from sigmarep.errors import BadInput
+from sigmarep.models.lm import LanguageModel
+from sigmarep.tasks.protocol import Evaluation, LossOutput, Task
+from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+
+# Fields of config.model that are the language model's own.
+MODEL_FIELDS = (
+    "tie_embeddings",
+    "adaptive_cutoffs",
+    "reparam_embedding",
+    "output_logit_cap",
+    "dropout",
+    "logit_chunk",
+)
+ROTARY_BASE = 10_000.0
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields `model`, `data`, `label_smoothing`, `z_loss` and `baselines`."""
+    config = ml_collections.ConfigDict()
+    config.model = transformer_defaults(depth=4, width=128, num_heads=4, mlp_dim=512)
+    # "learned", "sinusoidal", "rotary" or "none".
+    config.model.positions = "rotary"
+    config.model.tie_embeddings = True
+    # Of adaptive input and softmax; none for a plain table.
+    config.model.adaptive_cutoffs = ()
+    config.model.reparam_embedding = False
+    config.model.output_logit_cap = 0.0
+    # Positions whose logits exist at a time, 0 for all.
+    config.model.logit_chunk = 0
+    config.data = text.default_config()
+    config.label_smoothing = 0.0
+    # Weight of the squared log-normaliser of the logits (Chowdhery et al., 2022).
+    config.z_loss = 0.0
+    # Prints what a unigram model and gzip make of the same held-out text.
+    config.baselines = False
+    return config
+
+
+def create(config: ml_collections.ConfigDict) -> "LanguageModeling":
+    """The task of a resolved configuration.
+
+    Raises:
+      BadInput: a field of `config.model` or `config.data` is wrong, or the data set is not prepared.
+    """
+    return LanguageModeling(config)
+
+
+def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> LanguageModel:
+    """The model of `config.model`, without touching any data.
+
+    Raises:
+      BadInput: a field has an unknown word or an impossible value.
+    """
+    positions = config.model.positions
+    rotary = positions == "rotary"
+    transformer = create_transformer(config, rotary_base=ROTARY_BASE if rotary else 0.0)
+    length = config.data.sequence_length
+    try:
+        model = LanguageModel(
+            transformer,
+            vocabulary_size=vocabulary_size,
+            max_length=length,
+            positions="none" if rotary else positions,
+            **{name: config.model[name] for name in MODEL_FIELDS},
+        )
+        tokens = jnp.zeros((1, length), jnp.int32)
+        jax.eval_shape(functools.partial(model.init, method="losses"), jax.random.key(0), tokens, tokens)
+    except ValueError as error:
+        raise BadInput(f"config.model.{error}") from error
+    return model
+
+
+class LanguageModeling(Task):
+    """See `sigmarep.tasks.protocol.Task`."""
+
+    headline = "perplexity"
+    unit = "tokens"
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        data = config.data
+        self.vocabulary = text.open_vocabulary(data)
+        self.model = create_model(config, self.vocabulary.size)
+        self.train_windows = text.open_windows(data, self.vocabulary, data.train_split, train=True)
+        self.num_train_examples = len(self.train_windows)
+
+    def units_per_step(self):
+        return self.config.batch_size * self.config.data.sequence_length
+
+    def files(self):
+        return text.run_files(self.vocabulary, self.train_windows)
+
+    def init(self, rng):
+        tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
+        return self.model.init(rng, tokens, tokens, method="losses")
+
+    def train_stream(self, *, start, process_index, process_count):
+        return pipeline.training_stream(
+            self.train_windows,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start=start,
+            process_index=process_index,
+            process_count=process_count,
+            num_threads=self.config.data.num_threads,
+        )
+
+    def _positions(self, batch):
+        """Where each token stands. Windows of one stream are one segment, and need no mask."""
+        if self.config.data.packing == "stream":
+            return {"positions": batch["positions"]}
+        return {"positions": batch["positions"], "segments": batch["segments"]}
+
+    def loss(self, params, model_state, batch, rng, *, attention):
+        losses, updates = self.model.apply(
+            {"params": params, **model_state},
+            batch["tokens"],
+            batch["targets"],
+            **self._positions(batch),
+            deterministic=False,
+            rngs={"dropout": rng},
+            mutable=[*model_state, "attention"] if attention else list(model_state),
+            method="losses",
+        )
+        smoothing, weights = self.config.label_smoothing, batch["weights"]
+        total = (1 - smoothing) * losses.nll + smoothing * losses.uniform
+        total = total + self.config.z_loss * losses.log_normaliser**2
+        count = jnp.sum(weights)
+        changed = dict(updates)
+        recorded = changed.pop("attention", {})
+        return LossOutput(
+            loss=(jnp.sum(weights * total), count),
+            metrics={"nll": (jnp.sum(weights * losses.nll), count)},
+            model_state={**model_state, **changed},
+            attention=recorded,
+        )
+
+    def evaluations(self):
+        return [self._evaluation(split) for split in self.config.data.eval_splits]
+
+    def _evaluation(self, split):
+        windows = text.open_windows(self.config.data, self.vocabulary, split, train=False)
+
+        def batches(*, process_index, process_count):
+            return pipeline.evaluation_batches(
+                windows,
+                batch_size=self.config.batch_size,
+                process_index=process_index,
+                process_count=process_count,
+                num_threads=self.config.data.num_threads,
+            )
+
+        @functools.cache
+        def of_baselines():
+            if not self.config.baselines:
+                return {}
+            nats = baselines.unigram(self.train_windows, windows, self.vocabulary.size)
+            return {
+                "unigram_perplexity": math.exp(nats / windows.num_tokens),
+                "unigram_bits_per_byte": nats / math.log(2) / windows.num_bytes,
+                "gzip_bits_per_byte": baselines.gzip_bits_per_byte(text.texts(self.config.data, split)),
+            }
+
+        def finish(results):
+            nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
+            tokens = float(np.sum([result["tokens"] for result in results], dtype=np.float64))
+            return {
+                "loss": nats / tokens,
+                "perplexity": _exp(nats / tokens),
+                "word_perplexity": _exp(nats / windows.num_words),
+                "bits_per_byte": nats / math.log(2) / windows.num_bytes,
+                **of_baselines(),
+            }
+
+        return Evaluation(split.split("[")[0], batches, self._evaluate, finish)
+
+    def _evaluate(self, variables, batch):
+        losses = self.model.apply(
+            variables, batch["tokens"], batch["targets"], **self._positions(batch), method="losses"
+        )
+        weights = batch["weights"] * batch["mask"][:, None]
+        return {"nll": jnp.sum(weights * losses.nll), "tokens": jnp.sum(weights)}
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,279 @@
+"""Machine translation with an encoder-decoder, scored by BLEU."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from sigmarep.data import baselines, parallel_text
+from sigmarep.data.vocabulary import BOS, EOS, PAD
+from sigmarep.errors import BadInput
+from sigmarep.models import decoding
+from sigmarep.models.seq2seq import Seq2Seq, deepnorm_constants
+from sigmarep.nn import fold
+from sigmarep.tasks.protocol import Evaluation, LossOutput, Outputs, Task
+from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+
+MODEL_FIELDS = ("share_embeddings", "tie_embeddings", "reparam_embedding", "dropout")
+ROTARY_BASE = 10_000.0
+SAMPLES = 3
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields `model`, `data`, `decoding`, `label_smoothing` and `baselines`.
+
+    `config.model.depth` is that of the encoder and of the decoder, unless `decoder_depth` says otherwise.
+    """
+    config = ml_collections.ConfigDict()
+    config.model = transformer_defaults(depth=3, width=128, num_heads=4, mlp_dim=512)
+    # 0: as deep as the encoder.
+    config.model.decoder_depth = 0
+    # "learned", "sinusoidal", "rotary" or "none".
+    config.model.positions = "sinusoidal"
+    config.model.share_embeddings = True
+    config.model.tie_embeddings = True
+    config.model.reparam_embedding = False
+    config.data = parallel_text.default_config()
+    config.decoding = ml_collections.ConfigDict()
+    config.decoding.beam_size = 4
+    # α of ((5 + length)/6)^α.
+    config.decoding.length_penalty = 0.6
+    # A translation has at most factor · source + extra tokens, and never more than data.max_target_length.
+    config.decoding.length_factor = 1.2
+    config.decoding.length_extra = 10
+    config.label_smoothing = 0.1
+    # Prints the BLEU of copying the source and of the most similar training sentence's translation.
+    config.baselines = False
+    return config
+
+
+def create(config: ml_collections.ConfigDict) -> "Translation":
+    """The task of a resolved configuration.
+
+    Raises:
+      BadInput: a field of `config.model`, `config.data` or `config.decoding` is wrong, or the data set is not prepared.
+    """
+    return Translation(config)
+
+
+def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> Seq2Seq:
+    """The model of `config.model`, without touching any data.
+
+    Raises:
+      BadInput: a field has an unknown word or an impossible value.
+    """
+    fields, data = config.model, config.data
+    depths = {"encoder": fields.depth, "decoder": fields.decoder_depth or fields.depth}
+    rotary = fields.positions == "rotary"
+    if min(depths.values()) < 1:
+        raise BadInput(
+            f"config.model.depth = {fields.depth}, decoder_depth = {fields.decoder_depth}: expected at least 1"
+        )
+    constants = deepnorm_constants(*depths.values()) if fields.norm == "deepnorm" else {"encoder": {}, "decoder": {}}
+    stacks = {
+        name: create_transformer(config, depth=depth, rotary_base=ROTARY_BASE if rotary else 0.0, **constants[name])
+        for name, depth in depths.items()
+    }
+    try:
+        model = Seq2Seq(
+            **stacks,
+            vocabulary_size=vocabulary_size,
+            max_length=max(data.max_source_length, data.max_target_length),
+            positions="none" if rotary else fields.positions,
+            **{name: fields[name] for name in MODEL_FIELDS},
+        )
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        jax.eval_shape(functools.partial(model.init, method="losses"), jax.random.key(0), tokens, tokens, tokens)
+    except ValueError as error:
+        raise BadInput(f"config.model.{error}") from error
+    return model
+
+
+class Translation(Task):
+    """See `sigmarep.tasks.protocol.Task`. `config.batch_size` is a number of tokens, padding among them."""
+
+    headline = "bleu"
+    unit = "tokens"
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        data = config.data
+        _check_decoding(config.decoding)
+        self.vocabulary = parallel_text.open_vocabulary(data)
+        self.model = create_model(config, self.vocabulary.size)
+        self.corpus = parallel_text.PairCorpus(data, self.vocabulary, data.train_split)
+        self.train_batches = self._batches(self.corpus)
+        self.num_train_examples = self.train_batches.batches_per_epoch * config.batch_size
+
+    def _batches(self, corpus):
+        return parallel_text.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
+
+    def batch_rows(self):
+        return tuple(rows for rows, _, _ in self.train_batches.shapes)
+
+    def files(self):
+        return parallel_text.run_files(self.vocabulary, self.corpus)
+
+    def init(self, rng):
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        return self.model.init(rng, tokens, tokens, tokens, method="losses")
+
+    def train_stream(self, *, start, process_index, process_count):
+        return self.train_batches.stream(start=start, process_index=process_index, process_count=process_count)
+
+    def loss(self, params, model_state, batch, rng, *, attention):
+        losses, updates = self.model.apply(
+            {"params": params, **model_state},
+            batch["source"],
+            batch["inputs"],
+            batch["targets"],
+            deterministic=False,
+            rngs={"dropout": rng},
+            mutable=[*model_state, "attention"] if attention else list(model_state),
+            method="losses",
+        )
+        smoothing, weights = self.config.label_smoothing, (batch["targets"] != PAD).astype(jnp.float32)
+        count = jnp.sum(weights)
+        total = (1 - smoothing) * losses.nll + smoothing * losses.uniform
+        changed: dict[str, Any] = dict(updates)
+        recorded = changed.pop("attention", {})
+        return LossOutput(
+            loss=(jnp.sum(weights * total), count),
+            metrics={"nll": (jnp.sum(weights * losses.nll), count)},
+            model_state={**model_state, **changed},
+            attention=recorded,
+        )
+
+    def evaluations(self):
+        return [self._evaluation(split) for split in self.config.data.eval_splits]
+
+    def _evaluation(self, split):
+        corpus = parallel_text.PairCorpus(self.config.data, self.vocabulary, split)
+        batches = self._batches(corpus)
+
+        @functools.cache
+        def of_baselines():
+            if not self.config.baselines:
+                return {}
+            train = [self.corpus.texts(i) for i in range(len(self.corpus))]
+            sources, references = zip(*(corpus.texts(i) for i in range(len(corpus))), strict=True)
+            nearest = baselines.nearest_neighbour([s for s, _ in train], [t for _, t in train], sources)
+            return {
+                "copy_bleu": bleu(sources, references)[0],
+                "nearest_neighbour_bleu": bleu(nearest, references)[0],
+            }
+
+        def finish(results):
+            nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
+            tokens = float(np.sum([result["tokens"] for result in results], dtype=np.float64))
+            written = self._written(corpus, results)
+            score, _ = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
+            return {
+                "loss": nats / tokens,
+                "perplexity": float(np.exp(nats / tokens)),
+                "bleu": score,
+                **of_baselines(),
+            }
+
+        def outputs(results):
+            written = self._written(corpus, results)
+            score, signature = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
+            rows = ["\t".join(part.replace("\t", " ").replace("\n", " ") for part in row) for row in written]
+            spread = [written[i * len(written) // SAMPLES] for i in range(min(SAMPLES, len(written)))]
+            return Outputs(
+                files={
+                    "translations.tsv": "\n".join(["source\treference\ttranslation", *rows, ""]),
+                    "bleu.txt": f"BLEU {score:.2f} {signature}\n",
+                },
+                samples=[f"{source} → {hypothesis} (reference: {target})" for source, target, hypothesis in spread],
+            )
+
+        return Evaluation(split.split("[")[0], batches.evaluation, self._evaluate, finish, outputs)
+
+    def _written(self, corpus, results) -> list[tuple[str, str, str]]:
+        """(source, reference, translation) of every pair, in the order of the corpus."""
+        found = {
+            int(index): self.vocabulary.decode(tokens)
+            for result in results
+            for index, tokens in zip(result["index"], result["translation"], strict=True)
+            if index >= 0
+        }
+        return [(*corpus.texts(index), found[index]) for index in sorted(found)]
+
+    def _evaluate(self, variables, batch):
+        losses = self.model.apply(variables, batch["source"], batch["inputs"], batch["targets"], method="losses")
+        weights = (batch["targets"] != PAD).astype(jnp.float32)
+        return {
+            "nll": jnp.sum(weights * losses.nll),
+            "tokens": jnp.sum(weights),
+            "index": batch["index"],
+            "translation": self.translate(variables, batch["source"]).tokens[:, 0],
+        }
+
+    def translate(self, variables: Any, source: jax.Array) -> decoding.Hypotheses:
+        """The best translations of sentences (B, S), padded with 0, that the beam search of `config.decoding` finds."""
+        c = self.config.decoding
+        plain = {"params": fold(variables)}
+        model = self.model.clone(
+            encoder=_plain(self.model.encoder), decoder=_plain(self.model.decoder), reparam_embedding=False
+        )
+        words = jnp.sum(source != PAD, axis=-1)
+        longest = self.config.data.max_target_length
+        longest = min(longest, int(c.length_factor * source.shape[1]) + c.length_extra)
+        limits = (c.length_factor * words).astype(jnp.int32) + c.length_extra
+        memory = model.apply(plain, source, method="encode")
+        memory, sources = (jnp.repeat(x, c.beam_size, axis=0) for x in (memory, source))
+
+        def step(tokens, position, cache):
+            found, cache = model.apply(
+                {**plain, **cache},
+                tokens[:, None],
+                memory,
+                sources,
+                positions=jnp.full((1, 1), position),
+                cache_length=longest,
+                mutable=["cache"],
+                method="next_token",
+            )
+            return found[:, 0], cache
+
+        return decoding.beam_search(
+            step,
+            decoding.empty_cache(step, len(sources)),
+            batch=len(source),
+            beam_size=c.beam_size,
+            max_length=longest,
+            limits=limits,
+            alpha=c.length_penalty,
+            bos=BOS,
+            eos=EOS,
+            pad=PAD,
+        )
+
+
+def bleu(hypotheses, references) -> tuple[float, str]:
+    """Corpus BLEU in per cent and its signature, by sacreBLEU."""
+    import sacrebleu
+
+    metric = sacrebleu.metrics.BLEU()
+    score = metric.corpus_score(list(hypotheses), [list(references)])
+    return score.score, str(metric.get_signature())
+
+
+def _plain(config):
+    return dataclasses.replace(config, reparam="none")
+
+
+def _check_decoding(c: ml_collections.ConfigDict) -> None:
+    if c.beam_size < 1:
+        raise BadInput(f"config.decoding.beam_size = {c.beam_size}: expected at least 1")
+    if c.length_penalty < 0:
+        raise BadInput(f"config.decoding.length_penalty = {c.length_penalty}: expected at least 0")
+    if c.length_factor < 0 or c.length_extra < 1:
+        raise BadInput(
+            f"config.decoding.length_factor = {c.length_factor}, length_extra = {c.length_extra}: expected at least 0 and 1"
+        )
