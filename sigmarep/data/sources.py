@@ -6,7 +6,9 @@ needs TensorFlow.
 
 import difflib
 import fcntl
+import functools
 import glob
+import hashlib
 import importlib.util
 import os
 import re
@@ -33,13 +35,25 @@ class Description(NamedTuple):
 
 
 # Builders of this project, by module.
-OWN = {"digits": ("sigmarep.data.digits", "Digits")}
+OWN = {
+    "digits": ("sigmarep.data.digits", "Digits"),
+    "python_docs": ("sigmarep.data.packaged_text", "PythonDocs"),
+    "interface_en_de": ("sigmarep.data.packaged_text", "InterfaceEnDe"),
+    "libreoffice_help_en_de": ("sigmarep.data.packaged_text", "LibreofficeHelpEnDe"),
+}
+# The one whose content is a folder of files.
+FOLDER = "text_folder"
 NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 # File formats of TFDS with random access.
 RANDOM_ACCESS = {"array_record", "parquet"}
-# Image sets of TFDS that the configurations name; any other name of TFDS works as well.
-KNOWN = ("digits", "cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist")
+# Sets of TFDS that the configurations name; any other name of TFDS works as well.
+KNOWN = (
+    *OWN,
+    FOLDER,
+    *("cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist"),
+    *("wmt17_translate", "lm1b", "c4"),
+)
 
 
 def data_folder(data_dir: str | None) -> str:
@@ -47,8 +61,11 @@ def data_folder(data_dir: str | None) -> str:
     return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
-def builder(name: str, *, data_dir: str | None = None):
+def builder(name: str, *, data_dir: str | None = None, text_folder: str = ""):
     """The prepared TFDS builder of a data set, of its newest prepared version unless the name ends in one.
+
+    Args:
+      text_folder: the files of the set "text_folder" (`sigmarep.data.text_folder`).
 
     Raises:
       BadInput: there is no such set, it is not prepared, or what is prepared cannot be read.
@@ -57,8 +74,8 @@ def builder(name: str, *, data_dir: str | None = None):
 
     folder = data_folder(data_dir)
     try:
-        if name in OWN:
-            found = _own(name, folder)
+        if name in OWN or name == FOLDER:
+            found = _own(name, folder, text_folder)
         else:
             # Read as it lies there: TFDS's own code for the set may need TensorFlow, or be of another version.
             found = tfds.builder_from_directory(_prepared(name, folder) or _missing(name, folder))
@@ -103,13 +120,13 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
     return str(found.data_dir)
 
 
-def open_source(name: str, split: str, *, data_dir: str | None = None) -> Source:
+def open_source(name: str, split: str, *, data_dir: str | None = None, text_folder: str = "") -> Source:
     """The examples of a split; TFDS's slices and sums such as "train[:90%]" and "train+test" are splits too.
 
     Raises:
       BadInput: see `builder`; or there is no such split, or nothing in it.
     """
-    found = builder(name, data_dir=data_dir)
+    found = builder(name, data_dir=data_dir, text_folder=text_folder)
     splits = found.info.splits
     try:
         count = splits[split].num_examples
@@ -129,6 +146,17 @@ def open_source(name: str, split: str, *, data_dir: str | None = None) -> Source
     return source
 
 
+def fingerprint(name: str, split: str, *, data_dir: str | None = None, text_folder: str = "") -> str:
+    """Names the examples of a split: another version, other files or another split give another one.
+
+    Raises:
+      BadInput: see `builder`.
+    """
+    info = builder(name, data_dir=data_dir, text_folder=text_folder).info
+    sizes = {each: (details.num_examples, details.num_bytes) for each, details in info.splits.items()}
+    return hashlib.sha256(f"{info.full_name}|{split}|{sorted(sizes.items())}".encode()).hexdigest()
+
+
 def describe(name: str, *, data_dir: str | None = None) -> Description:
     """What the data set says of itself.
 
@@ -146,9 +174,11 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
     return Description(features["label"].num_classes, tuple(features["image"].shape), splits)
 
 
-def _own(name: str, folder: str):
-    module, attribute = OWN[name]
+def _own(name: str, folder: str, text_folder: str = ""):
+    module, attribute = OWN.get(name, ("sigmarep.data.text_folder", "TextFolder"))
     made = getattr(importlib.import_module(module), attribute)
+    if name == FOLDER:
+        made = functools.partial(made, folder=text_folder)
     found = made(data_dir=folder, file_format="array_record")
     if found.is_prepared():
         return found

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,7 @@ class LanguageModeling(Task):
         return Evaluation(split.split("[")[0], batches, self._evaluate, finish)
 
     def _evaluate(self, variables, batch):
-        losses = self.model.apply(
+        losses: Any = self.model.apply(
             variables, batch["tokens"], batch["targets"], **self._positions(batch), method="losses"
         )
         weights = batch["weights"] * batch["mask"][:, None]

@@ -80,7 +80,8 @@ def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> Seq
     }
     try:
         model = Seq2Seq(
-            **stacks,
+            encoder=stacks["encoder"],
+            decoder=stacks["decoder"],
             vocabulary_size=vocabulary_size,
             max_length=max(data.max_source_length, data.max_target_length),
             positions="none" if rotary else fields.positions,
@@ -205,7 +206,7 @@ class Translation(Task):
         return [(*corpus.texts(index), found[index]) for index in sorted(found)]
 
     def _evaluate(self, variables, batch):
-        losses = self.model.apply(variables, batch["source"], batch["inputs"], batch["targets"], method="losses")
+        losses: Any = self.model.apply(variables, batch["source"], batch["inputs"], batch["targets"], method="losses")
         weights = (batch["targets"] != PAD).astype(jnp.float32)
         return {
             "nll": jnp.sum(weights * losses.nll),
@@ -225,7 +226,7 @@ class Translation(Task):
         longest = self.config.data.max_target_length
         longest = min(longest, int(c.length_factor * source.shape[1]) + c.length_extra)
         limits = (c.length_factor * words).astype(jnp.int32) + c.length_extra
-        memory = model.apply(plain, source, method="encode")
+        memory: Any = model.apply(plain, source, method="encode")
         memory, sources = (jnp.repeat(x, c.beam_size, axis=0) for x in (memory, source))
 
         def step(tokens, position, cache):

@@ -1,0 +1,44 @@
+"""What can be said without a network: the figures that a language or translation model has to beat."""
+
+import gzip
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sigmarep.data.text import Windows
+from sigmarep.errors import BadInput
+
+
+def unigram(train: Windows, test: Windows, vocabulary_size: int) -> float:
+    """Nats that a unigram model of the training targets, each counted once more, spends on all targets of `test`."""
+    counts = np.ones(vocabulary_size, np.float64)
+    for targets in train.targets():
+        np.add.at(counts, targets, 1)
+    log_p = np.log(counts / counts.sum())
+    return -float(sum(log_p[targets].sum() for targets in test.targets()))
+
+
+def gzip_bits_per_byte(texts: Iterable[str]) -> float:
+    """Bits a byte of the texts in a row under gzip at its best level."""
+    content = "\n".join(texts).encode()
+    return 8 * len(gzip.compress(content, compresslevel=9, mtime=0)) / len(content)
+
+
+def nearest_neighbour(train_sources: Sequence[str], train_targets: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """For each source the translation of the training source most like it: by the cosine of TF-IDF vectors of words and of
+    runs of 2 to 4 characters within words. The earlier one wins a tie."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.pipeline import make_union
+    except ImportError:
+        raise BadInput(
+            'config.baselines = True: needs the extra "packaged"; pip install "sigmarep[packaged]"'
+        ) from None
+    vectors = make_union(TfidfVectorizer(token_pattern=r"\w+"), TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)))
+    train, found = vectors.fit_transform(train_sources), []
+    block = max(10_000_000 // max(len(train_sources), 1), 1)
+    for i in range(math.ceil(len(sources) / block)):
+        similarity = vectors.transform(sources[i * block : (i + 1) * block]) @ train.T
+        found += [train_targets[j] for j in np.asarray(similarity.argmax(axis=1)).reshape(-1)]
+    return found

@@ -1,0 +1,176 @@
+"""Text files of a folder as a TFDS data set.
+
+A split is one of: `train.txt`, documents with an empty line between them (`wiki.train.tokens` and `wiki.train.raw`, as
+WikiText comes, are read too: there a line ` = Title = ` begins a document); `train.tsv`, a source and its translation with
+a tab between them on each line; `train.en` with `train.de`, line by line. Any may be gzipped (`.gz`). Splits are train,
+validation (or valid, dev) and test; at least train must be there.
+
+What is prepared is kept under the hash of the files' contents: a changed file is another data set.
+"""
+
+import gzip
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+
+import tensorflow_datasets as tfds
+
+from sigmarep.errors import BadInput
+
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+PLAIN = ("txt", "tokens", "raw")
+TITLE = re.compile(r" = [^=].*[^=] = \s*")
+
+
+class TextFolder(tfds.core.GeneratorBasedBuilder):
+    """Text files of a folder; see the module docstring."""
+
+    name = "text_folder"
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012
+    SKIP_REGISTERING = True
+
+    def __init__(self, *, folder: str, **options):
+        """Raises BadInput where there is no such folder or no training file in it."""
+        self._files = find_files(folder)
+        digest = hashlib.sha256()
+        for split, paths in sorted(self._files.items()):
+            for path in paths:
+                digest.update(f"{split} {os.path.basename(path)} ".encode())
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        super().__init__(config=tfds.core.BuilderConfig(name=digest.hexdigest()[:20]), **options)
+
+    def _info(self):
+        names = {language_of(path) for paths in self._files.values() for path in paths}
+        columns = sorted(names) if len(names) == 2 else ["source", "target"] if names == {"tsv"} else ["text"]
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in columns}),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(paths) for split, paths in self._files.items()}
+
+    def _generate_examples(self, paths):
+        if len(paths) == 2:
+            yield from enumerate(aligned(*paths))
+        elif language_of(paths[0]) == "tsv":
+            yield from enumerate(columns_of(paths[0]))
+        else:
+            yield from ((i, {"text": text}) for i, text in enumerate(documents(paths[0])))
+
+
+def find_files(folder: str) -> dict[str, list[str]]:
+    """The file, or the two aligned files, of each split.
+
+    Raises:
+      BadInput: there is no such folder, no training file, or more than one of a split.
+    """
+    if not folder or not os.path.isdir(os.path.expanduser(folder)):
+        raise BadInput(f"config.data.folder = {folder!r}: there is no such folder")
+    folder = os.path.expanduser(folder)
+    found: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)):
+        match = re.fullmatch(r"(?:wiki\.)?(\w+)\.([A-Za-z_-]+)(\.gz)?", name)
+        if match and match[1] in SPLITS:
+            found.setdefault(SPLITS[match[1]], []).append(os.path.join(folder, name))
+    if "train" not in found:
+        raise BadInput(
+            f"config.data.folder = {folder!r}: has no train.txt, no train.tsv and no pair such as train.en and train.de"
+        )
+    for split, paths in found.items():
+        if len(paths) > 2 or (len(paths) == 2 and {language_of(path) for path in paths} & {*PLAIN, "tsv"}):
+            names = ", ".join(os.path.basename(path) for path in paths)
+            raise BadInput(
+                f"config.data.folder = {folder!r}: has several files of the split {split}: {names}; keep one"
+            )
+        if len(paths) == 1 and language_of(paths[0]) not in (*PLAIN, "tsv"):
+            raise BadInput(
+                f"{paths[0]}: is alone; a pair such as {split}.en and {split}.de, {split}.tsv or {split}.txt is expected"
+            )
+    return found
+
+
+def language_of(path: str) -> str:
+    """What stands behind the dot of a file's name, .gz left out."""
+    return os.path.basename(path).removesuffix(".gz").rpartition(".")[2]
+
+
+def lines(path: str) -> Iterator[str]:
+    """The lines of a text file without their ends.
+
+    Raises:
+      BadInput: it is empty, or a line is not UTF-8; the message names file and line.
+    """
+    opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115
+    number = 0
+    try:
+        with opened as file:
+            for number, line in enumerate(file, 1):  # noqa: B007
+                yield line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}:{number}: is not UTF-8 (byte {error.start + 1} of the line)") from None
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path}:{number + 1}: cannot be read ({error})") from None
+    if not number:
+        raise BadInput(f"{path}: is empty")
+
+
+def documents(path: str) -> Iterator[str]:
+    """The documents of a plain text file.
+
+    Raises:
+      BadInput: see `lines`; or nothing but white space is in it.
+    """
+    wikitext = language_of(path) in ("tokens", "raw")
+    gathered: list[str] = []
+    count = 0
+    for line in lines(path):
+        ends = TITLE.fullmatch(line) if wikitext else not line.strip()
+        if ends and any(each.strip() for each in gathered):
+            count += 1
+            yield "\n".join(gathered)
+        if ends:
+            gathered = []
+        if wikitext or not ends:
+            gathered.append(line)
+    if any(each.strip() for each in gathered):
+        count += 1
+        yield "\n".join(gathered)
+    if not count:
+        raise BadInput(f"{path}: has no text")
+
+
+def columns_of(path: str) -> Iterator[dict[str, str]]:
+    """Source and target of every line.
+
+    Raises:
+      BadInput: see `lines`; or a line has not exactly one tab.
+    """
+    for number, line in enumerate(lines(path), 1):
+        columns = line.split("\t")
+        if len(columns) != 2:
+            raise BadInput(
+                f"{path}:{number}: has {len(columns) - 1} tabs; expected a source, one tab and its translation"
+            )
+        yield {"source": columns[0], "target": columns[1]}
+
+
+def aligned(first: str, second: str) -> Iterator[dict[str, str]]:
+    """The lines of two files side by side.
+
+    Raises:
+      BadInput: see `lines`; or they have different numbers of lines.
+    """
+    counts = [sum(1 for _ in lines(path)) for path in (first, second)]
+    if counts[0] != counts[1]:
+        raise BadInput(
+            f"{first}: has {counts[0]} lines, and {second} has {counts[1]}; they must be translations line by line"
+        )
+    names = [language_of(path) for path in (first, second)]
+    for pair in zip(lines(first), lines(second), strict=True):
+        yield dict(zip(names, pair, strict=True))

@@ -1,0 +1,74 @@
+"""Texts as numbers, made once and kept: one array of all tokens, and where each text begins in it."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sigmarep.data.vocabulary import locked
+from sigmarep.errors import BadInput
+
+
+class Corpus:
+    """Token arrays (n,) int32 of texts, read from disk as they are asked for.
+
+    Attributes:
+      offsets: (texts + 1,) int64, where each begins. counts: what was counted while they were made.
+      fingerprint: SHA-256 of all tokens, hexadecimal.
+    """
+
+    def __init__(self, folder: str):
+        self._tokens = np.load(os.path.join(folder, "tokens.npy"), mmap_mode="r")
+        self.offsets = np.load(os.path.join(folder, "offsets.npy"))
+        with open(os.path.join(folder, "facts.json")) as file:
+            facts = json.load(file)
+        self.counts: dict[str, int] = facts["counts"]
+        self.fingerprint: str = facts["fingerprint"]
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.asarray(self._tokens[self.offsets[index] : self.offsets[index + 1]])
+
+
+def obtain(folder: str, key: str, encode: Callable[[], tuple[Sequence[np.ndarray], dict[str, int]]]) -> Corpus:
+    """The corpus kept in `folder` under `key`, made by `encode()` (token arrays, counts) if it is not there.
+
+    Raises:
+      BadInput: the folder cannot be written.
+    """
+    path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:24])
+    with locked(path):
+        if not os.path.exists(path):
+            arrays, counts = encode()
+            tokens = np.concatenate([np.zeros(0, np.int32), *arrays])
+            offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
+            digest = hashlib.sha256(offsets.tobytes() + tokens.tobytes()).hexdigest()
+            temporary = f"{path}.{os.getpid()}"
+            os.makedirs(temporary, exist_ok=True)
+            try:
+                np.save(os.path.join(temporary, "tokens.npy"), tokens)
+                np.save(os.path.join(temporary, "offsets.npy"), offsets)
+                with open(os.path.join(temporary, "facts.json"), "w") as file:
+                    json.dump({"counts": counts, "fingerprint": digest}, file)
+                os.replace(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return Corpus(path)
+
+
+def feature(example: Mapping[str, Any], name: str, field: str) -> str:
+    """The text of a feature.
+
+    Raises:
+      BadInput: there is no such feature; the message names `config.data.<field>`.
+    """
+    if name not in example:
+        raise BadInput(f"config.data.{field} = {name!r}: the data set has no such feature; it has {', '.join(example)}")
+    value = example[name]
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,292 @@
+"""Text to token numbers and back: bytes, words, or SentencePiece subwords.
+
+SentencePiece (Kudo and Richardson, 2018) because it reads raw text of any language without a tokeniser before it, gives
+back the very text it was given, trains in seconds, always the same, and is one small file. Its normalisation is off and
+unknown characters fall back to bytes, so that nothing of a text is lost.
+
+Numbers 0 to 3 are the same in all kinds: padding, begin, end, unknown.
+"""
+
+import collections
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import ml_collections
+import numpy as np
+
+from sigmarep.errors import BadInput
+
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+SPECIAL = 4
+KINDS = ("subword", "byte", "word")
+MODELS = ("unigram", "bpe")
+# The word that a line's end is, where words are counted (the convention that WikiText-103 is scored by).
+NEWLINE = "<eol>"
+HEADER = b"sigmarep vocabulary 1\n"
+
+
+class Vocabulary(Protocol):
+    """`size` counts the four special tokens."""
+
+    size: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token numbers, (n,) int32, without begin and end."""
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text up to the first end token; padding and begin tokens are passed over."""
+
+    def to_bytes(self) -> bytes:
+        """All of it, as one file."""
+
+
+class ByteVocabulary:
+    """A token a byte of UTF-8; nothing is unknown."""
+
+    size = SPECIAL + 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + SPECIAL
+
+    def decode(self, tokens):
+        values = [token - SPECIAL for token in _content(tokens) if token >= SPECIAL]
+        return bytes(values).decode(errors="replace")
+
+    def to_bytes(self):
+        return HEADER + b'{"kind": "byte"}\n'
+
+
+class WordVocabulary:
+    """A token a word between white space, and one for the end of each line; rare words are unknown.
+
+    A final line without its end gets one. `decode` puts single spaces between words.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        self.words = list(words)
+        self.size = SPECIAL + len(self.words)
+        self._number = {word: number for number, word in enumerate(self.words, SPECIAL)}
+
+    def encode(self, text):
+        number = self._number
+        return np.array([number.get(word, UNK) for word in split_words(text)], np.int32)
+
+    def decode(self, tokens):
+        words = ["<unk>" if token == UNK else self.words[token - SPECIAL] for token in _content(tokens)]
+        return " ".join(words).replace(f" {NEWLINE} ", "\n").replace(NEWLINE, "\n").replace(" \n", "\n")
+
+    def to_bytes(self):
+        return HEADER + json.dumps({"kind": "word", "words": self.words}, ensure_ascii=False).encode() + b"\n"
+
+
+class SubwordVocabulary:
+    """SentencePiece's pieces."""
+
+    def __init__(self, model: bytes):
+        self._model = model
+        self._processor = _sentencepiece().SentencePieceProcessor(model_proto=model)
+        self.size = self._processor.vocab_size()
+
+    def encode(self, text):
+        return np.array(self._processor.encode(text), np.int32)
+
+    def decode(self, tokens):
+        return self._processor.decode([int(token) for token in _content(tokens)])
+
+    def to_bytes(self):
+        return self._model
+
+
+def split_words(text: str) -> list[str]:
+    """Words and line ends of a text, as `WordVocabulary` counts them."""
+    return [word for line in text.splitlines() for word in (*line.split(), NEWLINE)]
+
+
+def from_bytes(content: bytes) -> Vocabulary:
+    """The vocabulary that `to_bytes` wrote.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if not content.startswith(HEADER):
+        try:
+            return SubwordVocabulary(content)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"neither a SentencePiece model nor a vocabulary of this package ({error})") from None
+    values = json.loads(content[len(HEADER) :])
+    return ByteVocabulary() if values["kind"] == "byte" else WordVocabulary(values["words"])
+
+
+def fingerprint(vocabulary: Vocabulary) -> str:
+    """SHA-256 of `to_bytes`, hexadecimal."""
+    return hashlib.sha256(vocabulary.to_bytes()).hexdigest()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The block `config.data.vocabulary`."""
+    config = ml_collections.ConfigDict()
+    config.kind = "subword"
+    # Tokens, the special ones among them; the word kind keeps that many of the most frequent. Bytes have their own number.
+    config.size = 8000
+    # "unigram" or "bpe", of subwords.
+    config.model = "unigram"
+    # A file that scripts/train_vocabulary.py or SentencePiece wrote; empty to train one on the training split.
+    config.file = ""
+    return config
+
+
+def obtain(
+    config: ml_collections.ConfigDict, texts: Callable[[], Iterable[str]], *, cache_dir: str, key: str
+) -> Vocabulary:
+    """The vocabulary of `config.data.vocabulary`: of its file, or trained once on `texts()` and kept in `cache_dir`.
+
+    Args:
+      key: names the texts; another key, another vocabulary.
+
+    Raises:
+      BadInput: a field has an unknown word, the file cannot be read, or so many tokens cannot be made of the texts.
+    """
+    for field, words in (("kind", KINDS), ("model", MODELS)):
+        if config[field] not in words:
+            raise BadInput(f"config.data.vocabulary.{field} = {config[field]!r}: expected one of {', '.join(words)}")
+    if config.file:
+        return load(config.file)
+    if config.kind == "byte":
+        return ByteVocabulary()
+    settings = f"{key}|{config.kind}|{config.model}|{config.size}"
+    name = f"{config.kind}-{config.size}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.model"
+    path = os.path.join(cache_dir, name)
+    with locked(path):
+        if not os.path.exists(path):
+            write(path, train(config, texts()).to_bytes())
+        return load(path)
+
+
+def load(path: str) -> Vocabulary:
+    """Reads a vocabulary file.
+
+    Raises:
+      BadInput: there is none, or it is none.
+    """
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            return from_bytes(file.read())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(f"config.data.vocabulary.file = {path!r}: cannot be read ({reason})") from None
+
+
+def train(config: ml_collections.ConfigDict, texts: Iterable[str]) -> Vocabulary:
+    """A vocabulary of `texts` with the settings of `config.data.vocabulary`; the same texts give the same one.
+
+    Raises:
+      BadInput: the size is too small or too large for the texts, or these are empty.
+    """
+    if config.kind == "byte":
+        return ByteVocabulary()
+    if config.kind == "word":
+        counts: collections.Counter[str] = collections.Counter()
+        for text in texts:
+            counts.update(split_words(text))
+        if not counts:
+            raise BadInput("config.data: the training split has no words")
+        if config.size <= SPECIAL:
+            raise BadInput(f"config.data.vocabulary.size = {config.size}: expected more than {SPECIAL}")
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        return WordVocabulary(ranked[: config.size - SPECIAL])
+    return _train_subwords(config, texts)
+
+
+def _train_subwords(config: ml_collections.ConfigDict, texts: Iterable[str]) -> Vocabulary:
+    model = io.BytesIO()
+    trainer: Any = _sentencepiece().SentencePieceTrainer
+    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    try:
+        trainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type=config.model,
+            vocab_size=config.size,
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNK,
+            byte_fallback=True,
+            # Some pieces occur in no segmentation of a small text; then there are fewer than asked for.
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            # Line ends, which the trainer never sees, are pieces of their own.
+            user_defined_symbols=["\n"],
+            max_sentence_length=1_000_000,
+            # The result depends on the number of threads.
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise BadInput(
+            f"config.data.vocabulary.size = {config.size}: no {config.model} vocabulary of that size can be made of the "
+            f"training split ({_reason(error)})"
+        ) from None
+    return SubwordVocabulary(model.getvalue())
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.rpartition("] ")[2][:200] or "it is empty"
+
+
+def _sentencepiece():
+    try:
+        import sentencepiece
+    except ImportError:
+        raise BadInput(
+            'config.data.vocabulary.kind = \'subword\': needs the extra "text"; pip install "sigmarep[text]"'
+        ) from None
+    return sentencepiece
+
+
+def _content(tokens) -> list[int]:
+    tokens = np.asarray(tokens)
+    ends = np.flatnonzero(tokens == EOS)
+    tokens = tokens[: ends[0]] if ends.size else tokens
+    return [int(token) for token in tokens if token not in (PAD, BOS)]
+
+
+class locked:
+    """Holds `path`'s lock: two processes that want the same file make it once.
+
+    Raises:
+      BadInput: the folder cannot be written.
+    """
+
+    def __init__(self, path: str):
+        self._path = f"{path}.lock"
+
+    def __enter__(self):
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            self._file = open(self._path, "w")
+        except OSError as error:
+            folder = os.path.dirname(self._path)
+            raise BadInput(
+                f"config.data.data_dir: {folder} cannot be written ({error.strerror}); set another with "
+                "--config.data.data_dir"
+            ) from error
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def write(path: str, content: bytes) -> None:
+    """Writes a file that is whole or not there."""
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(content)
+    os.replace(temporary, path)
