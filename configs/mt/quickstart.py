@@ -30,6 +30,6 @@ def get_config(_=None):
     config.optimizer.warmup_steps = 100
 
     config.data.max_source_length = config.data.max_target_length = 64
-    config.data.buckets = (16, 32, 64)
+    config.data.buckets = (24, 64)
     config.data.vocabulary.size = 2000
     return config

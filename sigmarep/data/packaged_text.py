@@ -83,6 +83,7 @@ class _Pairs(tfds.core.GeneratorBasedBuilder):
             description=self.__doc__,
             features=tfds.features.FeaturesDict({"en": tfds.features.Text(), "de": tfds.features.Text()}),
             supervised_keys=("en", "de"),
+            disable_shuffling=True,
         )
 
     def _generate_examples(self, pairs):
@@ -162,8 +163,7 @@ def _catalogues() -> Iterator[tuple[str, str]]:
         import polib
 
         folders = [
-            os.fspath(importlib.metadata.distribution(package).locate_file(folder))
-            for package, folder in CATALOGUES.items()
+            str(importlib.metadata.distribution(package).locate_file(folder)) for package, folder in CATALOGUES.items()
         ]
     except (ImportError, importlib.metadata.PackageNotFoundError):
         raise BadInput(

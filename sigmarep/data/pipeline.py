@@ -52,7 +52,8 @@ def training_stream(
     if seed < 0:
         raise BadInput(f"config.seed = {seed}: expected 0 or more")
     local = _local_size(batch_size, process_count)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    # As good as for ever. Grain's own for ever is too long for batches of one, by rounding.
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**60 // len(source))
     if transform is not None:
         dataset = dataset.random_map(transform)
     if pair_transform is not None:

@@ -50,6 +50,8 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=__doc__,
             features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in columns}),
+            # In the order of the file, so that a stream of text is one.
+            disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager):

@@ -5,6 +5,7 @@ reparametrised and whether it is decayed. After an intended change: pytest tests
 difference.
 """
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from sigmarep.errors import BadInput
-from sigmarep.tasks import image_classification
+from sigmarep.tasks import image_classification, language_modeling, translation
 from sigmarep.training.config import arguments, default_config, validate
 from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import create_optimizer, decay_mask
@@ -30,6 +31,10 @@ ARMS = {
     "vit/imagenet_deit.py": ["", "reparam=sigma"],
     "vit/imagenet_mae.py": ["", "variant=L/16", "variant=H/14"],
     "vit/imagenet_robustness.py": ["", "norm=pre,reparam=none,batch_size=2048,learning_rate=0.001,warmup_epochs=0"],
+    "lm/quickstart.py": [""],
+    "lm/wikitext103.py": ["", "norm=pre,reparam=none"],
+    "mt/quickstart.py": [""],
+    "mt/wmt17_en_de.py": ["", "depth=100", "depth=18,norm=deepnorm,reparam=none", "depth=50,norm=none"],
     "vit/imagenet_simplified.py": ["", "variant=L/16", "variant=H/16", "reparam=spectral", "reparam=weight,norm=pre"],
 }
 CASES = [(name, text) for name, texts in ARMS.items() for text in texts]
@@ -42,11 +47,30 @@ def load(name):
     return module
 
 
-def abstract_variables(config):
+def of_images(config):
     classes = {"imagenet2012": 1000}.get(config.data.name, 10)
-    model = image_classification.create_model(config, classes)
     size = config.data.image_size
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, len(config.data.mean))))
+    return image_classification.create_model(config, classes), [jnp.zeros((1, size, size, len(config.data.mean)))]
+
+
+def of_text(config):
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return language_modeling.create_model(config, config.data.vocabulary.size), [tokens, tokens]
+
+
+def of_pairs(config):
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return translation.create_model(config, config.data.vocabulary.size), [tokens, tokens, tokens]
+
+
+# The model of each task and what it is applied to at the start, without touching any data.
+MODELS = {"image_classification": of_images, "language_modeling": of_text, "translation": of_pairs}
+
+
+def abstract_variables(config):
+    model, inputs = MODELS[config.task](config)
+    method = "losses" if hasattr(model, "losses") else "__call__"
+    return jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), *inputs)
 
 
 def description(config):

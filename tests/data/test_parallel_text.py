@@ -1,0 +1,230 @@
+"""Sentence pairs: every pair once an epoch, few shapes, the same on every machine; what files must be."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sigmarep.data import packaged_text, parallel_text
+from sigmarep.data.vocabulary import BOS, EOS, PAD
+from sigmarep.errors import BadInput
+
+RNG = np.random.default_rng(0)
+PAIRS = [("s" * int(RNG.integers(1, 30)), f"{'t' * int(RNG.integers(1, 30))}{i}") for i in range(61)]
+LONG = ("s" * 40, "t")
+EMPTY = ("s", " ")
+
+
+def write(folder, pairs, split="train"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in pairs))
+
+
+@pytest.fixture
+def data(tmp_path):
+    write(tmp_path / "pairs", [*PAIRS, LONG, EMPTY])
+    write(tmp_path / "pairs", [LONG, *PAIRS[:5]], "test")
+    config = parallel_text.default_config()
+    config.name, config.folder, config.data_dir = "text_folder", str(tmp_path / "pairs"), str(tmp_path / "data")
+    config.source_feature, config.target_feature = "source", "target"
+    config.vocabulary.kind = "byte"
+    config.max_source_length = config.max_target_length = 33
+    config.buckets, config.rows_multiple = (8, 20, 33), 4
+    return config
+
+
+def corpus(data, split="train"):
+    return parallel_text.PairCorpus(data, parallel_text.open_vocabulary(data), split)
+
+
+def batches(data, split="train", tokens=200, seed=0):
+    return parallel_text.BucketedBatches(corpus(data, split), batch_tokens=tokens, seed=seed)
+
+
+def sentences(found):
+    """(source, target) of the rows of batches that hold one."""
+    decoded = []
+    for batch in found:
+        for source, inputs, targets, index in zip(
+            *(batch[n] for n in ("source", "inputs", "targets", "index")), strict=True
+        ):
+            if index < 0:
+                assert not source.any()
+                assert not inputs.any()
+                assert not targets.any()
+                continue
+            ends = np.flatnonzero(targets == EOS)[0]
+            assert inputs[0] == BOS
+            np.testing.assert_array_equal(inputs[1 : ends + 1], targets[:ends])
+            assert np.all(inputs[ends + 1 :] == PAD)
+            text = [bytes((row[row > 3] - 4).astype(np.uint8)).decode() for row in (source, targets)]
+            assert source[np.sum(source != PAD) - 1] == EOS
+            decoded.append(tuple(text))
+    return decoded
+
+
+def test_an_epoch_has_every_pair_once_and_the_next_one_in_another_order(data):
+    found = batches(data)
+    stream = found.stream(start=0)
+    epochs = [sentences(itertools.islice(stream, found.batches_per_epoch)) for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(PAIRS)
+    assert epochs[0] != epochs[1]
+
+
+def test_shapes_are_few_and_full(data):
+    found = batches(data)
+    assert found.shapes == [(24, 8, 8), (8, 20, 20), (4, 33, 33)]
+    seen = {batch["source"].shape for batch in itertools.islice(found.stream(start=0), found.batches_per_epoch)}
+    assert seen == {(24, 8), (8, 20), (4, 33)}
+    for batch in itertools.islice(found.stream(start=0), found.batches_per_epoch):
+        longest = max(np.sum(batch[name] != PAD, axis=1).max() for name in ("source", "targets"))
+        assert longest <= batch["source"].shape[1]
+
+
+def test_batches_follow_from_seed_and_number_alone(data):
+    whole = list(itertools.islice(batches(data).stream(start=0), 40))
+    later = list(itertools.islice(batches(data).stream(start=17), 23))
+    for a, b in zip(whole[17:], later, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    parts = [
+        list(itertools.islice(batches(data).stream(start=0, process_index=p, process_count=4), 40)) for p in range(4)
+    ]
+    for i, batch in enumerate(whole):
+        np.testing.assert_array_equal(batch["source"], np.concatenate([part[i]["source"] for part in parts]))
+    other = list(itertools.islice(batches(data, seed=1).stream(start=0), 40))
+    assert any(
+        a["source"].shape != b["source"].shape or np.any(a["source"] != b["source"])
+        for a, b in zip(whole, other, strict=True)
+    )
+
+
+def test_evaluation_has_every_pair_once_and_cuts_long_sources(data):
+    found = batches(data, "test", tokens=400)
+    pairs = corpus(data, "test")
+    assert pairs.report == {"pairs": 6, "empty": 0, "too_long": 1}
+    rows = sentences(found.evaluation())
+    assert sorted(rows) == sorted([("s" * 32, "t"), *PAIRS[:5]])
+    assert pairs.texts(0) == LONG
+
+
+def test_what_is_left_out_is_counted(data):
+    found = corpus(data)
+    assert found.report == {"pairs": len(PAIRS) + 2, "empty": 1, "too_long": 1}
+    assert len(found) == len(PAIRS)
+    files = parallel_text.run_files(parallel_text.open_vocabulary(data), found)
+    assert b'"too_long": 1' in files["data.json"]
+
+
+def test_aligned_files_are_pairs(data, tmp_path):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    (folder / "train.en").write_text("one\ntwo\n")
+    (folder / "train.de").write_text("eins\nzwei\n")
+    data.folder, data.source_feature, data.target_feature = str(folder), "en", "de"
+    assert list(parallel_text.pairs(data, "train")) == [("one", "eins"), ("two", "zwei")]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train.en": "a\nb\n", "train.de": "a\n"}, "train.de: has 1 lines, and"),
+        ({"train.tsv": "a\tb\nno tab\n"}, "train.tsv:2: has 0 tabs; expected a source, one tab and its translation"),
+        ({"train.tsv": "a\tb\tc\n"}, "train.tsv:1: has 2 tabs"),
+        ({"train.tsv": ""}, "train.tsv: is empty"),
+        ({"train.tsv": "\t\n"}, "no pair of the split 'train' of text_folder is left (pairs 1, empty 1"),
+        ({"train.en": "a\n", "train.de": "b\n", "train.fr": "c\n"}, "several files of the split train"),
+    ],
+)
+def test_what_files_must_not_be(data, tmp_path, files, message):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    data.folder = str(folder)
+    with pytest.raises(BadInput) as error:
+        batches(data)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("buckets", (8, 20), "config.data.buckets = (8, 20): expected rising lengths, the last at least 33"),
+        ("buckets", (20, 8, 40), "config.data.buckets = (20, 8, 40): expected rising lengths"),
+        ("rows_multiple", 8, "config.batch_size = 200: tokens, too few for 8 rows"),
+        ("rows_multiple", 0, "config.data.rows_multiple = 0: expected at least 1"),
+        ("max_source_length", 1, "expected at least 2"),
+        ("source_feature", "en", "config.data.source_feature = 'en': the data set has no such feature; it has"),
+    ],
+)
+def test_fields_that_are_refused(data, field, value, message):
+    data[field] = value
+    with pytest.raises(BadInput) as error:
+        batches(data)
+    assert message in str(error.value)
+
+
+def test_processes_must_divide_the_rows(data):
+    with pytest.raises(BadInput) as error:
+        next(batches(data).stream(start=0, process_index=0, process_count=3))
+    assert "config.data.rows_multiple = 4: does not divide over 3 processes" in str(error.value)
+
+
+def test_near_duplicates_are_kept_once_before_the_split():
+    pairs = [
+        ("Save %s items", "%s sichern"),
+        ("save ${n} items!", "Sichern: ${n}"),
+        ("Save items <b>now</b>", "<b>x</b>"),
+        ("Untouched", "Untouched"),
+        ("Save  10\nitems now", "Jetzt"),
+    ]
+    assert list(packaged_text.distinct_pairs(pairs)) == [
+        ("Save %s items", "%s sichern"),
+        ("Save 10 items now", "Jetzt"),
+    ]
+
+
+def test_interface_strings_are_real_pairs_without_a_shared_sentence(tmp_path):
+    config = parallel_text.default_config()
+    config.data_dir = str(tmp_path)
+    train, test = (list(parallel_text.pairs(config, split)) for split in ("train", "test"))
+    assert len(train) > 3000
+    assert 200 < len(test) < len(train) / 5
+    assert not {packaged_text.folded(english) for english, _ in train} & {
+        packaged_text.folded(english) for english, _ in test
+    }
+    assert ("Delete", "Löschen") in [*train, *test]
+
+
+HELP_PAGE = '<html><h1 id="hd_id1"><span>{}</span></h1><p id="par_id2">{}</p><p>no id</p><p id="par_id3">{}</p></html>'
+
+
+def test_help_pages_are_aligned_by_paragraph(tmp_path, monkeypatch):
+    for language, texts in (
+        ("en-US", ("A title of four words", "Choose <em>File</em> and then Close", "only here in this language")),
+        ("de", ("Ein Titel", "Wählen Sie <em>Datei</em> und dann", "")),
+    ):
+        for page in range(60):
+            path = tmp_path / "usr/share/libreoffice/help" / language / "text" / f"p{page}.html"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(HELP_PAGE.format(texts[0] + "x" * page, texts[1], texts[2]))
+    monkeypatch.setenv("LIBREOFFICE_HELP", str(tmp_path))
+    config = parallel_text.default_config()
+    config.name, config.data_dir = "libreoffice_help_en_de", str(tmp_path / "data")
+    found = {split: list(parallel_text.pairs(config, split)) for split in ("train", "validation", "test")}
+    every = [pair for pairs in found.values() for pair in pairs]
+    # Sixty titles, and one paragraph that all pages share.
+    assert len(every) == 61
+    assert every.count(("Choose File and then Close", "Wählen Sie Datei und dann")) == 1
+    assert len(found["train"]) > len(found["test"]) > 0
+
+
+def test_missing_help_pages_say_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBREOFFICE_HELP", str(tmp_path))
+    config = parallel_text.default_config()
+    config.name, config.data_dir = "libreoffice_help_en_de", str(tmp_path / "data")
+    with pytest.raises(BadInput) as error:
+        list(parallel_text.pairs(config, "train"))
+    assert "apt-get install libreoffice-help-en-us libreoffice-help-de" in str(error.value)
