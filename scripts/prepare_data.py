@@ -2,8 +2,9 @@
 
     python scripts/prepare_data.py --name cifar10 [--data_dir DIR]
 
-Sets that packages bring (digits) need nothing; the others need `pip install "sigmarep[tf]"` on the machine that prepares
-them. For imagenet2012 first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into DIR/downloads/manual.
+Sets that packages bring (digits, python_docs, interface_en_de) need nothing, and libreoffice_help_en_de two packages of
+Debian, which its error names; the others need `pip install "sigmarep[tf]"` on the machine that prepares them. For
+imagenet2012 first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into DIR/downloads/manual.
 """
 
 from absl import flags

@@ -1,0 +1,83 @@
+"""Prints how many tokens a second the text pipelines of one process deliver, from tokenised data to batches.
+
+    python scripts/benchmark_input.py [--seconds 5] [--sequence_length 256] [--batch_tokens 8192] [--data_dir DIR]
+
+The data are those that packages bring. Tokenising, done once, is timed apart.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import flags
+
+from sigmarep import command
+
+SECONDS = flags.DEFINE_float("seconds", 5.0, "How long to draw batches from each.")
+SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 256, "Tokens of a window.")
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens of a batch, padding included.")
+THREADS = flags.DEFINE_integer("threads", 8, "Threads that make batches.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data lies; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
+
+
+def draw(stream: Iterator[Any], count: Callable[[Any], tuple[int, int]]) -> tuple[float, float]:
+    """Tokens and positions (tokens and padding) a second."""
+    next(stream)
+    tokens = positions = 0
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < SECONDS.value:
+        more = count(next(stream))
+        tokens, positions = tokens + more[0], positions + more[1]
+    return tokens / elapsed, positions / elapsed
+
+
+def tokenise(config: Any, module: Any, vocabulary: Any) -> str:
+    """How fast the training split is tokenised."""
+    texts = list(module.texts(config, config.train_split))
+    size = sum(len(text.encode("utf-8")) for text in texts)
+    start = time.perf_counter()
+    for text in texts:
+        vocabulary.encode(text)
+    return f"{size / (time.perf_counter() - start) / 1e6:.1f} MB/s"
+
+
+def main() -> None:
+    from sigmarep.data import parallel_text, pipeline, text
+
+    windows = text.default_config()
+    windows.data_dir, windows.sequence_length, windows.vocabulary.size = DATA_DIR.value, SEQUENCE_LENGTH.value, 4000
+    pairs = parallel_text.default_config()
+    pairs.data_dir, pairs.vocabulary.size, pairs.num_threads = DATA_DIR.value, 4000, THREADS.value
+    print(f"{os.cpu_count()} CPU cores, {THREADS.value} threads, batches of {BATCH_TOKENS.value} tokens")
+
+    vocabulary = text.obtain_vocabulary(windows)
+    for packing in text.PACKINGS:
+        windows.packing = packing
+        source = text.open_windows(windows, vocabulary, "train", train=True)
+        rows = max(BATCH_TOKENS.value // SEQUENCE_LENGTH.value, 1)
+        stream = pipeline.training_stream(source, batch_size=rows, seed=0, num_threads=THREADS.value)
+        tokens, positions = draw(stream, lambda batch: (int(batch["weights"].sum()), batch["weights"].size))
+        print(
+            f"language model, {packing}: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s "
+            f"({windows.name}, {source.num_tokens:,} tokens; tokenised at {tokenise(windows, text, vocabulary)})"
+        )
+
+    vocabulary = parallel_text.obtain_vocabulary(pairs)
+    corpus = parallel_text.PairCorpus(pairs, vocabulary, "train")
+    batches = parallel_text.BucketedBatches(corpus, batch_tokens=BATCH_TOKENS.value, seed=0)
+    tokens, positions = draw(
+        batches.stream(start=0, process_index=0, process_count=1),
+        lambda batch: (
+            int((batch["source"] > 0).sum() + (batch["targets"] > 0).sum()),
+            batch["source"].size + batch["targets"].size,
+        ),
+    )
+    print(
+        f"translation, source and target: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s "
+        f"({pairs.name}, {len(corpus):,} pairs; tokenised at {tokenise(pairs, parallel_text, vocabulary)})"
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)
