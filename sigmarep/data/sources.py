@@ -33,13 +33,13 @@ class Description(NamedTuple):
 
 
 # Builders of this project, by module.
-OWN = {"digits": ("sigmarep.data.digits", "Digits")}
+OWN = {"digits": ("sigmarep.data.digits", "Digits"), "mnist5k": ("sigmarep.data.mnist5k", "Mnist5k")}
 NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 # File formats of TFDS with random access.
 RANDOM_ACCESS = {"array_record", "parquet"}
 # Image sets of TFDS that the configurations name; any other name of TFDS works as well.
-KNOWN = ("digits", "cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist")
+KNOWN = ("digits", "mnist5k", "cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist")
 
 
 def data_folder(data_dir: str | None) -> str:

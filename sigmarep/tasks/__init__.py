@@ -5,7 +5,7 @@ from types import ModuleType
 
 from sigmarep.errors import BadInput
 
-TASKS = ("image_classification",)
+TASKS = ("image_classification", "contrastive")
 
 
 def get(name: str) -> ModuleType:
