@@ -38,6 +38,19 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def imagenet_2012(data: ml_collections.ConfigDict) -> None:
+    """Sets `config.data` to ImageNet-1k at 224 pixels with SimCLR's augmentations at full colour strength."""
+    data.name = "imagenet2012"
+    data.eval_splits = ("validation",)
+    data.image_size = 224
+    data.mean = (0.485, 0.456, 0.406)
+    data.std = (0.229, 0.224, 0.225)
+    data.eval_crop = 0.875
+    data.num_workers = 16
+    views = data.views
+    views.brightness, views.contrast, views.saturation, views.hue = 0.8, 0.8, 0.8, 0.2
+
+
 def check(config: Any) -> None:
     """Raises BadInput where a field of `config.data` or `config.data.views` has a value that means nothing."""
     images.check_pictures(config)
