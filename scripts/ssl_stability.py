@@ -24,8 +24,8 @@ WINDOW, MARGIN = 20, 0.1
 
 def spikes(losses: list[float]) -> int:
     """Stretches of losses more than `MARGIN` above the mean of the `WINDOW` before each stretch."""
-    count, calm = 0, []
-    high = False
+    count, high = 0, False
+    calm: list[float] = []
     for loss in losses:
         above = len(calm) >= WINDOW and not loss <= (1 + MARGIN) * statistics.mean(calm[-WINDOW:])
         count += above and not high
@@ -51,7 +51,11 @@ def main() -> None:
     print(row("arm", "seed", "spikes", "lowest entropy 1st", "probe accuracy", "k-NN accuracy"))
     print("|---|---|---|---|---|---|", flush=True)
     for arm in ARMS:
-        probes, neighbours, lowest, counts, diverged = [], [], [], [], 0
+        probes: list[float] = []
+        neighbours: list[float] = []
+        lowest: list[float] = []
+        counts: list[int] = []
+        diverged = 0
         for seed in range(SEEDS.value):
             config = module.get_config(f"arm={arm},learning_rate={LEARNING_RATE.value},epochs={EPOCHS.value}")
             config.seed = seed

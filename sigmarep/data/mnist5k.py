@@ -49,7 +49,9 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
         of_class = [np.flatnonzero(labels == each) for each in range(CLASSES)]
         train = np.concatenate([rows[:TRAIN_OF_CLASS] for rows in of_class])
         test = np.concatenate([rows[TRAIN_OF_CLASS:] for rows in of_class])
-        return {split: self._generate_examples(images, labels, rows) for split, rows in (("train", train), ("test", test))}
+        return {
+            split: self._generate_examples(images, labels, rows) for split, rows in (("train", train), ("test", test))
+        }
 
     def _generate_examples(self, images, labels, rows):
         for row in rows:

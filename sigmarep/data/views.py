@@ -94,7 +94,7 @@ def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Gener
         orders = np.stack([rng.permutation(len(JITTERS)) for _ in range(VIEWS)])
         spread = np.asarray([v[name] for name in JITTERS], np.float32)
         factors = rng.uniform(-1, 1, (VIEWS, len(JITTERS))).astype(np.float32) * spread
-        sigmas = rng.uniform(*v.blur_sigma, VIEWS)
+        sigmas = rng.uniform(v.blur_sigma[0], v.blur_sigma[1], VIEWS)
 
         stack[flips] = stack[flips, :, ::-1]
         stack[jitters] = jittered(stack[jitters], factors[jitters], orders[jitters])
@@ -212,7 +212,9 @@ def gaussian_matrix(size: int, sigma: float) -> np.ndarray:
     folded = sources % (2 * size)
     folded = np.where(folded >= size, 2 * size - 1 - folded, folded)
     matrix = np.zeros((size, size))
-    np.add.at(matrix, (np.repeat(np.arange(size), len(offsets)), folded.ravel()), np.tile(weights / weights.sum(), size))
+    np.add.at(
+        matrix, (np.repeat(np.arange(size), len(offsets)), folded.ravel()), np.tile(weights / weights.sum(), size)
+    )
     return matrix
 
 

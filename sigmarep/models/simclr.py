@@ -21,7 +21,7 @@ class Sums(NamedTuple):
 
     loss: jax.Array
     correct: jax.Array
-    count: jax.Array
+    weight: jax.Array
 
 
 class Head(nn.Module):
@@ -58,9 +58,7 @@ class Head(nn.Module):
         for i in range(self.layers):
             last = i == self.layers - 1
             features = self.width if last else self.hidden
-            x = SigmaDense(
-                features, use_bias=not normed, reparam=self.reparam, dtype=self.dtype, name=f"dense_{i}"
-            )(x)
+            x = SigmaDense(features, use_bias=not normed, reparam=self.reparam, dtype=self.dtype, name=f"dense_{i}")(x)
             if normed:
                 x = nn.BatchNorm(
                     use_running_average=not train,
@@ -142,7 +140,7 @@ def momentum_contrast(
     row = first + jnp.arange(len(queries))
     parts = [_cross_entropy(queries[:, v] @ everything[:, 1 - v].T / temperature, row) for v in range(2)]
     loss, correct = parts[0].loss + parts[1].loss, (parts[0].correct + parts[1].correct) / 2
-    return Sums(2 * temperature * loss, correct, parts[0].count)
+    return Sums(2 * temperature * loss, correct, parts[0].weight)
 
 
 def _normalised(x: jax.Array) -> jax.Array:

@@ -164,8 +164,8 @@ class Contrastive:
         else:
             sums = simclr.nt_xent(outputs.projection, self.config.temperature, **options)
         return LossOutput(
-            loss=(sums.loss, sums.count),
-            metrics={"accuracy": (sums.correct, sums.count)},
+            loss=(sums.loss, sums.weight),
+            metrics={"accuracy": (sums.correct, sums.weight)},
             model_state={**model_state, **changed},
             attention=recorded,
         )
@@ -218,12 +218,12 @@ class Contrastive:
 
     def _evaluate(self, variables, batch):
         own = {name: value for name, value in variables.items() if name != "momentum"}
-        outputs = self.model.apply(own, batch["image"])
+        outputs: Any = self.model.apply(own, batch["image"])
         found = {"features": outputs.features, "projection": outputs.projection}
         if "views" in batch:
             two = batch["views"]
-            projected = self.model.apply(own, two.reshape(-1, *two.shape[2:])).projection
-            found["views"] = projected.reshape(*two.shape[:2], -1)
+            of_views: Any = self.model.apply(own, two.reshape(-1, *two.shape[2:]))
+            found["views"] = of_views.projection.reshape(*two.shape[:2], -1)
         return {name: value.astype(jnp.float32) for name, value in found.items()} | {
             "label": batch["label"],
             "mask": batch["mask"],
@@ -286,7 +286,7 @@ class Contrastive:
             results.append({**batch, "random_init": encoded, "pixels": pixels})
         train = _joined([each for each in results if "views" not in each])
         test = _joined([each for each in results if "views" in each])
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name in ("random_init", "pixels"):
             found = self._worth(train[name], train["label"], test[name], test["label"])
             metrics |= {f"{measure}_{name}": value for measure, value in found.items()}
@@ -362,9 +362,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
     ):
         if not values or min(values) < 0:
             raise BadInput(f"config.probe.{name} = {values}: expected at least one number, none below 0")
-    if config.freeze_patch_embedding and config.optimizer.weight_decay:
-        if not any(re.search(rule, PATCH_KERNEL) for rule in config.optimizer.no_decay):
-            raise BadInput(
-                "config.freeze_patch_embedding = True: weight decay would still shrink the patch embedding; "
-                'add "patch_embedding" to config.optimizer.no_decay'
-            )
+    decayed = not any(re.search(rule, PATCH_KERNEL) for rule in config.optimizer.no_decay)
+    if config.freeze_patch_embedding and config.optimizer.weight_decay and decayed:
+        raise BadInput(
+            "config.freeze_patch_embedding = True: weight decay would still shrink the patch embedding; "
+            'add "patch_embedding" to config.optimizer.no_decay'
+        )

@@ -135,7 +135,8 @@ def linear_probe(
     finite = np.isfinite(losses)
     best = np.lexsort((np.where(finite, losses, np.inf), -np.where(finite, accuracies, -1.0)))[0]
     _, accuracy = _measure(fit(order, [pairs[best]]), test, test_labels)
-    return Probe(float(accuracy[0]), *pairs[best], float(accuracies[best]))
+    rate, decay = pairs[best]
+    return Probe(float(accuracy[0]), rate, decay, float(accuracies[best]))
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size", "seed"))

@@ -18,6 +18,7 @@ from sigmarep.tasks.protocol import AXIS
 from sigmarep.training import mesh as meshes
 from sigmarep.training.step import StepOutput, TrainState
 
+
 class Runner(Protocol):
     """Runs the step. `state` in its methods is in the runner's own layout; checkpoints and evaluation use the mesh's."""
 

@@ -215,7 +215,8 @@ def test_every_way_of_using_eight_devices_gives_the_losses_of_one(data_dir, meth
     }.items():
         folders[name] = tmp_path / name
         train_and_evaluate(tiny(data_dir, method=method, total_steps=4, **fields), str(folders[name]))
-    monkeypatch.setattr(jax, "devices", lambda *_, all=jax.devices(): all[:1])
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
     train_and_evaluate(config, str(tmp_path / "one"))
     one = restored(config, tmp_path / "one")
     for name, folder in folders.items():

@@ -86,7 +86,8 @@ def test_alignment_and_uniformity_are_wang_and_isolas(monkeypatch):
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 30, 5))
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first, second))
-    assert features.alignment(first, second) == pytest.approx(np.mean([np.sum((x - y) ** 2) for x, y in zip(a, b)]))
+    distances = [np.sum((a[i] - b[i]) ** 2) for i in range(30)]
+    assert features.alignment(first, second) == pytest.approx(np.mean(distances))
     pairs = [np.exp(-2 * np.sum((a[i] - a[j]) ** 2)) for i in range(30) for j in range(i)]
     assert features.uniformity(first) == pytest.approx(np.log(np.mean(pairs)))
     assert features.alignment(first, 3 * first) == pytest.approx(0, abs=1e-12)
