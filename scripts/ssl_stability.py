@@ -1,6 +1,6 @@
 """The four arms of the paper's self-supervised comparison at a raised learning rate, several seeds each, on real digits.
 
-    python scripts/ssl_stability.py --workdir runs/ssl_stability [--seeds 3] [--learning_rate 0.01] [--epochs 5]
+    python scripts/ssl_stability.py --workdir runs/ssl_stability [--seeds 3] [--learning_rate 0.01] [--epochs 10]
 
 Every arm is configs/ssl/quickstart.py with one word changed, logged at every step. Runs that are finished are not
 repeated. A loss spike is a stretch of steps whose loss is more than a tenth above the mean of the twenty before it.
@@ -16,7 +16,7 @@ from sigmarep import command
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.01, "Peak learning rate of all arms.")
-EPOCHS = flags.DEFINE_float("epochs", 5.0, "Epochs of every run.")
+EPOCHS = flags.DEFINE_float("epochs", 10.0, "Epochs of every run.")
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "ssl", "quickstart.py")
 FIRST_BLOCK = "attention/entropy/vit/encoder/block_0"
 WINDOW, MARGIN = 20, 0.1

@@ -32,7 +32,7 @@ config.model.depth, config.model.width, config.model.mlp_dim, config.model.num_h
 config.model.reparam, config.model.norm, config.model.init_std = "sigma", "pre", 0.1
 config.projector.hidden, config.projector.width = 16, 8
 config.predictor.hidden, config.predictor.width = 16, 8
-config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = "sgd", 0.1, "constant"
+config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = "sgd", 0.01, "constant"
 config.data.data_dir, config.data.in_memory, config.data.num_threads = data_dir, True, 1
 config.data.train_split = "train[:200]"
 experiment = build(validate(config))
