@@ -1,8 +1,12 @@
 """The contrastive task: its views, its momentum encoder, its state in checkpoints, and what it refuses."""
 
 import itertools
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
 from sigmarep.training.metrics import read_metrics
 
+ROOT = Path(__file__).parents[2]
 ARMS = {"pre_ln": ("none", "pre"), "sigma": ("sigma", "none"), "sigma_pre_ln": ("sigma", "pre")}
 TIMING = "train/examples_per_second"
 
@@ -294,3 +299,15 @@ def test_impossible_values_are_refused_on_one_line(data_dir, fields, message):
     with pytest.raises(BadInput, match=re.escape(message)) as raised:
         contrastive.create(validate(tiny(data_dir, **fields)))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_the_quickstarts_probe_beats_its_random_start_and_the_pixels(data_dir, tmp_path):
+    # As a user runs it, without the flags that make tiny models compile sooner.
+    environment = {**os.environ, "XLA_FLAGS": "", "TFDS_DATA_DIR": data_dir, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "scripts/train.py", "--config", "configs/ssl/quickstart.py", "--workdir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    said = dict(re.findall(r"^test (\w+): (\S+)$", done.stdout, re.M))
+    assert float(said["probe_margin_over_random_init"]) > 0.1
+    assert float(said["probe_margin_over_pixels"]) > 0.01
