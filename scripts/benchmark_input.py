@@ -17,7 +17,7 @@ from sigmarep import command
 SECONDS = flags.DEFINE_float("seconds", 5.0, "How long to draw batches from each.")
 SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 256, "Tokens of a window.")
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens of a batch, padding included.")
-THREADS = flags.DEFINE_integer("threads", 8, "Threads that make batches.")
+THREADS = flags.DEFINE_integer("threads", 2, "Threads that make batches.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data lies; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     pairs.data_dir, pairs.vocabulary.size, pairs.num_threads = DATA_DIR.value, 4000, THREADS.value
     print(f"{os.cpu_count()} CPU cores, {THREADS.value} threads, batches of {BATCH_TOKENS.value} tokens")
 
-    vocabulary = text.obtain_vocabulary(windows)
+    vocabulary = text.open_vocabulary(windows)
     for packing in text.PACKINGS:
         windows.packing = packing
         source = text.open_windows(windows, vocabulary, "train", train=True)
@@ -63,7 +63,7 @@ def main() -> None:
             f"({windows.name}, {source.num_tokens:,} tokens; tokenised at {tokenise(windows, text, vocabulary)})"
         )
 
-    vocabulary = parallel_text.obtain_vocabulary(pairs)
+    vocabulary = parallel_text.open_vocabulary(pairs)
     corpus = parallel_text.PairCorpus(pairs, vocabulary, "train")
     batches = parallel_text.BucketedBatches(corpus, batch_tokens=BATCH_TOKENS.value, seed=0)
     tokens, positions = draw(

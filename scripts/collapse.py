@@ -5,7 +5,6 @@
 Runs that are finished are not repeated.
 """
 
-import importlib.util
 import os
 import statistics
 
@@ -19,16 +18,6 @@ LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "Peak learning rate of
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "collapse.py")
 
 
-def load_config_file(path: str):
-    """The module of a configuration file."""
-    spec = importlib.util.spec_from_file_location("collapse_config", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
     from sigmarep.errors import Diverged
@@ -36,7 +25,7 @@ def main() -> None:
     from sigmarep.training.loop import train_and_evaluate
     from sigmarep.training.metrics import read_metrics
 
-    module = load_config_file(CONFIG)
+    module = command.load_config_file(CONFIG)
     print("arm     seed  test accuracy  lowest entropy at the end (layer)  lowest of the run")
     for arm in module.ARMS:
         accuracies, ends = [], []

@@ -1,5 +1,6 @@
 """What the commands share: the --config flag with its overrides, one-line errors, exit statuses."""
 
+import importlib.util
 import os
 import re
 import sys
@@ -41,6 +42,16 @@ def resolved_config(flag: Any) -> Any:
                 if other != unit:
                     block[f"{leaf}_{other}"] = None
     return config
+
+
+def load_config_file(path: str) -> Any:
+    """The module of a configuration file, for a command that makes several runs of it."""
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def required(name: str, value: str | None) -> str:

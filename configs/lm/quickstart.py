@@ -4,12 +4,15 @@
     python scripts/generate.py --workdir runs/lm --prompt "The for statement"
 
 Prints the perplexity of held-out topics, and beside it what a unigram model and gzip make of the same text.
+
+Arguments: reparam (sigma), norm (post).
 """
 
-from sigmarep.training.config import default_config
+from sigmarep.training.config import arguments, default_config
 
 
-def get_config(_=None):
+def get_config(text=""):
+    args = arguments(text, reparam="sigma", norm="post")
     config = default_config("language_modeling")
     config.batch_size = 16
     config.total_steps = 700
@@ -19,8 +22,7 @@ def get_config(_=None):
     config.baselines = True
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 4, 128, 4, 512
-    config.model.reparam = "sigma"
-    config.model.norm = "post"
+    config.model.reparam, config.model.norm = args["reparam"], args["norm"]
     config.model.init_std = 0.1
     config.model.dropout = 0.1
 

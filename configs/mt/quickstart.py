@@ -3,12 +3,15 @@
     python scripts/train.py --config configs/mt/quickstart.py --workdir runs/mt
 
 Prints BLEU on held-out strings, and beside it that of copying the source and of the most similar string's translation.
+
+Arguments: reparam (sigma), norm (post).
 """
 
-from sigmarep.training.config import default_config
+from sigmarep.training.config import arguments, default_config
 
 
-def get_config(_=None):
+def get_config(text=""):
+    args = arguments(text, reparam="sigma", norm="post")
     config = default_config("translation")
     config.batch_size = 2048
     config.total_steps = 900
@@ -18,8 +21,7 @@ def get_config(_=None):
     config.baselines = True
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 2, 128, 4, 512
-    config.model.reparam = "sigma"
-    config.model.norm = "post"
+    config.model.reparam, config.model.norm = args["reparam"], args["norm"]
     config.model.init_std = 0.1
     config.model.dropout = 0.1
     config.model.attention_dropout = 0.1

@@ -1,6 +1,6 @@
 """From decoded images to what a model is given, as `config.data` says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -70,30 +70,41 @@ def imagenet_2012(data: ml_collections.ConfigDict) -> None:
 
 def check(config: Any) -> None:
     """Raises BadInput where a field of `config.data` has a value that means nothing."""
+    check_pictures(config)
     a = config.augment
-    words = (("interpolation", config.interpolation, augment.RESAMPLING), ("augment.crop", a.crop, CROPS))
-    for name, value, accepted in words:
-        if value not in accepted:
-            raise BadInput(f"config.data.{name} = {value!r}: expected one of {', '.join(accepted)}")
-    if len(config.mean) != len(config.std) or len(config.mean) not in (1, 3):
-        raise BadInput(f"config.data.mean = {config.mean} and std = {config.std}: expected 1 or 3 values in each")
-    if any(value <= 0 for value in config.std):
-        raise BadInput(f"config.data.std = {config.std}: expected positive values")
+    _check_word("augment.crop", a.crop, CROPS)
     for name in ("color_jitter", "erasing", "mix_probability", "randaugment_probability"):
         if not 0 <= a[name] <= 1:
             raise BadInput(f"config.data.augment.{name} = {a[name]}: expected a number from 0 to 1")
     for name in ("mixup", "cutmix", "pad", "randaugment_layers", "randaugment_std"):
         if a[name] < 0:
             raise BadInput(f"config.data.augment.{name} = {a[name]}: expected at least 0")
-    if not (len(a.crop_scale) == 2 and 0 < a.crop_scale[0] <= a.crop_scale[1] <= 1):
-        raise BadInput(
-            f"config.data.augment.crop_scale = {a.crop_scale}: expected two shares of the area, 0 < a <= b <= 1"
-        )
+    check_crop_scale("augment.crop_scale", a.crop_scale)
+
+
+def check_pictures(config: Any) -> None:
+    """Raises BadInput where a field of `config.data` other than its augmentation has a value that means nothing."""
+    _check_word("interpolation", config.interpolation, augment.RESAMPLING)
+    if len(config.mean) != len(config.std) or len(config.mean) not in (1, 3):
+        raise BadInput(f"config.data.mean = {config.mean} and std = {config.std}: expected 1 or 3 values in each")
+    if any(value <= 0 for value in config.std):
+        raise BadInput(f"config.data.std = {config.std}: expected positive values")
     if not 0 < config.eval_crop <= 1:
         raise BadInput(f"config.data.eval_crop = {config.eval_crop}: expected a number above 0, at most 1")
     for name, least in (("image_size", 1), ("num_threads", 1), ("num_workers", 0)):
         if config[name] < least:
             raise BadInput(f"config.data.{name} = {config[name]}: expected at least {least}")
+
+
+def check_crop_scale(name: str, scale: tuple[float, ...]) -> None:
+    """Raises BadInput where `config.data.<name>` is no range of shares of the area."""
+    if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise BadInput(f"config.data.{name} = {scale}: expected two shares of the area, 0 < a <= b <= 1")
+
+
+def _check_word(name: str, value: str, accepted: Iterable[str]) -> None:
+    if value not in accepted:
+        raise BadInput(f"config.data.{name} = {value!r}: expected one of {', '.join(accepted)}")
 
 
 def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]] | None]:
@@ -149,7 +160,7 @@ def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callab
 
 def eval_transform(config: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """The deterministic transform of evaluation: `image` float32 (size, size, channels) and `label` int32."""
-    check(config)
+    check_pictures(config)
     mean, std = _statistics(config)
 
     def transform(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Description(NamedTuple):
 # Builders of this project, by module.
 OWN = {
     "digits": ("sigmarep.data.digits", "Digits"),
+    "mnist5k": ("sigmarep.data.mnist5k", "Mnist5k"),
     "python_docs": ("sigmarep.data.packaged_text", "PythonDocs"),
     "interface_en_de": ("sigmarep.data.packaged_text", "InterfaceEnDe"),
     "libreoffice_help_en_de": ("sigmarep.data.packaged_text", "LibreofficeHelpEnDe"),

@@ -45,6 +45,7 @@ class ViT(nn.Module):
       patch_gain: factor on the initial standard deviation of the patch convolution (0.125 for L and H in the paper's
         code).
       dropout: rate after the position embedding.
+      frozen_patches: no gradient reaches the patch embedding (Chen, Xie and He, 2021, section 4.2).
     """
 
     transformer: TransformerConfig
@@ -54,6 +55,7 @@ class ViT(nn.Module):
     pool: str = "token"
     patch_gain: float = 1.0
     dropout: float = 0.0
+    frozen_patches: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -75,6 +77,7 @@ class ViT(nn.Module):
             name="patch_embedding",
             **shared,
         )(images)
+        x = jax.lax.stop_gradient(x) if self.frozen_patches else x
         rows, columns = x.shape[1:3]
         x = x.reshape(batch, rows * columns, c.width)
         if self.positions == "sincos":

@@ -14,6 +14,9 @@ Batch = Mapping[str, np.ndarray]
 Variables = dict[str, Any]
 # A sum over examples or tokens, and the number of them it is a sum over.
 Sum = tuple[jax.Array, jax.Array]
+# Under pmap (config.parallel) a task's loss sees one device's share of the batch, with this axis bound: what depends on
+# the whole batch, such as a contrastive loss or batch normalisation, gathers over it. Under jit arrays are global.
+AXIS = "devices"
 
 
 class LossOutput(NamedTuple):

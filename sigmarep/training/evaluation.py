@@ -1,5 +1,6 @@
 """Evaluating a state on every split of its task."""
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from sigmarep.training import mesh as meshes
 from sigmarep.training.experiment import Experiment
 from sigmarep.training.parallel import global_batch
 from sigmarep.training.step import TrainState, evaluation_variables
+
+# As STEPS_IN_FLIGHT of the loop; and the devices never hold the results of a whole split.
+BATCHES_IN_FLIGHT = 2
 
 
 class Evaluator:
@@ -30,16 +34,21 @@ class Evaluator:
         variables = evaluation_variables(state)
         metrics = {}
         for evaluation in self._evaluations:
-            results = [
-                self._step(evaluation)(variables, global_batch(batch, meshes.batch_sharding(self._mesh)))
-                for batch in evaluation.batches(process_index=jax.process_index(), process_count=jax.process_count())
-            ]
-            results = jax.device_get(results)
+            results = self._results(evaluation, variables)
             for name, value in evaluation.finish(results).items():
                 metrics[f"eval/{evaluation.name}/{name}"] = value
             if evaluation.outputs is not None:
                 self.outputs[evaluation.name] = evaluation.outputs(results)
         return metrics
+
+    def _results(self, evaluation: Evaluation, variables: dict[str, Any]) -> list[Any]:
+        results: list[Any] = []
+        in_flight: collections.deque[Any] = collections.deque()
+        for batch in evaluation.batches(process_index=jax.process_index(), process_count=jax.process_count()):
+            in_flight.append(self._step(evaluation)(variables, global_batch(batch, meshes.batch_sharding(self._mesh))))
+            if len(in_flight) > BATCHES_IN_FLIGHT:
+                results.append(jax.device_get(in_flight.popleft()))
+        return results + jax.device_get(list(in_flight))
 
     def _step(self, evaluation: Evaluation) -> Callable[..., Any]:
         if evaluation.step not in self._compiled:

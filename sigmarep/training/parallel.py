@@ -14,10 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sigmarep.errors import BadInput
+from sigmarep.tasks.protocol import AXIS
 from sigmarep.training import mesh as meshes
 from sigmarep.training.step import StepOutput, TrainState
-
-AXIS = "devices"
 
 
 class Runner(Protocol):

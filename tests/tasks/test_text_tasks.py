@@ -18,8 +18,10 @@ from sigmarep.training.experiment import build
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.step import evaluation_variables
 
-WORDS = "one two three four five six seven eight nine ten".split()
-GERMAN = dict(zip(WORDS, "eins zwei drei vier fünf sechs sieben acht neun zehn".split(), strict=True))
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+GERMAN = dict(
+    zip(WORDS, ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"], strict=True)
+)
 
 
 def sentence(rng, longest=9):
