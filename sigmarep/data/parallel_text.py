@@ -60,6 +60,11 @@ def pairs(data: ml_collections.ConfigDict, split: str) -> Iterator[tuple[str, st
         yield _texts(data, source[i])
 
 
+def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
+    """The sentences of both languages."""
+    return (text for pair in pairs(data, split) for text in pair)
+
+
 def _texts(data, example) -> tuple[str, str]:
     return (
         tokenised.feature(example, data.source_feature, "source_feature"),
@@ -71,11 +76,8 @@ def open_vocabulary(data: ml_collections.ConfigDict) -> Vocabulary:
     """The vocabulary of `config.data`, of both languages; see `vocabulary.obtain`."""
     folder = os.path.join(sources.data_folder(data.data_dir), "vocabularies")
 
-    def texts():
-        return (text for pair in pairs(data, data.train_split) for text in pair)
-
     key = f"{_fingerprint(data, data.train_split)}|{data.source_feature}|{data.target_feature}"
-    return vocabulary.obtain(data.vocabulary, texts, cache_dir=folder, key=key)
+    return vocabulary.obtain(data.vocabulary, lambda: texts(data, data.train_split), cache_dir=folder, key=key)
 
 
 def _fingerprint(data, split):

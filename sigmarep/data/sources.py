@@ -38,9 +38,9 @@ class Description(NamedTuple):
 OWN = {
     "digits": ("sigmarep.data.digits", "Digits"),
     "mnist5k": ("sigmarep.data.mnist5k", "Mnist5k"),
-    "python_docs": ("sigmarep.data.packaged_text", "PythonDocs"),
-    "interface_en_de": ("sigmarep.data.packaged_text", "InterfaceEnDe"),
-    "libreoffice_help_en_de": ("sigmarep.data.packaged_text", "LibreofficeHelpEnDe"),
+    "python_docs": ("sigmarep.data.python_docs", "PythonDocs"),
+    "interface_en_de": ("sigmarep.data.interface_en_de", "InterfaceEnDe"),
+    "libreoffice_help_en_de": ("sigmarep.data.libreoffice_help", "LibreofficeHelpEnDe"),
 }
 # The one whose content is a folder of files.
 FOLDER = "text_folder"

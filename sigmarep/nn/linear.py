@@ -9,7 +9,7 @@ the product (see `sigmarep.core.spectral`). Variables: `params/{kernel, bias, ga
     y = layer.apply({"params": params, **updates}, x)              # evaluation: one power step, nothing stored
 
 Each apply that may change `spectral` takes one power step from the state it was given, however often the layer is
-called in it.
+called in it. A stack under `nn.scan` is the exception: each call of it takes one.
 """
 
 from typing import Any, ClassVar

@@ -1,5 +1,6 @@
 """Causal language modelling: what comes next in a text."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,8 +11,11 @@ import ml_collections
 import numpy as np
 
 from sigmarep.data import baselines, pipeline, text
+from sigmarep.data.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
+from sigmarep.models import decoding
 from sigmarep.models.lm import LanguageModel
+from sigmarep.nn import fold
 from sigmarep.tasks.protocol import Evaluation, LossOutput, Task
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
@@ -186,6 +190,58 @@ class LanguageModeling(Task):
             }
 
         return Evaluation(split.split("[")[0], batches, self._evaluate, finish)
+
+    def generate(
+        self, variables: Any, prompts: list[str], rng: jax.Array, *, max_length: int, **sampling: Any
+    ) -> list[str]:
+        """Continues texts; nothing of the prompts is changed.
+
+        Args:
+          variables: of the model, reparametrised or not.
+          prompts: begin documents.
+          max_length: tokens of a text, its begin and end among them.
+          sampling: see `sigmarep.models.decoding.sample`.
+
+        Raises:
+          BadInput: a prompt has too many tokens, or the model no positions for so many.
+        """
+        if self.config.model.positions == "learned" and max_length > self.config.data.sequence_length:
+            raise BadInput(
+                f"max_length = {max_length}: the learned positions end at {self.config.data.sequence_length} "
+                "(config.data.sequence_length)"
+            )
+        ids = [np.append(BOS, self.vocabulary.encode(prompt)) for prompt in prompts]
+        lengths = np.array([len(each) for each in ids])
+        if lengths.max() >= max_length:
+            raise BadInput(
+                f"prompt {int(lengths.argmax()) + 1}: has {lengths.max()} tokens; expected fewer than "
+                f"max_length = {max_length}"
+            )
+        prompt = np.full((len(ids), lengths.max()), PAD, np.int32)
+        for row, each in zip(prompt, ids, strict=True):
+            row[: len(each)] = each
+        transformer = dataclasses.replace(self.model.transformer, reparam="none")
+        model = self.model.clone(transformer=transformer, reparam_embedding=False)
+
+        def step(plain, tokens, position, cache):
+            found, cache = model.apply(
+                {**plain, **cache},
+                tokens[:, None],
+                positions=jnp.full((1, 1), position),
+                cache_length=max_length,
+                mutable=["cache"],
+            )
+            return found[:, 0], cache
+
+        @jax.jit
+        def run(variables):
+            bound = functools.partial(step, {"params": fold(variables)})
+            cache = decoding.empty_cache(bound, len(ids))
+            return decoding.sample(
+                bound, cache, jnp.asarray(prompt), jnp.asarray(lengths), rng, max_length=max_length, eos=EOS, **sampling
+            )
+
+        return [self.vocabulary.decode(row) for row in np.asarray(run(variables))]
 
     def _evaluate(self, variables, batch):
         losses: Any = self.model.apply(

@@ -19,7 +19,7 @@ from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.progress import Clock, Progress
-from sigmarep.training.step import StepOutput
+from sigmarep.training.step import StepOutput, TrainState
 
 # Steps given to the devices before the host waits for the oldest: enough to keep them busy, few enough that
 # collectives of several processes cannot pile up.
@@ -61,6 +61,19 @@ def evaluate(config: ml_collections.ConfigDict | None, folder: str) -> dict[str,
     Raises:
       BadInput: the folder holds no run or no checkpoint.
     """
+    experiment, step, state = restore(config, folder)
+    return {"step": step, **Evaluator(experiment)(state)}
+
+
+def restore(config: ml_collections.ConfigDict | None, folder: str) -> tuple[Experiment, int, TrainState]:
+    """The experiment of a workdir, and the step and state of its newest checkpoint, on the devices of this machine.
+
+    Args:
+      config: the run's configuration, the stored one if None.
+
+    Raises:
+      BadInput: the folder holds no run or no checkpoint.
+    """
     stored = restored_config(folder) if config is None else config
     if config is None and not fits(stored.mesh):
         # The run had other devices; evaluation gives the same numbers on these.
@@ -74,7 +87,7 @@ def evaluate(config: ml_collections.ConfigDict | None, folder: str) -> dict[str,
     if restored is None:
         raise BadInput(f"--workdir {folder}: holds no checkpoint yet")
     step, state, _ = restored
-    return {"step": step, **Evaluator(experiment)(state)}
+    return experiment, step, state
 
 
 def restored_config(folder: str) -> ml_collections.ConfigDict:

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from sigmarep.data import packaged_text, parallel_text
+from sigmarep.data import interface_en_de, parallel_text
 from sigmarep.data.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 
@@ -174,18 +174,9 @@ def test_processes_must_divide_the_rows(data):
     assert "config.data.rows_multiple = 4: does not divide over 3 processes" in str(error.value)
 
 
-def test_near_duplicates_are_kept_once_before_the_split():
-    pairs = [
-        ("Save %s items", "%s sichern"),
-        ("save ${n} items!", "Sichern: ${n}"),
-        ("Save items <b>now</b>", "<b>x</b>"),
-        ("Untouched", "Untouched"),
-        ("Save  10\nitems now", "Jetzt"),
-    ]
-    assert list(packaged_text.distinct_pairs(pairs)) == [
-        ("Save %s items", "%s sichern"),
-        ("Save 10 items now", "Jetzt"),
-    ]
+def test_repeats_and_untranslated_strings_are_left_out():
+    pairs = [("Save items", "Sichern"), ("save  items!", "Sichern!"), ("Untouched", "Untouched"), ("Now", "Jetzt")]
+    assert list(interface_en_de.distinct_pairs(pairs)) == [("Save items", "Sichern"), ("Now", "Jetzt")]
 
 
 PLONE = """msgid ""
@@ -211,7 +202,7 @@ GERMAN_COMPONENT = {"title": "Stehlampe", "step": {"user": {"title": "Datei der 
 
 
 def test_interface_strings_come_from_packages_of_both_forms(tmp_path, monkeypatch):
-    monkeypatch.setattr(packaged_text, "PROGRAMS", ("one==1", "two==2"))
+    monkeypatch.setattr(interface_en_de, "PROGRAMS", ("one==1", "two==2"))
     folder = tmp_path / "downloads" / "interface_en_de"
     folder.mkdir(parents=True)
     with zipfile.ZipFile(folder / "one-1.whl", "w") as package:
@@ -223,14 +214,16 @@ def test_interface_strings_come_from_packages_of_both_forms(tmp_path, monkeypatc
     config = parallel_text.default_config()
     config.data_dir = str(tmp_path)
     # The string of the computer has four words in a row of a held-out one: it is in neither split.
-    monkeypatch.setattr(packaged_text, "share", lambda name: 0.5 if "computer" in name or "window" in name else 0.01)
+    monkeypatch.setattr(
+        interface_en_de, "fraction", lambda name: 0.5 if "computer" in name or "window" in name else 0.01
+    )
     train, test = (list(parallel_text.pairs(config, split)) for split in ("train", "test"))
     assert sorted(test) == [("Choose a file from your disk", "Datei der Festplatte"), ("Living room lamp", "Stehlampe")]
     assert train == [("Open the window", "Fenster öffnen")]
 
 
 def test_packages_that_cannot_be_fetched_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(packaged_text, "PROGRAMS", ("no-such-program-of-sigmarep==1",))
+    monkeypatch.setattr(interface_en_de, "PROGRAMS", ("no-such-program-of-sigmarep==1",))
     config = parallel_text.default_config()
     config.data_dir = str(tmp_path)
     with pytest.raises(BadInput) as error:
@@ -239,18 +232,17 @@ def test_packages_that_cannot_be_fetched_are_named(tmp_path, monkeypatch):
     assert "put the wheels of no-such-program-of-sigmarep==1 into" in str(error.value)
 
 
-def test_training_has_no_four_words_in_a_row_of_a_held_out_sentence():
-    pairs = [(f"{a} {b} {c} {d} {e}", "x") for a, b, c, d, e in RNG.choice(list("abcdef"), (400, 5)).tolist()]
-    splits = packaged_text.held_apart(pairs, portion=0.05)
-    assert splits["test"]
-    assert 0 < len(splits["train"]) < len(pairs) - len(splits["test"])
-
-    def runs(sentence):
-        words = sentence.split()
-        return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
-
-    held_out = {run for sentence, _ in splits["test"] for run in runs(sentence)}
-    assert not any(runs(sentence) & held_out for sentence, _ in splits["train"])
+def test_training_has_nothing_that_resembles_a_held_out_pair(monkeypatch):
+    held_out = ("Delete every selected file now", "Alles löschen")
+    resembling = [
+        ("Please delete every selected file", "A"),
+        ("Every file selected now: deleted", "B"),
+        ("Remove it all", "alles LÖSCHEN!"),
+    ]
+    others = [("Delete every chosen file", "C"), ("Selected", "D")]
+    monkeypatch.setattr(interface_en_de, "fraction", lambda name: 0.0 if "selected file now" in name else 1.0)
+    splits = interface_en_de.held_apart([held_out, *resembling, *others])
+    assert splits == {"train": others, "test": [held_out]}
 
 
 @pytest.mark.parametrize(
@@ -263,36 +255,4 @@ def test_training_has_no_four_words_in_a_row_of_a_held_out_sentence():
     ],
 )
 def test_what_counts_as_words(english, german, plain):
-    assert packaged_text.is_plain(english, german) == plain
-
-
-HELP_PAGE = '<html><h1 id="hd_id1"><span>{}</span></h1><p id="par_id2">{}</p><p>no id</p><p id="par_id3">{}</p></html>'
-
-
-def test_help_pages_are_aligned_by_paragraph(tmp_path, monkeypatch):
-    for language, texts in (
-        ("en-US", ("A title of four words", "Choose <em>File</em> and then Close", "only here in this language")),
-        ("de", ("Ein Titel", "Wählen Sie <em>Datei</em> und dann", "")),
-    ):
-        for page in range(60):
-            path = tmp_path / "usr/share/libreoffice/help" / language / "text" / f"p{page}.html"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(HELP_PAGE.format(texts[0] + "x" * page, texts[1], texts[2]))
-    monkeypatch.setenv("LIBREOFFICE_HELP", str(tmp_path))
-    config = parallel_text.default_config()
-    config.name, config.data_dir = "libreoffice_help_en_de", str(tmp_path / "data")
-    found = {split: list(parallel_text.pairs(config, split)) for split in ("train", "validation", "test")}
-    every = [pair for pairs in found.values() for pair in pairs]
-    # Sixty titles, and one paragraph that all pages share.
-    assert len(every) == 61
-    assert every.count(("Choose File and then Close", "Wählen Sie Datei und dann")) == 1
-    assert len(found["train"]) > len(found["test"]) > 0
-
-
-def test_missing_help_pages_say_how_to_get_them(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIBREOFFICE_HELP", str(tmp_path))
-    config = parallel_text.default_config()
-    config.name, config.data_dir = "libreoffice_help_en_de", str(tmp_path / "data")
-    with pytest.raises(BadInput) as error:
-        list(parallel_text.pairs(config, "train"))
-    assert "apt-get install libreoffice-help-en-us libreoffice-help-de" in str(error.value)
+    assert interface_en_de.is_plain(english, german) == plain

@@ -216,11 +216,3 @@ def test_the_nearest_neighbour_is_the_most_similar_sentence():
         ["save the file", "open a window", "delete the file"], ["S", "O", "D"], ["saves this file", "an open window"]
     )
     assert found == ["S", "O"]
-
-
-def test_python_docs_are_split_by_topic(tmp_path):
-    config = text.default_config()
-    config.data_dir = str(tmp_path)
-    train, test = (list(text.texts(config, split)) for split in ("train", "test"))
-    assert len(train) > 3 * len(test) > 9
-    assert not set(train) & set(test)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from sigmarep.data.vocabulary import PAD
+from sigmarep.data.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.tasks import translation
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
+from sigmarep.training.loop import restore
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.step import evaluation_variables
 
@@ -304,3 +305,24 @@ def test_the_files_of_a_run_are_its_vocabulary_and_its_data(folder):
         translation.create(validate(config)).files()["vocabulary.model"]
         == (folder / "run/vocabulary.model").read_bytes()
     )
+
+
+def test_greedy_generation_takes_what_the_reparametrised_model_finds_likeliest(folder):
+    config = lm_config(folder)
+    train_and_evaluate(config, str(folder / "run"))
+    experiment, step, state = restore(None, str(folder / "run"))
+    assert step == 8
+    task, variables = experiment.task, evaluation_variables(state)
+    prompts = ["one two", "seven"]
+    texts = task.generate(variables, prompts, jax.random.key(0), max_length=9, temperature=0.0)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = [BOS, *task.vocabulary.encode(prompt)]
+        while len(ids) < 9 and ids[-1] != EOS:
+            log_p = np.array(task.model.apply(variables, np.array([ids])))[0, -1]
+            log_p[PAD] = -np.inf
+            ids.append(int(log_p.argmax()))
+        assert text == task.vocabulary.decode(ids)
+        assert text.startswith(prompt)
+    with pytest.raises(BadInput) as error:
+        task.generate(variables, prompts, jax.random.key(0), max_length=4)
+    assert "prompt 1: has 4 tokens; expected fewer than max_length = 4" in str(error.value)

