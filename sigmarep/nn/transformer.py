@@ -35,6 +35,7 @@ class TransformerConfig:
       depth, width, num_heads, mlp_dim: blocks; D; attention heads; hidden units of the MLP.
       norm: "none"; "pre", LayerNorm before each branch and after the last block; "post", after each addition;
         "deepnorm", post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).
+      norm_epsilon, norm_bias: of LayerNorm.
       reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.Reparametrised`.
       qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`.
       rotary_base: rotary positions in self-attention, off at 0.
@@ -58,6 +59,7 @@ class TransformerConfig:
     mlp_dim: int
     norm: str = "pre"
     norm_epsilon: float = 1e-6
+    norm_bias: bool = True
     reparam: str = "none"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
@@ -133,7 +135,7 @@ class TransformerConfig:
         return nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
 
     def layer_norm(self, name: str) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
+        return nn.LayerNorm(epsilon=self.norm_epsilon, use_bias=self.norm_bias, dtype=self.dtype, name=name)
 
     def reparametrisation(self) -> dict[str, Any]:
         """The arguments that every reparametrised layer of the model shares."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -214,6 +215,42 @@ class Translation(Task):
             "index": batch["index"],
             "translation": self.translate(variables, batch["source"]).tokens[:, 0],
         }
+
+    def translate_texts(
+        self, variables: Any, sentences: Sequence[str], *, names: Sequence[str], rows: int = 32
+    ) -> list[str]:
+        """Translations of sentences, an empty one of an empty one.
+
+        Args:
+          variables: of the model, reparametrised or not.
+          names: what a message calls each sentence.
+          rows: sentences translated at a time.
+
+        Raises:
+          BadInput: a sentence has more tokens than `config.data.max_source_length`, its end among them.
+        """
+        limit = self.config.data.max_source_length
+        ids = [[*self.vocabulary.encode(sentence.strip()), EOS] for sentence in sentences]
+        for name, each in zip(names, ids, strict=True):
+            if len(each) > limit:
+                raise BadInput(
+                    f"{name}: has {len(each)} tokens with its end; the model takes at most {limit} "
+                    "(config.data.max_source_length)"
+                )
+        translate = jax.jit(lambda variables, source: self.translate(variables, source).tokens[:, 0])
+        found = [""] * len(ids)
+        # Those of about one length together, in the lengths of the buckets: few programs, little padding.
+        of_bucket = np.searchsorted(self.config.data.buckets, [len(each) for each in ids])
+        for bucket, length in enumerate(self.config.data.buckets):
+            members = [i for i in np.flatnonzero(of_bucket == bucket) if len(ids[i]) > 1]
+            for part in range(0, len(members), rows):
+                source = np.full((rows, min(length, limit)), PAD, np.int32)
+                for row, member in zip(source, members[part : part + rows], strict=False):
+                    row[: len(ids[member])] = ids[member]
+                tokens = np.asarray(translate(variables, source))
+                for member, each in zip(members[part : part + rows], tokens, strict=False):
+                    found[member] = self.vocabulary.decode(each)
+        return found
 
     def translate(self, variables: Any, source: jax.Array) -> decoding.Hypotheses:
         """The best translations of sentences (B, S), padded with 0, that the beam search of `config.decoding` finds."""

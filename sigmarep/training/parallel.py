@@ -34,6 +34,9 @@ class Runner(Protocol):
     def step(self, state: Any, batch: Any, *, panel: bool) -> tuple[Any, StepOutput]:
         """One training step on this process's rows of the global batch; `state` is consumed."""
 
+    def lower(self, state: Any, batch: Any, *, panel: bool) -> jax.stages.Lowered:
+        """The program of `step`, not compiled yet; `state` may be shapes."""
+
 
 class JitRunner:
     """The state and the batch are global arrays over a mesh."""
@@ -58,6 +61,9 @@ class JitRunner:
     def step(self, state, batch, *, panel):
         return self._step(state, global_batch(batch, self._batch), panel)
 
+    def lower(self, state, batch, *, panel):
+        return self._step.lower(state, global_batch(batch, self._batch), panel)
+
 
 class PmapRunner:
     """Every device of this process holds a whole state and an equal share of the batch."""
@@ -78,10 +84,15 @@ class PmapRunner:
         return jax.tree.map(lambda x, sharding: jax.device_put(np.asarray(x[0]), sharding), state, self.shardings)
 
     def step(self, state, batch, *, panel):
-        count = len(self._devices)
-        split = {name: np.reshape(x, (count, -1, *x.shape[1:])) for name, x in batch.items()}
-        state, output = self._step(state, split, panel)
+        state, output = self._step(state, self._split(batch), panel)
         return state, jax.tree.map(lambda x: x[0], output)
+
+    def lower(self, state, batch, *, panel):
+        return self._step.lower(state, self._split(batch), panel)
+
+    def _split(self, batch):
+        count = len(self._devices)
+        return {name: np.reshape(x, (count, -1, *x.shape[1:])) for name, x in batch.items()}
 
 
 RUNNERS: dict[str, Callable[..., Runner]] = {"jit": JitRunner, "pmap": PmapRunner}

@@ -37,6 +37,7 @@ ARMS = {
     "vit/imagenet_robustness.py": ["", "norm=pre,reparam=none,batch_size=2048,learning_rate=0.001,warmup_epochs=0"],
     "lm/quickstart.py": [""],
     "lm/wikitext103.py": ["", "norm=pre,reparam=none"],
+    "mt/deep.py": ["", "arm=sigma_one", "arm=plain"],
     "mt/quickstart.py": [""],
     "mt/wmt17_en_de.py": ["", "depth=100", "depth=18,norm=deepnorm,reparam=none", "depth=50,norm=none"],
     "vit/imagenet_simplified.py": ["", "variant=L/16", "variant=H/16", "reparam=spectral", "reparam=weight,norm=pre"],

@@ -326,3 +326,18 @@ def test_greedy_generation_takes_what_the_reparametrised_model_finds_likeliest(f
     with pytest.raises(BadInput) as error:
         task.generate(variables, prompts, jax.random.key(0), max_length=4)
     assert "prompt 1: has 4 tokens; expected fewer than max_length = 4" in str(error.value)
+
+
+def test_given_sentences_are_translated_in_their_order_and_as_in_the_evaluation(folder):
+    config = mt_config(folder)
+    train_and_evaluate(config, str(folder / "run"))
+    experiment, _, state = restore(None, str(folder / "run"))
+    rows = (folder / "run/outputs/test/translations.tsv").read_text().splitlines()[1:]
+    sentences = ["", *(row.split("\t")[0] for row in rows)]
+    names = [f"file:{i + 1}" for i in range(len(sentences))]
+    variables = evaluation_variables(state)
+    found = experiment.task.translate_texts(variables, sentences, names=names, rows=8)
+    assert found == ["", *(row.split("\t")[2] for row in rows)]
+    with pytest.raises(BadInput) as error:
+        experiment.task.translate_texts(variables, ["one", " ".join(["one"] * 16)], names=names)
+    assert "file:2: has 18 tokens with its end; the model takes at most 16" in str(error.value)

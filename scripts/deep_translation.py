@@ -1,0 +1,119 @@
+"""Do 100 + 100 blocks train? Every arm of configs/mt/deep.py with several seeds: loss, entropy per layer, compile time.
+
+    python scripts/deep_translation.py --workdir runs/deep [--seeds 3] [--depth 100] [--steps 200]
+
+The loss, −ln p a token without label smoothing, is the mean of what was logged in the last quarter of the steps; above
+the table stands that of the best guess without any context, the entropy of the training tokens. Runs that are finished are
+not repeated. At the end, the time to compile the training step at this depth and at 6 + 6 blocks, by turns.
+"""
+
+import os
+import statistics
+import time
+
+from absl import flags
+
+from sigmarep import command
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
+DEPTH = flags.DEFINE_integer("depth", 100, "Blocks of the encoder and of the decoder.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 200, "Training steps.", lower_bound=20)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Compilations of each depth; 0 for none.", lower_bound=0)
+CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "mt", "deep.py")
+KINDS = {
+    "encoder": "encoder/block_{}",
+    "decoder, itself": "decoder/block_{}",
+    "decoder, encoder": "decoder/block_{}/cross_attention",
+}
+
+
+def context_free_loss(task) -> float:
+    """The entropy of the distribution of training tokens, ends of sentences among them, in nats."""
+    import numpy as np
+
+    from sigmarep.data.vocabulary import EOS
+
+    corpus = task.corpus
+    tokens = np.concatenate([[*corpus.target_ids(i), EOS] for i in range(len(corpus))])
+    p = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    return float(-np.sum(p * np.log(p)))
+
+
+def compile_seconds(module, depth: int) -> float:
+    import jax
+
+    from sigmarep.training.config import validate
+    from sigmarep.training.experiment import build
+
+    experiment = build(validate(module.get_config(f"arm=sigma,depth={depth}")))
+    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
+    jax.clear_caches()
+    start = time.perf_counter()
+    experiment.runner.lower(experiment.abstract_state, batch, panel=False).compile()
+    return time.perf_counter() - start
+
+
+def layers() -> list[int]:
+    """The blocks that are shown: every tenth of them, the first and the last."""
+    return sorted({round(i * (DEPTH.value - 1) / 10) for i in range(11)})
+
+
+def main() -> None:
+    workdir = command.required("workdir", WORKDIR.value)
+    import jax
+
+    from sigmarep.errors import Diverged
+    from sigmarep.training.config import validate
+    from sigmarep.training.divergence import PREFIX
+    from sigmarep.training.experiment import build
+    from sigmarep.training.loop import train_and_evaluate
+    from sigmarep.training.metrics import read_metrics
+
+    module = command.load_config_file(CONFIG)
+    guess = context_free_loss(build(validate(module.get_config())).task)
+    print(
+        f"{DEPTH.value} + {DEPTH.value} blocks, {STEPS.value} steps; the loss of a guess without context: {guess:.3f}\n"
+    )
+    print(
+        "| arm | seed | loss at the start | second quarter | last quarter | below the guess |\n|---|---|---|---|---|---|"
+    )
+    last: dict[str, list[dict[str, float]]] = {arm: [] for arm in module.ARMS}
+    for arm in module.ARMS:
+        for seed in range(SEEDS.value):
+            config = module.get_config(f"arm={arm},depth={DEPTH.value},steps={STEPS.value}")
+            config.seed = seed
+            config.writers.progress = "off"
+            folder = os.path.join(workdir, f"{arm}-{DEPTH.value}-{STEPS.value}-{seed}")
+            try:
+                train_and_evaluate(config, folder)
+            except Diverged as error:
+                print(f"| {arm} | {seed} | {error} | | | |", flush=True)
+                continue
+            rows = [row for row in read_metrics(os.path.join(folder, "metrics.jsonl")) if "train/loss" in row]
+            losses = [row["train/nll"] for row in rows]
+            quarter = len(losses) // 4
+            early, end = (statistics.mean(part) for part in (losses[quarter : 2 * quarter], losses[-quarter:]))
+            last[arm].append(rows[-1])
+            print(f"| {arm} | {seed} | {losses[0]:.3f} | {early:.3f} | {end:.3f} | {guess - end:.3f} |", flush=True)
+
+    print("\nAttention entropy after the last step, nats, mean over heads and seeds, by block:\n")
+    print(f"| arm | attention of | {' | '.join(str(i + 1) for i in layers())} |\n|---|---{'|---' * len(layers())}|")
+    for arm, found in last.items():
+        for kind, name in KINDS.items():
+            values = [statistics.mean(row[PREFIX + name.format(i)] for row in found) for i in layers() if found]
+            if values:
+                print(f"| {arm} | {kind} | {' | '.join(f'{value:.2f}' for value in values)} |", flush=True)
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    depths = (6, DEPTH.value)
+    seconds = [[compile_seconds(module, depth) for depth in depths] for _ in range(ROUNDS.value)]
+    if seconds:
+        for depth, each in zip(depths, zip(*seconds, strict=True), strict=True):
+            print(f"\ncompiling {depth} + {depth} blocks: {statistics.median(each):.1f} s", end="")
+        ratios = [deep / shallow for shallow, deep in seconds]
+        print(f"\nratio, median of {len(ratios)} rounds: {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    command.run(main)

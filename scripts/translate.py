@@ -1,0 +1,37 @@
+"""Translates with a trained model.
+
+    python scripts/translate.py --workdir runs/mt --text "Delete the file" [--text "Open in a new window"]
+    python scripts/translate.py --workdir runs/mt --input sentences.txt > translations.txt
+
+One translation a line, in the order of the sentences. A file has one sentence a line, in UTF-8; it may be gzipped.
+"""
+
+from absl import flags
+
+from sigmarep import command
+from sigmarep.errors import BadInput
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+TEXT = flags.DEFINE_multi_string("text", [], "A sentence; may be given several times.")
+INPUT = flags.DEFINE_string("input", None, "A file of sentences.")
+
+
+def main() -> None:
+    workdir = command.required("workdir", WORKDIR.value)
+    if bool(TEXT.value) == bool(INPUT.value):
+        raise BadInput("--text, --input: give the one or the other")
+    from sigmarep.data import text_folder
+    from sigmarep.training.loop import restore
+    from sigmarep.training.step import evaluation_variables
+
+    sentences = list(text_folder.lines(INPUT.value)) if INPUT.value else TEXT.value
+    names = [f"{INPUT.value}:{i + 1}" if INPUT.value else f"--text {text!r}" for i, text in enumerate(sentences)]
+    experiment, _, state = restore(None, workdir)
+    if not hasattr(experiment.task, "translate_texts"):
+        raise BadInput(f"--workdir {workdir}: is a run of {experiment.config.task!r}; expected translation")
+    for found in experiment.task.translate_texts(evaluation_variables(state), sentences, names=names):
+        print(found.replace("\n", " "))
+
+
+if __name__ == "__main__":
+    command.run(main)
