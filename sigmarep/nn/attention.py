@@ -47,6 +47,7 @@ class MultiHeadAttention(nn.Module):
         "auto" is the reference where attention dropout or a soft-cap needs it, else "xla".
       qk_norm: normalises queries and keys over H before their product ("layer" without bias, or "rms").
       logit_cap: soft-cap of the logits, off at 0.
+      temperature: τ; the logits are divided by it, before the soft-cap.
       rotary_base: base of rotary positions (10000 usually), which self-attention then has; off at 0.
       dropout: rate on the attention weights.
       value_scale: factor on the initial value and output kernels (DeepNorm's β).
@@ -60,6 +61,7 @@ class MultiHeadAttention(nn.Module):
     implementation: str = "auto"
     qk_norm: str = "none"
     logit_cap: float = 0.0
+    temperature: float = 1.0
     rotary_base: float = 0.0
     value_scale: float = 1.0
     reparam: str = "sigma"
@@ -122,6 +124,8 @@ class MultiHeadAttention(nn.Module):
             if positions is None:
                 positions = jnp.arange(x.shape[1])[None]
             query, key = (rotated(each, positions, self.rotary_base) for each in (query, key))
+        if self.temperature != 1.0:
+            query = query / jnp.asarray(self.temperature, query.dtype)
         if cache_length and context is None:
             key, value, mask = self._cached(key, value, cache_length)
             is_causal = False

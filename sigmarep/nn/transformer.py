@@ -37,7 +37,8 @@ class TransformerConfig:
         "deepnorm", post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).
       norm_epsilon, norm_bias: of LayerNorm.
       reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.Reparametrised`.
-      qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`.
+      qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`, whose
+        `temperature` is attention_temperature.
       rotary_base: rotary positions in self-attention, off at 0.
       activation: of the MLP, one of `ACTIVATIONS`.
       dropout: rate after the MLP's activation and on each branch; attention_dropout: on the attention weights.
@@ -67,6 +68,7 @@ class TransformerConfig:
     qkv: str = "separate"
     qk_norm: str = "none"
     logit_cap: float = 0.0
+    attention_temperature: float = 1.0
     rotary_base: float = 0.0
     attention_implementation: str = "auto"
     use_bias: bool = True
@@ -103,6 +105,8 @@ class TransformerConfig:
         for name in ("dropout", "attention_dropout", "drop_path", "layer_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a rate from 0 to below 1")
+        if not self.attention_temperature > 0:
+            raise ValueError(f"attention_temperature = {self.attention_temperature}: expected a number above 0")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide width = {self.width}")
         if not (self.gamma_init in ("one", "sigma") or isinstance(self.gamma_init, int | float)):
@@ -225,6 +229,7 @@ class TransformerBlock(nn.Module):
                 implementation=c.attention_implementation,
                 qk_norm=c.qk_norm,
                 logit_cap=c.logit_cap,
+                temperature=c.attention_temperature,
                 rotary_base=c.rotary_base,
                 value_scale=c.beta,
                 kernel_init=c.initializer(),

@@ -30,6 +30,10 @@ def _at_least(least: float) -> tuple[Callable[[float], bool], str]:
     return lambda value: math.isfinite(value) and value >= least, f"a finite number of at least {least:g}"
 
 
+def _above(least: float) -> tuple[Callable[[float], bool], str]:
+    return lambda value: math.isfinite(value) and value > least, f"a finite number above {least:g}"
+
+
 def _rate() -> tuple[Callable[[float], bool], str]:
     return lambda value: 0 <= value < 1, "a number from 0 to below 1"
 
@@ -40,6 +44,9 @@ RANGES = {
     "keep_checkpoints": _at_least(1),
     "ema_decay": _rate(),
     "divergence_factor": _at_least(0),
+    "sharpness.iterations": _at_least(1),
+    "intervention.attention_temperature": _above(0),
+    "intervention.learning_rate_factor": _at_least(0),
     "optimizer.learning_rate": _at_least(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
@@ -78,6 +85,17 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     config.ema_decay = 0.0
     # The run ends as diverged when the logged loss exceeds this multiple of the first one; 0 looks at non-finite only.
     config.divergence_factor = 3.0
+
+    # Adds the largest eigenvalues of the Hessian to the metrics; see sigmarep.training.sharpness.
+    config.sharpness = ml_collections.ConfigDict()
+    duration(config.sharpness, "every")
+    config.sharpness.iterations = 10
+
+    # What a run changes in itself after so many steps, to see what follows.
+    config.intervention = ml_collections.ConfigDict()
+    duration(config.intervention, "at")
+    config.intervention.attention_temperature = 1.0
+    config.intervention.learning_rate_factor = 1.0
 
     config.parallel = "jit"
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import jax
 import ml_collections
+import optax
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput
 from sigmarep.tasks.protocol import Task
 from sigmarep.training import durations, parallel
+from sigmarep.training.config import validate
 from sigmarep.training.optimizers import create_optimizer
 from sigmarep.training.schedules import create_schedule
 from sigmarep.training.step import TrainState, create_state, make_train_step
@@ -22,7 +24,9 @@ class Experiment:
 
     Attributes:
       total_steps: updates of the whole run.
-      intervals: steps between logs, evaluations and checkpoints.
+      intervals: steps between logs, evaluations and checkpoints, and of sharpness, 0 for never.
+      intervention_step: the last step before `config.intervention`, None for none.
+      schedule: the learning rate.
       abstract_state: shapes, types and shardings of the state, in the mesh's layout.
       create_state: makes the state before the first step, in that layout.
     """
@@ -31,13 +35,24 @@ class Experiment:
     task: Task
     total_steps: int
     intervals: dict[str, int]
+    intervention_step: int | None
+    schedule: optax.Schedule
     runner: parallel.Runner
     abstract_state: TrainState
     create_state: Callable[[], TrainState]
 
     def due(self, event: str, step: int) -> bool:
-        """Whether `event` ("log", "eval" or "checkpoint") happens after `step`; all do after the last."""
-        return step % self.intervals[event] == 0 or step == self.total_steps
+        """Whether `event` ("log", "eval", "checkpoint" or "sharpness") happens after `step`; all do after the last, but
+        for sharpness where no interval of its own is set."""
+        interval = self.intervals[event]
+        return bool(interval) and (step % interval == 0 or step == self.total_steps)
+
+    def intervened(self) -> "Experiment":
+        """The experiment as it goes on after `config.intervention`; the state stays what it is."""
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        config.model.attention_temperature *= config.intervention.attention_temperature
+        config.optimizer.learning_rate *= config.intervention.learning_rate_factor
+        return build(validate(config))
 
 
 def build(config: ml_collections.FrozenConfigDict) -> Experiment:
@@ -54,6 +69,10 @@ def build(config: ml_collections.FrozenConfigDict) -> Experiment:
             "config.total_steps, total_epochs, total_examples: none is set; set one, for example total_epochs"
         )
     intervals = {event: to_steps(config, f"{event}_every") or total for event in ("log", "eval", "checkpoint")}
+    intervals["sharpness"] = to_steps(config.sharpness, "every", prefix="config.sharpness.") or 0
+    if intervals["sharpness"] and config.parallel != "jit":
+        raise BadInput(f"config.sharpness.every_steps: needs config.parallel = 'jit', not {config.parallel!r}")
+    intervention = to_steps(config.intervention, "at", prefix="config.intervention.")
     warmup = to_steps(config.optimizer, "warmup", prefix="config.optimizer.") or 0
     schedule = create_schedule(config.optimizer, total_steps=total, warmup_steps=warmup)
 
@@ -75,6 +94,8 @@ def build(config: ml_collections.FrozenConfigDict) -> Experiment:
         task=task,
         total_steps=total,
         intervals=intervals,
+        intervention_step=intervention,
+        schedule=schedule,
         runner=runner,
         abstract_state=jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -19,6 +19,7 @@ from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.progress import Clock, Progress
+from sigmarep.training.sharpness import Sharpness
 from sigmarep.training.step import StepOutput, TrainState
 
 # Steps given to the devices before the host waits for the oldest: enough to keep them busy, few enough that
@@ -153,6 +154,7 @@ class _Run:
         self.saved_step = self.start
         self.state = experiment.runner.put_state(state)
         self.evaluator = Evaluator(experiment)
+        self.sharpness = Sharpness(experiment)
         self.writer = MetricWriter(
             folder,
             resume_step=self.start,
@@ -167,17 +169,22 @@ class _Run:
         After step s come, in this order: its log, the evaluation, the checkpoint. A run that resumes from the
         checkpoint of step s has therefore every line up to s, and the writer drops those after it.
         """
-        experiment, total = self.experiment, self.experiment.total_steps
+        total = self.experiment.total_steps
+        intervention = self.experiment.intervention_step
         if self.start >= total:
             self.progress.message(f"all {total} steps are done already")
             return
-        stream = experiment.task.train_stream(
+        stream = self.experiment.task.train_stream(
             start=self.start, process_index=jax.process_index(), process_count=jax.process_count()
         )
         in_flight: collections.deque[jax.Array] = collections.deque()
         for step, batch in zip(range(self.start + 1, total + 1), stream, strict=False):
-            logging = step == 1 or experiment.due("log", step)
             first = step == self.start + 1
+            if intervention is not None and step > intervention and (first or step == intervention + 1):
+                self.intervene()
+                first = True
+            experiment = self.experiment
+            logging = step == 1 or experiment.due("log", step)
             with self.clock.measure("compiling" if first else "training"):
                 self.preemption.nothing_to_save = first
                 self.state, output = experiment.runner.step(self.state, batch, panel=logging)
@@ -190,6 +197,10 @@ class _Run:
             self.log()
             if logging:
                 self.unlogged = (step, output)
+            if experiment.due("sharpness", step):
+                self.log()
+                with self.clock.measure("evaluating"):
+                    self.writer.write(step, self.sharpness(self.state))
             if experiment.due("eval", step):
                 self.log()
                 self.evaluate(step, output)
@@ -201,6 +212,16 @@ class _Run:
                 raise Stopped(f"stopped by SIGTERM after step {step} of {total}; the state is saved in {self.folder}")
         self.log()
         self.checkpoints.wait()
+
+    def intervene(self) -> None:
+        """Goes on with the experiment that `config.intervention` makes of this one."""
+        self.experiment = self.experiment.intervened()
+        self.evaluator, self.sharpness = Evaluator(self.experiment), Sharpness(self.experiment)
+        changes = self.experiment.config.intervention
+        self.progress.message(
+            f"after step {self.experiment.intervention_step}: attention temperature times "
+            f"{changes.attention_temperature:g}, learning rate times {changes.learning_rate_factor:g}"
+        )
 
     def log(self) -> None:
         """Writes the metrics of the last step to be logged, if they are not written yet."""

@@ -1,0 +1,74 @@
+"""Sharpness of the training loss while a run goes on (`sigmarep.core.curvature`).
+
+Metrics: `sharpness/hessian`, the largest eigenvalue of the Hessian, and `sharpness/threshold`, 2/η; under Adam and AdamW
+also `sharpness/preconditioned` with `sharpness/preconditioned_threshold`, (2 + 2β₁)/((1 − β₁)η). The loss is that of the
+run's first batch in training mode, with the same random numbers every time: values differ by the parameters alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from sigmarep.core import curvature
+from sigmarep.training.experiment import Experiment
+from sigmarep.training.mesh import batch_sharding
+from sigmarep.training.parallel import global_batch
+from sigmarep.training.step import TrainState
+
+PRECONDITIONED = ("adam", "adamw")
+
+
+class Sharpness:
+    """Compiles on the first call. Every call starts its Lanczos iteration from the same vector, so that a run that was
+    stopped and goes on finds the same values. The iteration keeps `config.sharpness.iterations` vectors of the size of
+    the parameters."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._batch: Any = None
+        self._compiled = jax.jit(self._tridiagonals)
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Metrics of a state in the mesh's layout."""
+        experiment = self._experiment
+        if self._batch is None:
+            stream = experiment.task.train_stream(
+                start=0, process_index=jax.process_index(), process_count=jax.process_count()
+            )
+            self._batch = global_batch(next(stream), batch_sharding(experiment.runner.mesh))
+        found = {
+            name: float(curvature.ritz_values(each)[0])
+            for name, each in jax.device_get(self._compiled(state, self._batch)).items()
+        }
+        optimizer, rate = experiment.config.optimizer, float(experiment.schedule(int(state.step)))
+        metrics = {"sharpness/hessian": found["hessian"], "sharpness/threshold": curvature.threshold(rate)}
+        if "preconditioned" in found:
+            metrics["sharpness/preconditioned"] = found["preconditioned"]
+            metrics["sharpness/preconditioned_threshold"] = curvature.threshold(rate, optimizer.beta1)
+        return metrics
+
+    def _tridiagonals(self, state: TrainState, batch: Any) -> dict[str, curvature.Tridiagonal]:
+        config, task = self._experiment.config, self._experiment.task
+        at, unravel = ravel_pytree(state.params)
+
+        def loss(flat):
+            total, weight = task.loss(unravel(flat), state.model_state, batch, jax.random.key(0), attention=False).loss
+            return total / jnp.maximum(weight, 1.0)
+
+        def largest(product):
+            found = curvature.lanczos(product, start, config.sharpness.iterations)
+            # The host needs no vectors.
+            return found._replace(basis=jnp.zeros((0, 0)))
+
+        start = jax.random.normal(jax.random.key(1), at.shape)
+        product = curvature.hessian_product(loss, at)
+        found = {"hessian": largest(product)}
+        if config.optimizer.name in PRECONDITIONED:
+            moment = ravel_pytree(optax.tree_utils.tree_get(state.opt_state, "nu"))[0]
+            corrected = moment / (1 - jnp.float32(config.optimizer.beta2) ** jnp.maximum(state.step, 1))
+            diagonal = jnp.sqrt(corrected) + config.optimizer.epsilon
+            found["preconditioned"] = largest(curvature.preconditioned(product, diagonal))
+        return found
