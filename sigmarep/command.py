@@ -105,7 +105,8 @@ def _parse(arguments: Sequence[str]) -> list[str]:
 def _check(rest: list[str]) -> None:
     if len(rest) > 1:
         raise BadInput(f"argument {rest[1]!r}: not understood; flags begin with --")
-    if "config" in flags.FLAGS and (path := flags.FLAGS["config"].value) is not None:
+    path = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if not isinstance(path, str | None):
         # ml_collections keeps what went wrong with the file for the first look at the configuration.
         try:
             path.task  # noqa: B018

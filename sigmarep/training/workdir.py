@@ -23,7 +23,16 @@ from sigmarep.tasks.protocol import Outputs
 from sigmarep.training.config import flatten
 
 # What may differ when a run goes on in its workdir: where it runs and what it reports, not what it computes.
-FREE = ("parallel", "mesh.", "writers.", "keep_checkpoints", "log_every_", "eval_every_", "checkpoint_every_")
+FREE = (
+    "parallel",
+    "mesh.",
+    "writers.",
+    "sharpness.",
+    "keep_checkpoints",
+    "log_every_",
+    "eval_every_",
+    "checkpoint_every_",
+)
 FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
 

@@ -1,0 +1,179 @@
+"""Many runs of one configuration file: which there are, and what became of each.
+
+A file's `sweep()` returns points. A point maps a name to a value: `arm` is an argument of the file, behind its colon;
+`config.optimizer.learning_rate` is a field. `values`, `product`, `zipped` and `seeds` make lists of points:
+
+    def sweep():
+        return product(values("arm", "pre_ln", "sigma"), values("learning_rate", 1e-3, 1e-2), seeds(3))
+"""
+
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from sigmarep.errors import BadInput, Diverged, Stopped
+
+Point = dict[str, Any]
+# What a run's exit status says of it. The first two are final: such a run is not made again.
+STATES = {
+    0: "done",
+    Diverged.exit_status: "diverged",
+    BadInput.exit_status: "bad input",
+    Stopped.exit_status: "stopped",
+}
+FINAL = ("done", "diverged")
+RECORD = "sweep.json"
+
+
+def values(name: str, *each: Any) -> list[Point]:
+    """One point for each value."""
+    return [{name: value} for value in each]
+
+
+def seeds(count: int) -> list[Point]:
+    """One point for each of the seeds 0, 1, …"""
+    return values("config.seed", *range(count))
+
+
+def product(*lists: Iterable[Point]) -> list[Point]:
+    """Every combination of one point of each list; the last list changes fastest."""
+    return [{k: v for point in points for k, v in point.items()} for points in itertools.product(*lists)]
+
+
+def zipped(*lists: Sequence[Point]) -> list[Point]:
+    """The first points of all lists together, the second ones, and so on.
+
+    Raises:
+      ValueError: the lists have different lengths.
+    """
+    return [{k: v for point in points for k, v in point.items()} for points in zip(*lists, strict=True)]
+
+
+class Run(NamedTuple):
+    """`name` of its folder, the `point`, and the `command` that trains it."""
+
+    name: str
+    point: Point
+    command: list[str]
+
+
+def runs(path: str, points: Sequence[Point], workdir: str, script: str) -> list[Run]:
+    """The run of every point, in the order of the points.
+
+    Args:
+      path: of the configuration file.
+      workdir: of the sweep; each run has a folder in it.
+      script: scripts/train.py.
+
+    Raises:
+      BadInput: there is no point, or two points are the same run.
+    """
+    if not points:
+        raise BadInput(f"--config {path}: its sweep() has no points")
+    found: dict[str, Run] = {}
+    for point in points:
+        name = run_name(point)
+        if name in found:
+            raise BadInput(f"--config {path}: its sweep() has two points {name!r}; make them differ")
+        arguments = ",".join(f"{key}={value}" for key, value in point.items() if not key.startswith("config."))
+        overrides = [f"--{key}={value}" for key, value in point.items() if key.startswith("config.")]
+        file = f"{path}:{arguments}" if arguments else path
+        command = [sys.executable, script, "--config", file, "--workdir", os.path.join(workdir, name), *overrides]
+        found[name] = Run(name, point, [*command, "--config.writers.progress=plain"])
+    return list(found.values())
+
+
+def run_name(point: Point) -> str:
+    """A folder's name: last parts of the names and the values, for example `arm=sigma,learning_rate=0.01,seed=0`."""
+    text = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
+    return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+def read_record(workdir: str) -> dict[str, dict[str, Any]]:
+    """What became of the runs of a sweep so far: by name `point`, `state`, `status` and `seconds`; {} before any.
+
+    Raises:
+      BadInput: the record cannot be read.
+    """
+    path = os.path.join(workdir, RECORD)
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); remove it, and finished runs are looked at again") from None
+
+
+def execute(
+    todo: Sequence[Run],
+    workdir: str,
+    *,
+    jobs: int,
+    say: Callable[[str], None],
+    environment: dict[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Makes the runs that are not final yet, `jobs` at a time, and returns the record of all.
+
+    A run's output is kept in `log.txt` of its folder. The record is written after every run, so that a sweep that is
+    stopped goes on where it was. Where this process is interrupted its runs are sent SIGTERM, and save their states.
+    """
+    record = read_record(workdir)
+    lock, stopping = threading.Lock(), threading.Event()
+    processes: set[subprocess.Popen] = set()
+    waiting = [run for run in todo if record.get(run.name, {}).get("state") not in FINAL]
+    say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs} at a time")
+
+    def one(run: Run) -> None:
+        if stopping.is_set():
+            return
+        folder = os.path.join(workdir, run.name)
+        os.makedirs(folder, exist_ok=True)
+        start = time.monotonic()
+        with open(os.path.join(folder, "log.txt"), "a") as log:
+            process = subprocess.Popen(run.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            processes.add(process)
+            status = process.wait()
+            processes.discard(process)
+        state = STATES.get(status, "failed")
+        with lock:
+            seconds = round(time.monotonic() - start, 1)
+            record[run.name] = {"point": run.point, "state": state, "status": status, "seconds": seconds}
+            _write(os.path.join(workdir, RECORD), record)
+            say(f"{run.name}: {state} after {seconds:.0f} s{_reason(folder, state)}")
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one, run) for run in waiting]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            stopping.set()
+            for process in list(processes):
+                process.terminate()
+            raise
+    return record
+
+
+def _reason(folder: str, state: str) -> str:
+    """The last line that a run printed, for one that did not end well."""
+    if state == "done":
+        return ""
+    with open(os.path.join(folder, "log.txt"), errors="replace") as file:
+        lines = file.read().strip().splitlines()
+    return f" ({lines[-1]})" if lines else ""
+
+
+def _write(path: str, record: dict[str, Any]) -> None:
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "w") as file:
+        json.dump(record, file, indent=2)
+    os.replace(temporary, path)

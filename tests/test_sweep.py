@@ -1,0 +1,135 @@
+"""Sweeps: their points, and scripts/sweep.py on runs that end well, diverge, fail and are stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sigmarep import sweeps
+from sigmarep.errors import BadInput
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep.py"
+# A file whose runs are tiny; a huge rate makes the loss overflow, a head too many is refused.
+CONFIG = """
+from sigmarep.sweeps import product, seeds, values
+from sigmarep.training.config import arguments, default_config
+
+def get_config(text=""):
+    args = arguments(text, learning_rate=0.01, heads=2)
+    config = default_config("image_classification")
+    config.batch_size, config.total_steps, config.log_every_steps = 16, STEPS, 1
+    config.model.depth, config.model.width, config.model.mlp_dim, config.model.patch_size = 1, 8, 8, 4
+    config.model.num_heads = args["heads"]
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", args["learning_rate"]
+    config.data.in_memory = True
+    return config
+
+def sweep():
+    return POINTS
+"""
+
+
+def write(tmp_path, points, steps=3):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.replace("POINTS", points).replace("STEPS", str(steps)))
+    return path
+
+
+def start(path, workdir, *more):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--config", str(path), "--workdir", str(workdir), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_points_are_products_zips_and_seeds():
+    a, b = sweeps.values("a", 1, 2), sweeps.values("config.b", "x", "y")
+    assert sweeps.product(a, b) == [{"a": i, "config.b": j} for i in (1, 2) for j in "xy"]
+    assert sweeps.zipped(a, b) == [{"a": 1, "config.b": "x"}, {"a": 2, "config.b": "y"}]
+    assert sweeps.product(a, sweeps.seeds(2))[1] == {"a": 1, "config.seed": 1}
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        sweeps.zipped(a, sweeps.seeds(3))
+    with pytest.raises(BadInput, match=r"two points 'a=1'; make them differ"):
+        sweeps.runs("c.py", [{"a": 1}, {"config.a": 1}], "w", "train.py")
+    with pytest.raises(BadInput, match="has no points"):
+        sweeps.runs("c.py", [], "w", "train.py")
+
+
+def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path):
+    path = write(tmp_path, 'product(values("learning_rate", 0.01, 0.1), seeds(2))')
+    status, out, _ = finish(start(path, tmp_path / "runs", "--dry_run"))
+    assert status == 0
+    assert len(out.splitlines()) == 4
+    assert (
+        f"--config {path}:learning_rate=0.1 --workdir {tmp_path}/runs/learning_rate=0.1,seed=1 --config.seed=1" in out
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_that_diverge_and_fail_are_told_apart_and_finished_ones_are_not_repeated(tmp_path):
+    path = write(tmp_path, 'values("learning_rate", 0.01, 1e30) + values("heads", 3)', steps=6)
+    status, out, err = finish(start(path, tmp_path / "runs", "--jobs", "2"))
+    assert status == 1, err
+    record = json.loads((tmp_path / "runs/sweep.json").read_text())
+    assert {name: run["state"] for name, run in record.items()} == {
+        "learning_rate=0.01": "done",
+        "learning_rate=1e+30": "diverged",
+        "heads=3": "bad input",
+    }
+    assert out.splitlines()[0] == "3 runs, 0 finished before, 2 at a time"
+    assert "heads=3: bad input" in out
+    assert "num_heads = 3: does not divide width = 8" in out
+    assert (tmp_path / "runs/learning_rate=1e+30/diagnosis.json").exists()
+    metrics = (tmp_path / "runs/learning_rate=0.01/metrics.jsonl").stat()
+    status, out, _ = finish(start(path, tmp_path / "runs"))
+    assert status == 1
+    assert out.splitlines()[0] == "3 runs, 2 finished before, 1 at a time"
+    assert (tmp_path / "runs/learning_rate=0.01/metrics.jsonl").stat().st_mtime == metrics.st_mtime
+
+
+def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path):
+    path = write(tmp_path, 'values("learning_rate", 0.01)', steps=400)
+    process = start(path, tmp_path / "runs")
+    metrics = tmp_path / "runs/learning_rate=0.01/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    status, _, _ = finish(process)
+    assert status == 143
+    record = json.loads((tmp_path / "runs/sweep.json").read_text())
+    assert record["learning_rate=0.01"]["state"] == "stopped"
+    status, out, err = finish(start(path, tmp_path / "runs"))
+    assert status == 0, err
+    assert out.splitlines()[0] == "1 runs, 0 finished before, 1 at a time"
+    assert "1 done" in out
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "train/loss" in line]
+    assert steps == list(range(1, 401))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("x = 1\n", "has no function sweep()"), (None, "there is no such file")],
+)
+def test_what_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.py"
+    if text is not None:
+        path.write_text(text)
+    status, _, err = finish(start(path, tmp_path / "runs"))
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
