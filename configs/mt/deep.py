@@ -6,8 +6,8 @@
 
 Arguments: arm (sigma: post-LN with σReparam, γ starting at 0.1; sigma_one: γ starting at 1; plain: post-LN without it),
 depth (100; of the encoder and of the decoder), steps (200).
-Everything else is the same in all arms. Layers have no biases: through hundreds of blocks their sum, which Adam moves
-fastest, would drown what tells one token from another, in every arm alike.
+Everything else is the same in all arms. Layers have no biases: with them, in a trial at a learning rate of 0.005, no arm
+learnt more than the frequencies of tokens in 140 steps.
 """
 
 from sigmarep.errors import BadInput
