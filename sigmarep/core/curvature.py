@@ -5,8 +5,8 @@ With H the Hessian at the parameters w, gradient descent of rate η is stable on
     λ_max(H) < 2/η.                                                                     (1)
 
 With momentum β₁ (an average, (1 − β₁) times the gradient added) the bound is (2 + 2β₁)/((1 − β₁)η), and for Adam it holds
-of the preconditioned Hessian P^−½ H P^−½, P = diag(√v̂ + ε) (Cohen et al., 2022, "Adaptive gradient methods at the edge of
-stability"): 38/η at β₁ = 0.9.                                                          (2)
+of the preconditioned Hessian P^−½ H P^−½, P = (1 − β₁ᵗ)·diag(√v̂ + ε): 38/η at β₁ = 0.9 (Cohen et al., 2022, "Adaptive
+gradient methods at the edge of stability").                                            (2)
 
 Vectors here are flat, shape (n,), float32; `jax.flatten_util.ravel_pytree` makes them.
 """

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sigmarep.nn.attention import IMPLEMENTATIONS, QK_NORMS, QKV, MultiHeadAttention
 from sigmarep.nn.linear import REPARAMS, SigmaDense
+from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTanh
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -35,7 +36,9 @@ class TransformerConfig:
       depth, width, num_heads, mlp_dim: blocks; D; attention heads; hidden units of the MLP.
       norm: "none"; "pre", LayerNorm before each branch and after the last block; "post", after each addition;
         "deepnorm", post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).
-      norm_epsilon, norm_bias: of LayerNorm.
+      norm_type: what those norms are: "layer", "rms" or "dyt" (`sigmarep.nn.norms.DynamicTanh`).
+      norm_epsilon, norm_bias: of the norms that have one.
+      branch_scale, layer_scale_init: see `sigmarep.nn.norms.BranchScale`.
       reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.Reparametrised`.
       qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`, whose
         `temperature` is attention_temperature.
@@ -59,8 +62,11 @@ class TransformerConfig:
     num_heads: int
     mlp_dim: int
     norm: str = "pre"
+    norm_type: str = "layer"
     norm_epsilon: float = 1e-6
     norm_bias: bool = True
+    branch_scale: str = "none"
+    layer_scale_init: float = 1e-4
     reparam: str = "none"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
@@ -88,6 +94,8 @@ class TransformerConfig:
     def __post_init__(self):
         words = {
             "norm": NORMS,
+            "norm_type": NORM_TYPES,
+            "branch_scale": BRANCH_SCALES,
             "reparam": REPARAMS,
             "qkv": QKV,
             "qk_norm": QK_NORMS,
@@ -138,7 +146,12 @@ class TransformerConfig:
             return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
         return nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
 
-    def layer_norm(self, name: str) -> nn.LayerNorm:
+    def norm_layer(self, name: str) -> nn.Module:
+        """One of the norms."""
+        if self.norm_type == "dyt":
+            return DynamicTanh(use_bias=self.norm_bias, dtype=self.dtype, name=name)
+        if self.norm_type == "rms":
+            return nn.RMSNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
         return nn.LayerNorm(epsilon=self.norm_epsilon, use_bias=self.norm_bias, dtype=self.dtype, name=name)
 
     def reparametrisation(self) -> dict[str, Any]:
@@ -205,7 +218,9 @@ class TransformerBlock(nn.Module):
         if c.layer_drop and not deterministic:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.layer_drop).astype(x.dtype)
 
-        def dropped(branch):
+        def dropped(branch, name):
+            if c.branch_scale != "none":
+                branch = BranchScale(c.branch_scale, c.layer_scale_init, name=f"{name}_branch")(branch)
             branch = nn.Dropout(c.dropout)(branch, deterministic=deterministic)
             if c.drop_path and not deterministic:
                 kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1))
@@ -214,11 +229,11 @@ class TransformerBlock(nn.Module):
 
         def residual(x, name, branch):
             if c.norm == "none":
-                return x + dropped(branch(x))
-            norm = c.layer_norm(f"{name}_norm")
+                return x + dropped(branch(x), name)
+            norm: Any = c.norm_layer(f"{name}_norm")
             if c.norm == "pre":
-                return x + dropped(branch(norm(x)))
-            return norm(c.alpha * x + dropped(branch(x)))
+                return x + dropped(branch(norm(x)), name)
+            return norm(c.alpha * x + dropped(branch(x), name))
 
         def attention(name, **options):
             return MultiHeadAttention(
@@ -278,4 +293,5 @@ class TransformerStack(nn.Module):
         else:
             for i in range(c.depth):
                 x = apply_block(TransformerBlock(c, self.cross_attention, name=f"block_{i}"), x, rates[i])
-        return c.layer_norm("norm")(x) if c.norm == "pre" else x
+        last: Any = c.norm_layer("norm") if c.norm == "pre" else None
+        return x if last is None else last(x)

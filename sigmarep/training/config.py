@@ -50,6 +50,8 @@ RANGES = {
     "optimizer.learning_rate": _at_least(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
+    "optimizer.spectral_bound": _at_least(0),
+    "optimizer.qk_clip": _at_least(0),
     "optimizer.momentum": _rate(),
     "optimizer.beta1": _rate(),
     "optimizer.beta2": _rate(),
@@ -112,7 +114,7 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     config.optimizer.step_factor = 0.1
     config.optimizer.weight_decay = 0.0
     # Regular expressions over parameter paths left out of weight decay and of LARS/LAMB trust ratios.
-    config.optimizer.no_decay = ("gamma$", "bias$", "scale$", "position", "class_token")
+    config.optimizer.no_decay = ("gamma$", "bias$", "scale$", "alpha$", "position", "class_token")
     config.optimizer.clip_norm = 0.0
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = False
@@ -120,6 +122,10 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     config.optimizer.beta2 = 0.999
     config.optimizer.epsilon = 1e-8
     config.optimizer.trust_coefficient = 0.001
+    # Bounds the spectral norm of every update of a block's matrix by this multiple of the matrix's own (AdamW²); 0: off.
+    config.optimizer.spectral_bound = 0.0
+    # Shrinks the queries' and keys' kernels of heads whose largest logit of a step is above it (QK-clip); 0: off.
+    config.optimizer.qk_clip = 0.0
 
     config.writers = ml_collections.ConfigDict()
     config.writers.tensorboard = False

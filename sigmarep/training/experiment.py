@@ -73,6 +73,11 @@ def build(config: ml_collections.FrozenConfigDict) -> Experiment:
     if intervals["sharpness"] and config.parallel != "jit":
         raise BadInput(f"config.sharpness.every_steps: needs config.parallel = 'jit', not {config.parallel!r}")
     intervention = to_steps(config.intervention, "at", prefix="config.intervention.")
+    if config.optimizer.qk_clip and (config.model.reparam != "none" or config.model.qk_norm != "none"):
+        raise BadInput(
+            f"config.optimizer.qk_clip = {config.optimizer.qk_clip}: needs config.model.reparam = 'none' and "
+            "config.model.qk_norm = 'none', whose logits do not follow the size of the kernels"
+        )
     warmup = to_steps(config.optimizer, "warmup", prefix="config.optimizer.") or 0
     schedule = create_schedule(config.optimizer, total_steps=total, warmup_steps=warmup)
 
@@ -86,6 +91,7 @@ def build(config: ml_collections.FrozenConfigDict) -> Experiment:
         schedule,
         accumulation=config.accumulation,
         ema_decay=config.ema_decay,
+        qk_clip=config.optimizer.qk_clip,
     )
     abstract_state = jax.eval_shape(create)
     runner = parallel.create_runner(config, make_step, abstract_state, task.batch_rows())

@@ -9,15 +9,17 @@ Where weight decay λ enters, with learning rate η:
 positions and the class token, unless configured otherwise.
 """
 
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.training.mesh import path_name
 from sigmarep.training.panel import STACKED
@@ -61,7 +63,58 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
         "muon": (_muon(config, params), decay, rate),
     }
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
-    return optax.chain(*clip, *chains[config.name])
+    bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
+    return optax.chain(*clip, *chains[config.name], *bound)
+
+
+class SpectralBoundState(NamedTuple):
+    """`u`: of every matrix of the blocks the leading right singular vectors (layers, outputs) that the last step found; a
+    zero for other parameters."""
+
+    u: Any
+
+
+def bound_spectral_norm(ratio: float, *, iterations: int = 4) -> optax.GradientTransformation:
+    """Shortens the update ΔW of a block's matrix until ‖ΔW‖₂ ≤ ratio · ‖W‖₂ (AdamW², Qi et al., 2025).
+
+    ‖W‖₂ comes from power steps that start where the step before ended. ΔW is another matrix at every step; its power
+    steps start at its largest row. Both norms are found from below. A matrix that is zero has no bound.
+    """
+
+    def followed(stack, u):
+        step = None
+        for _ in range(iterations):
+            step = jax.vmap(spectral.power_step)(stack, u)
+            u = step.u
+        assert step is not None
+        return u, step.sigma
+
+    def init(params):
+        def vectors(path, x):
+            axes = _axes(path, x)
+            return jnp.zeros(()) if axes is None else jnp.zeros((_stack(x, axes).shape[0], _stack(x, axes).shape[2]))
+
+        return SpectralBoundState(jax.tree_util.tree_map_with_path(vectors, params))
+
+    def update(updates, state, params=None):
+        def bounded(path, update, w, u):
+            axes = _axes(path, w)
+            if axes is None:
+                return update, u
+            change = _stack(update, axes).astype(jnp.float32)
+            largest = jnp.argmax(jnp.sum(change**2, axis=2), axis=1)
+            u, norm = followed(_stack(w, axes), u)
+            _, of_change = followed(change, jnp.take_along_axis(change, largest[:, None, None], axis=1)[:, 0])
+            too_long = (of_change > ratio * norm) & (norm > 0)
+            factor = jnp.where(too_long, ratio * norm / jnp.where(too_long, of_change, 1.0), 1.0)
+            scaled = change * factor[:, None, None]
+            return scaled.reshape(update.shape).astype(update.dtype), u
+
+        pairs = jax.tree_util.tree_map_with_path(bounded, updates, params, state.u)
+        shortened, u = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0, 0)), pairs)
+        return shortened, SpectralBoundState(u)
+
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_trust_ratio(coefficient: float = 1.0) -> optax.GradientTransformation:
@@ -107,15 +160,23 @@ def _muon(config: Any, params: Any) -> optax.GradientTransformation:
 
 
 def _matrix_axes(params: Any) -> Any:
-    """Which axes of each parameter are a matrix's inputs and outputs; None for those that are not Muon's."""
+    """`_axes` of every parameter."""
+    return jax.tree_util.tree_map_with_path(_axes, params)
 
-    def axes(path, x):
-        names = path_name(path).split("/")
-        if names[-1] != "kernel" or names[-2] in ("patch_embedding", "head"):
-            return None
-        first = 1 if _stacked(path) else 0
-        # Attention's output projection contracts heads and head_dim; all other kernels one axis.
-        split = x.ndim - 1 if names[-2] == "out" else first + 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+def _axes(path: tuple[Any, ...], x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter are a matrix's inputs and outputs; None for those that are no matrix of the blocks."""
+    names = path_name(path).split("/")
+    if names[-1] != "kernel" or names[-2] in ("patch_embedding", "head"):
+        return None
+    first = 1 if _stacked(path) else 0
+    # Attention's output projection contracts heads and head_dim; all other kernels one axis.
+    split = x.ndim - 1 if names[-2] == "out" else first + 1
+    return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
+
+
+def _stack(x: jax.Array, axes: Any) -> jax.Array:
+    """A parameter as matrices (layers, inputs, outputs), one where it is not stacked."""
+    outputs = math.prod(x.shape[axis] for axis in axes.output_axis)
+    inputs = math.prod(x.shape[axis] for axis in axes.reduction_axis)
+    return x.reshape(-1, inputs, outputs)

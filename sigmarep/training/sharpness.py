@@ -69,6 +69,8 @@ class Sharpness:
         if config.optimizer.name in PRECONDITIONED:
             moment = ravel_pytree(optax.tree_utils.tree_get(state.opt_state, "nu"))[0]
             corrected = moment / (1 - jnp.float32(config.optimizer.beta2) ** jnp.maximum(state.step, 1))
-            diagonal = jnp.sqrt(corrected) + config.optimizer.epsilon
+            # Adam's average of gradients is corrected too: its first steps are longer.
+            shortened = 1 - jnp.float32(config.optimizer.beta1) ** jnp.maximum(state.step, 1)
+            diagonal = shortened * (jnp.sqrt(corrected) + config.optimizer.epsilon)
             found["preconditioned"] = largest(curvature.preconditioned(product, diagonal))
         return found

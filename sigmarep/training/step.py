@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.tasks.protocol import LossOutput, Task
 
 
@@ -66,6 +67,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     ema_decay: float = 0.0,
+    qk_clip: float = 0.0,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, StepOutput]]:
     """Returns `step(state, batch, panel=False) -> (state, StepOutput)`.
@@ -76,6 +78,7 @@ def make_train_step(
     Args:
       accumulation: microbatches a step.
       ema_decay: of the averaged weights.
+      qk_clip: the threshold of `sigmarep.nn.qk_clip`, off at 0.
       axis_name: of the devices under pmap; None under jit, where sums over the batch are global already.
     """
 
@@ -118,12 +121,19 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-        grads, output = accumulated(state, batch, rng, panel)
+        grads, output = accumulated(state, batch, rng, panel or qk_clip > 0)
         grads, loss, metrics = summed((grads, output.loss, output.metrics))
         weight = jnp.maximum(loss[1], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        attention = output.attention
+        if attention and axis_name is not None:
+            attention = _over_shards(
+                attention, lambda x, axis: jax.lax.pmean(x, axis_name), lambda x, axis: jax.lax.pmax(x, axis_name)
+            )
+        if qk_clip:
+            params = qk_clipped(params, attention, qk_clip)
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
@@ -135,11 +145,6 @@ def make_train_step(
         }
         recorded = {}
         if panel:
-            attention = output.attention
-            if axis_name is not None:
-                attention = _over_shards(
-                    attention, lambda x, axis: jax.lax.pmean(x, axis_name), lambda x, axis: jax.lax.pmax(x, axis_name)
-                )
             spectral = output.model_state.get("spectral", {})
             recorded = {"attention": attention, "spectral": spectral, "gamma": _gammas(state.params)}
         new_state = dataclasses.replace(

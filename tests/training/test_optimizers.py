@@ -9,7 +9,7 @@ import pytest
 from sigmarep.errors import BadInput
 from sigmarep.training import durations
 from sigmarep.training.config import trainer_defaults
-from sigmarep.training.optimizers import create_optimizer, decay_mask
+from sigmarep.training.optimizers import bound_spectral_norm, create_optimizer, decay_mask
 from sigmarep.training.schedules import create_schedule
 
 RATE, STEPS = 0.03, 5
@@ -228,3 +228,44 @@ def test_durations_in_every_unit(fields, steps):
 def test_impossible_durations_are_refused(fields, message):
     with pytest.raises(BadInput, match=message):
         durations.steps(block(**fields), "total", batch_size=64, num_examples=640)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_update_is_shortened_to_a_multiple_of_its_matrixs_spectral_norm(stacked):
+    rng = np.random.default_rng(0)
+    kernels = rng.normal(size=(3, 8, 2, 5)) * np.array([1.0, 5.0, 0.0])[:, None, None, None]
+    changes = rng.normal(size=(3, 8, 2, 5))
+    names = ["blocks"] if stacked else ["block_0", "block_1", "block_2"]
+
+    def tree_of(each):
+        parts = [each] if stacked else list(each)
+        return {name: {"query": {"kernel": x, "bias": 100 * x[..., 0]}} for name, x in zip(names, parts, strict=True)}
+
+    params, updates = float32(tree_of(kernels)), float32(tree_of(changes))
+    bound = bound_spectral_norm(0.5)
+    state = bound.init(params)
+    for _ in range(10):
+        found, state = bound.update(updates, state, params)
+    norms = [np.linalg.norm(x.reshape(8, 10), 2) for x in kernels]
+    lengths = [np.linalg.norm(x.reshape(8, 10), 2) for x in changes]
+    factors = [min(1.0, 0.5 * norm / length) if norm else 1.0 for norm, length in zip(norms, lengths, strict=True)]
+    assert factors[0] < 1
+    expected = tree_of(changes * np.array(factors)[:, None, None, None])
+    for name in names:
+        np.testing.assert_allclose(found[name]["query"]["kernel"], expected[name]["query"]["kernel"], rtol=0.05)
+        np.testing.assert_array_equal(found[name]["query"]["bias"], updates[name]["query"]["bias"])
+
+
+def test_every_update_of_a_bounded_optimizer_is_within_the_bound():
+    made = config("adamw", spectral_bound=0.01)
+    params = float32(tree())
+    optimizer = create_optimizer(made, schedule=lambda _: RATE, params=params)
+    state = optimizer.init(params)
+    for seed in range(1, 4):
+        updates, state = optimizer.update(float32(tree(seed)), state, params)
+        norm, change = (
+            np.linalg.norm(np.asarray(x["block_0"]["mlp"]["up"]["kernel"], np.float64), 2) for x in (params, updates)
+        )
+        # Both norms are found from below, by some power steps.
+        assert 0.8 < change / (0.01 * norm) < 1.1
+        params = jax.tree.map(jnp.add, params, updates)

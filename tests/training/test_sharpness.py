@@ -1,4 +1,4 @@
-"""Sharpness and interventions through the one trainer, on a tiny run."""
+"""Sharpness, interventions and QK-clip through the one trainer, on a tiny run."""
 
 import math
 import shutil
@@ -52,7 +52,8 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(config):
     adam = next(
         each for each in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "nu")) if hasattr(each, "nu")
     )
-    scale = np.sqrt(np.sqrt(np.asarray(ravel_pytree(adam.nu)[0], np.float64) / (1 - 0.999**3)) + 1e-8)
+    moment = np.sqrt(np.asarray(ravel_pytree(adam.nu)[0], np.float64) / (1 - 0.999**3)) + 1e-8
+    scale = np.sqrt((1 - 0.9**3) * moment)
     largest = np.linalg.eigvalsh(dense / scale[:, None] / scale)[-1]
     assert found["sharpness/preconditioned"] == pytest.approx(largest, rel=1e-2)
     assert found["sharpness/threshold"] == pytest.approx(200.0)
@@ -94,7 +95,27 @@ def test_an_intervention_changes_what_follows_alone_and_a_resumed_run_goes_on_af
     assert sum("sharpness/hessian" in row for row in rows[0]) == 2
 
 
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_qk_clip_brings_the_largest_logits_of_the_same_batch_to_its_threshold(config, parallel):
+    config.parallel, config.model.reparam, config.optimizer.learning_rate = parallel, "none", 0.0
+    config.optimizer.qk_clip = 0.01
+    experiment = build(validate(config))
+    state = experiment.runner.put_state(experiment.create_state())
+    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
+    state, first = experiment.runner.step(state, batch, panel=True)
+    _, second = experiment.runner.step(state, batch, panel=True)
+    before, after = (
+        np.ravel(output.panel["attention"]["encoder"]["blocks"]["attention"]["max_logit"]) for output in (first, second)
+    )
+    assert (before > 0.01).all()
+    np.testing.assert_allclose(after, 0.01, rtol=1e-4)
+
+
 def test_what_is_refused(config):
+    config.optimizer.qk_clip = 1.0
+    with pytest.raises(BadInput, match=r"config.optimizer.qk_clip = 1.0: needs config.model.reparam = 'none'"):
+        build(validate(config))
+    config.optimizer.qk_clip = 0.0
     config.sharpness.every_steps = 2
     config.parallel = "pmap"
     with pytest.raises(BadInput, match=r"config.sharpness.every_steps: needs config.parallel = 'jit'"):
