@@ -161,7 +161,7 @@ def normalised_entropy(entropy: jax.Array, visible: jax.Array) -> jax.Array:
     return jnp.where(visible > 1, entropy / jnp.where(visible > 1, most, 1.0), 1.0)
 
 
-def entropy_lower_bound(sigma: jax.Array, tokens: jax.Array | int) -> jax.Array:
+def entropy_lower_bound(sigma: jax.typing.ArrayLike, tokens: jax.Array | int) -> jax.Array:
     """The least attention entropy in nats that a logit operator of norm σ allows (Theorem 3.1).
 
     With β = exp(−σ·√(T/(T−1))),

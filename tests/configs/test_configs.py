@@ -27,6 +27,10 @@ GOLDEN = Path(__file__).parent / "golden"
 ARMS = {
     "quickstart.py": [""],
     "collapse.py": ["arm=sigma", "arm=pre_ln"],
+    "stability/vit.py": [
+        "",
+        *(f"arm={arm}" for arm in ("pre_ln", "qk_norm", "qk_clip", "dyt", "rezero", "bounded", "muon")),
+    ],
     "ssl/quickstart.py": ["", "arm=pre_ln", "arm=frozen_patch", "arm=sigma"],
     "ssl/cifar10.py": ["", "method=moco_v3"],
     "ssl/simclr_imagenet.py": ["arm=pre_ln", "arm=frozen_patch", "arm=sigma,warmup=10", "arm=sigma_pre_ln"],
