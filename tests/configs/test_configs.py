@@ -27,6 +27,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ARMS = {
     "quickstart.py": [""],
     "collapse.py": ["arm=sigma", "arm=pre_ln"],
+    "stability/intervention.py": ["", "arm=pre_ln"],
     "stability/vit.py": [
         "",
         *(f"arm={arm}" for arm in ("pre_ln", "qk_norm", "qk_clip", "dyt", "rezero", "bounded", "muon")),

@@ -1,0 +1,100 @@
+"""Lowers the temperature of attention in mid-training and shows entropy and sharpness, plain pre-LN beside σReparam.
+
+    python scripts/intervention.py --workdir runs/intervention [--seeds 3] [--temperature 0.1] [--plot intervention.png]
+
+Runs both arms of configs/stability/intervention.py. Before and after are the means of what was logged in the last 25 steps
+before the intervention and the first 25 after it. Runs that are finished are not repeated. A plot needs matplotlib:
+pip install "sigmarep[report]".
+"""
+
+import os
+import statistics
+
+from absl import flags
+
+from sigmarep import command
+from sigmarep.errors import BadInput
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.1, "What the temperature is multiplied by.")
+PLOT = flags.DEFINE_string("plot", None, "Also draws the first seed of both arms into this file.")
+CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "stability", "intervention.py")
+SHOWN = {
+    "lowest layer's entropy, nats": "attention/entropy_min",
+    "sharpness": "sharpness/hessian",
+    "sharpness, preconditioned": "sharpness/preconditioned",
+    "loss": "train/loss",
+}
+WINDOW = 25
+
+
+def series(rows, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric."""
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def draw(path: str, runs, step: int) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput('--plot: needs matplotlib; pip install "sigmarep[report]"') from None
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    for colour, (arm, rows) in zip(("#d95f02", "#1b6ca8"), runs.items(), strict=True):
+        for axes, name in zip(panels, ("sharpness/preconditioned", "attention/entropy_min", "train/loss"), strict=True):
+            axes.plot(*series(rows, name), color=colour, label=arm)
+        limit = series(rows, "sharpness/preconditioned_threshold")
+    panels[0].plot(*limit, "k:", label="threshold (2 + 2β₁)/((1 − β₁)η)")
+    panels[0].set(yscale="log", ylabel="largest eigenvalue,\npreconditioned Hessian")
+    panels[1].set(ylabel="lowest layer's\nattention entropy, nats")
+    panels[2].set(yscale="log", ylabel="training loss", xlabel="step")
+    for axes in panels:
+        axes.axvline(step, color="grey", linewidth=0.8)
+    panels[0].legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--plot {path}: cannot be written ({error})") from error
+    print(f"plot: {path}")
+
+
+def main() -> None:
+    workdir = command.required("workdir", WORKDIR.value)
+    from sigmarep.errors import Diverged
+    from sigmarep.training.loop import train_and_evaluate
+    from sigmarep.training.metrics import read_metrics
+
+    module = command.load_config_file(CONFIG)
+    first: dict[str, list[dict[str, float]]] = {}
+    step = 0
+    print(f"| arm | seed | {' | '.join(f'{name}: before → after' for name in SHOWN)} | threshold | test accuracy |")
+    print(f"|---|---{'|---' * (len(SHOWN) + 2)}|")
+    for arm in module.ARMS:
+        for seed in range(SEEDS.value):
+            config = module.get_config(f"arm={arm},temperature={TEMPERATURE.value}")
+            config.seed = seed
+            config.writers.progress = "off"
+            step = int(config.intervention.at_steps)
+            folder = os.path.join(workdir, f"{arm}-{TEMPERATURE.value:g}-{seed}")
+            try:
+                accuracy = f"{train_and_evaluate(config, folder)['eval/test/accuracy']:.1%}"
+            except Diverged:
+                accuracy = "diverged"
+            rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
+            first.setdefault(arm, rows)
+            cells = []
+            for name in SHOWN.values():
+                found = list(zip(*series(rows, name), strict=True))
+                before = statistics.mean(value for at, value in found if step - WINDOW < at <= step)
+                after = statistics.mean(value for at, value in found if step < at <= step + WINDOW)
+                cells.append(f"{before:.3g} → {after:.3g}")
+            limit = series(rows, "sharpness/preconditioned_threshold")[1][-1]
+            print(f"| {arm} | {seed} | {' | '.join(cells)} | {limit:.4g} | {accuracy} |", flush=True)
+    if PLOT.value:
+        draw(PLOT.value, first, step)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,65 @@
+"""What is said of a sweep, on sweeps whose answer is known."""
+
+import json
+import math
+
+import pytest
+
+from sigmarep.diagnostics import sensitivity
+from sigmarep.errors import BadInput
+from sigmarep.training.metrics import MetricWriter
+
+
+def sweep(tmp_path, losses, state="done"):
+    """Runs of {(arm, rate, seed): losses}."""
+    record = {}
+    for (arm, rate, seed), values in losses.items():
+        name = f"{arm}-{rate}-{seed}"
+        writer = MetricWriter(str(tmp_path / name), resume_step=0, tensorboard=False, wandb_project="", run_config={})
+        for step, loss in enumerate(values, 1):
+            writer.write(step, {"train/loss": loss, "attention/entropy_min": 1.0 / step})
+        writer.close()
+        record[name] = {"point": {"arm": arm, "learning_rate": rate, "config.seed": seed}, "state": state, "status": 0}
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    return str(tmp_path)
+
+
+def test_the_range_is_that_of_neighbouring_rates_within_a_tenth_of_the_best_of_any_arm():
+    by_rate = {1e-3: 1.05, 3e-3: 2.0, 1e-2: 1.1, 3e-2: 1.0, 0.1: 1.09, 0.3: 1.2}
+    found = sensitivity.trained_range(by_rate, 1.0)
+    assert (found.low, found.high) == (1e-2, 0.1)
+    assert found.ratio == pytest.approx(10.0)
+    assert sensitivity.trained_range(by_rate, 0.5) is None
+    assert sensitivity.trained_range({1e-3: 1.0, 1e-2: math.inf}, 1.0) == (1e-3, 1e-3, 1.0)
+
+
+def test_a_sweeps_outcomes_are_those_of_its_runs(tmp_path):
+    # Twenty logged losses: the last tenth are two.
+    def run(last):
+        return [5.0] * 18 + [last - 0.5, last + 0.5]
+
+    losses = {("a", rate, seed): run(last + seed) for rate, last in ((0.1, 1.0), (0.01, 3.0)) for seed in range(3)}
+    losses |= {("b", 0.1, seed): [4.0, math.nan] for seed in range(3)} | {
+        ("b", 0.01, seed): run(2.1) for seed in range(3)
+    }
+    table = sensitivity.read_sweep(sweep(tmp_path, losses))
+    assert list(table["a"]) == [0.01, 0.1]
+    assert [each.loss for each in table["a"][0.1]] == pytest.approx([1.0, 2.0, 3.0])
+    assert table["a"][0.1][0].lowest == pytest.approx(1 / 20)
+    assert sensitivity.medians(table) == {"a": {0.01: 4.0, 0.1: 2.0}, "b": {0.01: pytest.approx(2.1), 0.1: math.inf}}
+    first, second = sensitivity.findings(table)
+    assert (first["rate"], first["range"]) == (0.1, (0.1, 0.1, 1.0))
+    assert (second["rate"], second["range"]) == (0.01, (0.01, 0.01, 1.0))
+
+
+def test_a_diverged_run_has_no_loss_whatever_was_logged(tmp_path):
+    table = sensitivity.read_sweep(sweep(tmp_path, {("a", 0.1, 0): [3.0, 2.0]}, state="diverged"))
+    assert table["a"][0.1][0].loss == math.inf
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="holds no sweep"):
+        sensitivity.read_sweep(str(tmp_path))
+    (tmp_path / "sweep.json").write_text(json.dumps({"x": {"point": {"arm": "a"}, "state": "done"}}))
+    with pytest.raises(BadInput, match="its run x has no learning_rate of its own"):
+        sensitivity.read_sweep(str(tmp_path))
