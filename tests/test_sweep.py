@@ -95,7 +95,7 @@ def test_runs_that_diverge_and_fail_are_told_apart_and_finished_ones_are_not_rep
     assert "num_heads = 3: does not divide width = 8" in out
     assert (tmp_path / "runs/learning_rate=1e+30/diagnosis.json").exists()
     metrics = (tmp_path / "runs/learning_rate=0.01/metrics.jsonl").stat()
-    status, out, _ = finish(start(path, tmp_path / "runs"))
+    status, out, _ = finish(start(path, tmp_path / "runs", "--jobs", "1"))
     assert status == 1
     assert out.splitlines()[0] == "3 runs, 2 finished before, 1 at a time"
     assert (tmp_path / "runs/learning_rate=0.01/metrics.jsonl").stat().st_mtime == metrics.st_mtime
@@ -113,7 +113,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path):
     assert status == 143
     record = json.loads((tmp_path / "runs/sweep.json").read_text())
     assert record["learning_rate=0.01"]["state"] == "stopped"
-    status, out, err = finish(start(path, tmp_path / "runs"))
+    status, out, err = finish(start(path, tmp_path / "runs", "--jobs", "1"))
     assert status == 0, err
     assert out.splitlines()[0] == "1 runs, 0 finished before, 1 at a time"
     assert "1 done" in out
