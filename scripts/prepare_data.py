@@ -2,9 +2,10 @@
 
     python scripts/prepare_data.py --name cifar10 [--data_dir DIR]
 
-Sets that packages bring (digits, python_docs, interface_en_de) need nothing, and libreoffice_help_en_de two packages of
-Debian, which its error names; the others need `pip install "sigmarep[tf]"` on the machine that prepares them. For
-imagenet2012 first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into DIR/downloads/manual.
+Sets that packages bring (digits, python_docs, interface_en_de, spoken_sentences) need nothing, libreoffice_help_en_de and
+stamp_recordings/es (fr, ro, ca, ru, bg, latin) packages of Debian, which their errors name; the others need
+`pip install "sigmarep[tf]"` on the machine that prepares them. For imagenet2012 first put
+ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into DIR/downloads/manual.
 """
 
 from absl import flags

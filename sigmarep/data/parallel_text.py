@@ -4,23 +4,18 @@ A pair belongs to the bucket of the least length that holds both sides. The rows
 into the tokens of a batch, padding counted.
 """
 
-import collections
-import concurrent.futures
-import functools
 import json
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
 from sigmarep.data import sources, tokenised, vocabulary
+from sigmarep.data.buckets import Buckets, Share
 from sigmarep.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from sigmarep.errors import BadInput
-
-# Batches made ahead of the one that is trained on.
-AHEAD = 4
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -55,7 +50,7 @@ def pairs(data: ml_collections.ConfigDict, split: str) -> Iterator[tuple[str, st
     Raises:
       BadInput: see `sources.open_source`; or they have no such features.
     """
-    source = sources.open_source(data.name, split, data_dir=data.data_dir, text_folder=data.folder)
+    source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
     for i in range(len(source)):
         yield _texts(data, source[i])
 
@@ -81,7 +76,7 @@ def open_vocabulary(data: ml_collections.ConfigDict) -> Vocabulary:
 
 
 def _fingerprint(data, split):
-    return sources.fingerprint(data.name, split, data_dir=data.data_dir, text_folder=data.folder)
+    return sources.fingerprint(data.name, split, data_dir=data.data_dir, folder=data.folder)
 
 
 def run_files(vocab: Vocabulary, corpus: "PairCorpus") -> dict[str, bytes]:
@@ -104,7 +99,7 @@ class PairCorpus:
         self._limits = (data.max_source_length, data.max_target_length)
         if min(self._limits) < 2:
             raise BadInput(f"config.data.max_source_length, max_target_length = {self._limits}: expected at least 2")
-        self._source = sources.open_source(data.name, split, data_dir=data.data_dir, text_folder=data.folder)
+        self._source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
         key = f"{_fingerprint(data, split)}|{data.source_feature}|{data.target_feature}|{vocabulary.fingerprint(vocab)}"
         folder = os.path.join(sources.data_folder(data.data_dir), "tokenised")
 
@@ -144,7 +139,7 @@ class PairCorpus:
 
 
 class BucketedBatches:
-    """Batches of a corpus by bucket.
+    """Batches of a corpus by bucket; `config.batch_size` is a number of tokens.
 
     A batch has `source` (B, S), the source with its end; `inputs` (B, T), begin and translation; `targets` (B, T),
     translation and end; `index` (B,), the number of each pair, −1 for the empty rows that fill a bucket's last batch. All
@@ -158,103 +153,42 @@ class BucketedBatches:
     def __init__(self, corpus: PairCorpus, *, batch_tokens: int, seed: int):
         """Raises BadInput where the buckets do not hold the pairs, or the tokens of a batch no bucket."""
         data = corpus.data
-        buckets = tuple(data.buckets)
         longest = max(data.max_source_length, data.max_target_length)
-        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] < longest:
+        if not len(data.buckets) or data.buckets[-1] < longest:
             raise BadInput(
-                f"config.data.buckets = {buckets}: expected rising lengths, the last at least {longest} "
+                f"config.data.buckets = {tuple(data.buckets)}: expected rising lengths, the last at least {longest} "
                 "(max_source_length, max_target_length)"
             )
-        if seed < 0:
-            raise BadInput(f"config.seed = {seed}: expected 0 or more")
-        if data.rows_multiple < 1:
-            raise BadInput(f"config.data.rows_multiple = {data.rows_multiple}: expected at least 1")
-        self._corpus, self._seed = corpus, seed
-        of_pair = np.searchsorted(buckets, corpus.lengths.max(axis=1))
-        self.shapes: list[tuple[int, int, int]] = []
-        self._members: list[np.ndarray] = []
-        for bucket, length in enumerate(buckets):
-            members = np.flatnonzero(of_pair == bucket)
-            if not len(members):
-                continue
-            rows = batch_tokens // length // data.rows_multiple * data.rows_multiple
-            if not rows:
-                raise BadInput(
-                    f"config.batch_size = {batch_tokens}: tokens, too few for {data.rows_multiple} rows "
-                    f"(config.data.rows_multiple) of {length} (config.data.buckets)"
-                )
-            self.shapes.append((rows, length, length))
-            self._members.append(members)
-        # (bucket, number of the batch in it), in order.
-        self._all = [
-            (bucket, number)
-            for bucket, members in enumerate(self._members)
-            for number in range(-(-len(members) // self.shapes[bucket][0]))
-        ]
-        self.batches_per_epoch = len(self._all)
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._corpus = corpus
+        self._buckets = Buckets(
+            corpus.lengths.max(axis=1),
+            data.buckets,
+            batch_size=batch_tokens,
+            unit="tokens",
+            rows_multiple=data.rows_multiple,
+            seed=seed,
+            num_threads=data.num_threads,
+        )
+        self.shapes = [(rows, int(length), int(length)) for rows, length in self._buckets.shapes]
+        self.batches_per_epoch = self._buckets.batches_per_epoch
 
-    def stream(
-        self, *, start: int, process_index: int = 0, process_count: int = 1
-    ) -> Generator[dict[str, np.ndarray], None, None]:
-        """This process's rows of the global batches `start`, `start + 1`, …, for ever.
+    def stream(self, *, start: int, process_index: int = 0, process_count: int = 1):
+        """See `sigmarep.data.buckets.Buckets.stream`."""
+        return self._buckets.stream(self._batch, start=start, process_index=process_index, process_count=process_count)
 
-        Every epoch has each pair once. A batch follows from the seed and its number alone.
-        """
-        self._check(process_count)
-        with concurrent.futures.ThreadPoolExecutor(max(self._corpus.data.num_threads, 1)) as pool:
-            waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-            number = start
-            try:
-                while True:
-                    while len(waiting) < AHEAD:
-                        waiting.append(pool.submit(self._training_batch, number, process_index, process_count))
-                        number += 1
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+    def evaluation(self, *, process_index: int = 0, process_count: int = 1):
+        """See `sigmarep.data.buckets.Buckets.evaluation`."""
+        return self._buckets.evaluation(self._batch, process_index=process_index, process_count=process_count)
 
-    def evaluation(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
-        """Every pair once, bucket by bucket; this process's rows of each global batch."""
-        self._check(process_count)
-        for bucket, number in self._all:
-            rows = self.shapes[bucket][0]
-            members = self._members[bucket][number * rows : (number + 1) * rows]
-            yield self._batch(bucket, members, process_index, process_count)
-
-    def _check(self, process_count: int) -> None:
-        multiple = self._corpus.data.rows_multiple
-        if multiple % process_count:
-            raise BadInput(
-                f"config.data.rows_multiple = {multiple}: does not divide over {process_count} processes; use a "
-                f"multiple of {process_count}"
-            )
-
-    def _shuffled(self, epoch: int) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
-        rng = np.random.default_rng([self._seed, epoch])
-        members = [rng.permutation(each) for each in self._members]
-        return [self._all[i] for i in rng.permutation(len(self._all))], members
-
-    def _training_batch(self, number: int, process_index: int, process_count: int) -> dict[str, np.ndarray]:
-        epoch, place = divmod(number, self.batches_per_epoch)
-        order, members = self._epoch(epoch)
-        bucket, within = order[place]
-        rows = self.shapes[bucket][0]
-        chosen = members[bucket][within * rows : (within + 1) * rows]
-        return self._batch(bucket, chosen, process_index, process_count)
-
-    def _batch(self, bucket: int, members: np.ndarray, process_index: int, process_count: int) -> dict[str, np.ndarray]:
-        rows, source_length, target_length = self.shapes[bucket]
-        local = rows // process_count
-        mine = members[process_index * local : (process_index + 1) * local]
+    def _batch(self, share: Share) -> dict[str, np.ndarray]:
+        _, source_length, target_length = self.shapes[share.bucket]
         batch = {
-            "source": np.full((local, source_length), PAD, np.int32),
-            "inputs": np.full((local, target_length), PAD, np.int32),
-            "targets": np.full((local, target_length), PAD, np.int32),
-            "index": np.full(local, -1, np.int32),
+            "source": np.full((share.rows, source_length), PAD, np.int32),
+            "inputs": np.full((share.rows, target_length), PAD, np.int32),
+            "targets": np.full((share.rows, target_length), PAD, np.int32),
+            "index": share.index(),
         }
-        batch["index"][: len(mine)] = mine
-        for row, member in enumerate(mine):
+        for row, member in enumerate(share.members):
             source, target = self._corpus.source_ids(member), self._corpus.target_ids(member)
             batch["source"][row, : len(source) + 1] = [*source, EOS]
             batch["inputs"][row, : len(target) + 1] = [BOS, *target]

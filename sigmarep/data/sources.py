@@ -41,9 +41,14 @@ OWN = {
     "python_docs": ("sigmarep.data.python_docs", "PythonDocs"),
     "interface_en_de": ("sigmarep.data.interface_en_de", "InterfaceEnDe"),
     "libreoffice_help_en_de": ("sigmarep.data.libreoffice_help", "LibreofficeHelpEnDe"),
+    "spoken_sentences": ("sigmarep.data.spoken_sentences", "SpokenSentences"),
+    "stamp_recordings": ("sigmarep.data.stamp_recordings", "StampRecordings"),
 }
-# The one whose content is a folder of files.
-FOLDER = "text_folder"
+# Those whose content is a folder of files.
+FOLDERS = {
+    "text_folder": ("sigmarep.data.text_folder", "TextFolder"),
+    "speech_folder": ("sigmarep.data.speech_folder", "SpeechFolder"),
+}
 NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 # File formats of TFDS with random access.
@@ -51,7 +56,7 @@ RANDOM_ACCESS = {"array_record", "parquet"}
 # Sets of TFDS that the configurations name; any other name of TFDS works as well.
 KNOWN = (
     *OWN,
-    FOLDER,
+    *FOLDERS,
     *("cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist"),
     *("wmt17_translate", "lm1b", "c4"),
 )
@@ -62,30 +67,30 @@ def data_folder(data_dir: str | None) -> str:
     return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
-def builder(name: str, *, data_dir: str | None = None, text_folder: str = ""):
+def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
     """The prepared TFDS builder of a data set, of its newest prepared version unless the name ends in one.
 
     Args:
-      text_folder: the files of the set "text_folder" (`sigmarep.data.text_folder`).
+      folder: the files of the sets "text_folder" and "speech_folder" (see the modules of these names).
 
     Raises:
       BadInput: there is no such set, it is not prepared, or what is prepared cannot be read.
     """
     import tensorflow_datasets as tfds
 
-    folder = data_folder(data_dir)
+    root = data_folder(data_dir)
     try:
-        if name in OWN or name == FOLDER:
-            found = _own(name, folder, text_folder)
+        if _is_own(name) or name in FOLDERS:
+            found = _own(name, root, folder)
         else:
             # Read as it lies there: TFDS's own code for the set may need TensorFlow, or be of another version.
-            found = tfds.builder_from_directory(_prepared(name, folder) or _missing(name, folder))
+            found = tfds.builder_from_directory(_prepared(name, root) or _missing(name, root))
         if not found.info.splits:
             raise ValueError("its dataset_info.json is missing or names no splits")
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(_damaged(name, folder, error)) from error
+        raise BadInput(_damaged(name, root, error)) from error
     formats = sorted(each.value for each in found.info.available_file_formats())
     if not set(formats) & RANDOM_ACCESS:
         raise BadInput(
@@ -101,13 +106,13 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
     Raises:
       BadInput: there is no such set, TensorFlow is needed and missing, or a file must be fetched by hand.
     """
-    folder = data_folder(data_dir)
-    if name in OWN:
-        return str(_own(name, folder).data_dir)
+    root = data_folder(data_dir)
+    if _is_own(name):
+        return str(_own(name, root).data_dir)
     import tensorflow_datasets as tfds
 
     try:
-        found = tfds.builder(name, data_dir=folder, file_format="array_record")
+        found = tfds.builder(name, data_dir=root, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
         raise BadInput(_unknown(name)) from None
     # Some sets would notice only after hours of downloading.
@@ -117,17 +122,17 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
         found.download_and_prepare()
     except Exception as error:
         raise BadInput(f"--name {name}: could not be prepared ({_line(error)})") from error
-    builder(name, data_dir=folder)
+    builder(name, data_dir=root)
     return str(found.data_dir)
 
 
-def open_source(name: str, split: str, *, data_dir: str | None = None, text_folder: str = "") -> Source:
+def open_source(name: str, split: str, *, data_dir: str | None = None, folder: str = "") -> Source:
     """The examples of a split; TFDS's slices and sums such as "train[:90%]" and "train+test" are splits too.
 
     Raises:
       BadInput: see `builder`; or there is no such split, or nothing in it.
     """
-    found = builder(name, data_dir=data_dir, text_folder=text_folder)
+    found = builder(name, data_dir=data_dir, folder=folder)
     splits = found.info.splits
     try:
         count = splits[split].num_examples
@@ -147,13 +152,13 @@ def open_source(name: str, split: str, *, data_dir: str | None = None, text_fold
     return source
 
 
-def fingerprint(name: str, split: str, *, data_dir: str | None = None, text_folder: str = "") -> str:
+def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: str = "") -> str:
     """Names the examples of a split: another version, other files or another split give another one.
 
     Raises:
       BadInput: see `builder`.
     """
-    info = builder(name, data_dir=data_dir, text_folder=text_folder).info
+    info = builder(name, data_dir=data_dir, folder=folder).info
     sizes = {each: (details.num_examples, details.num_bytes) for each, details in info.splits.items()}
     return hashlib.sha256(f"{info.full_name}|{split}|{sorted(sizes.items())}".encode()).hexdigest()
 
@@ -175,20 +180,32 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
     return Description(features["label"].num_classes, tuple(features["image"].shape), splits)
 
 
-def _own(name: str, folder: str, text_folder: str = ""):
-    module, attribute = OWN.get(name, ("sigmarep.data.text_folder", "TextFolder"))
+def _is_own(name: str) -> bool:
+    """Whether it is a builder of this project, with or without a variant; a version is read as it lies there."""
+    return name.split("/")[0] in OWN and ":" not in name
+
+
+def _own(name: str, root: str, folder: str = ""):
+    dataset, _, variant = name.partition("/")
+    module, attribute = {**OWN, **FOLDERS}[dataset]
     made = getattr(importlib.import_module(module), attribute)
-    if name == FOLDER:
-        made = functools.partial(made, folder=text_folder)
-    found = made(data_dir=folder, file_format="array_record")
+    variants = [config.name for config in made.BUILDER_CONFIGS]
+    if variant not in (variants or [""]):
+        expected = ", ".join(f"{dataset}/{each}" for each in variants) or dataset
+        raise BadInput(f"config.data.name = {name!r}: there is no such variant; expected one of {expected}")
+    if variants:
+        made = functools.partial(made, config=variant)
+    if dataset in FOLDERS:
+        made = functools.partial(made, folder=folder)
+    found = made(data_dir=root, file_format="array_record")
     if found.is_prepared():
         return found
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(root, exist_ok=True)
         # Two processes may start at once on a machine that has nothing yet.
-        with open(os.path.join(folder, f".{name}.lock"), "w") as lock:
+        with open(os.path.join(root, f".{name.replace('/', '-')}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = made(data_dir=folder, file_format="array_record")
+            found = made(data_dir=root, file_format="array_record")
             if not found.is_prepared():
                 import tensorflow_datasets as tfds
 
@@ -196,7 +213,7 @@ def _own(name: str, folder: str, text_folder: str = ""):
                 found.download_and_prepare()
     except OSError as error:
         raise BadInput(
-            f"config.data.data_dir = {folder!r}: cannot be written ({error.strerror}); set another with "
+            f"config.data.data_dir = {root!r}: cannot be written ({error.strerror}); set another with "
             "--config.data.data_dir"
         ) from error
     return found

@@ -47,7 +47,7 @@ def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
     Raises:
       BadInput: see `sources.open_source`; or they have no such feature.
     """
-    source = sources.open_source(data.name, split, data_dir=data.data_dir, text_folder=data.folder)
+    source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
     for i in range(len(source)):
         yield tokenised.feature(source[i], data.text_feature, "text_feature")
 
@@ -90,7 +90,7 @@ def open_windows(data: ml_collections.ConfigDict, vocab: Vocabulary, split: str,
 
 
 def _fingerprint(data, split):
-    return sources.fingerprint(data.name, split, data_dir=data.data_dir, text_folder=data.folder)
+    return sources.fingerprint(data.name, split, data_dir=data.data_dir, folder=data.folder)
 
 
 def _encoded(documents: Iterator[str], vocab: Vocabulary) -> tuple[list[np.ndarray], dict[str, int]]:

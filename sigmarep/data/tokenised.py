@@ -36,13 +36,18 @@ class Corpus:
         return np.asarray(self._tokens[self.offsets[index] : self.offsets[index + 1]])
 
 
+def key_digest(key: str) -> str:
+    """The file name of what is kept under `key`."""
+    return hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
 def obtain(folder: str, key: str, encode: Callable[[], tuple[Sequence[np.ndarray], dict[str, int]]]) -> Corpus:
     """The corpus kept in `folder` under `key`, made by `encode()` (token arrays, counts) if it is not there.
 
     Raises:
       BadInput: the folder cannot be written.
     """
-    path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:24])
+    path = os.path.join(folder, key_digest(key))
     with locked(path):
         if not os.path.exists(path):
             arrays, counts = encode()

@@ -1,4 +1,4 @@
-"""What stands where a Transformer has LayerNorm, and what scales its branches."""
+"""What stands where a Transformer has LayerNorm, what scales its branches, and the norm of a whole utterance."""
 
 from typing import Any
 
@@ -51,3 +51,29 @@ class BranchScale(nn.Module):
             "scale", nn.initializers.constant(0.0 if rezero else self.start), () if rezero else (x.shape[-1],)
         )
         return x * scale.astype(x.dtype)
+
+
+class MaskedNorm(nn.Module):
+    """Normalises each sequence over all its real steps and features at once, then scale · x + bias with two scalars.
+
+    Padding becomes 0, and has no part in the mean and the standard deviation.
+
+    Attributes:
+      epsilon: added to the standard deviation.
+    """
+
+    epsilon: float = 1e-7
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, padding: jax.Array) -> jax.Array:
+        """(B, T, F) to (B, T, F); `padding` (B, T) is True for real steps, as in `MultiHeadAttention`."""
+        scale = self.param("scale", nn.initializers.ones, ())
+        bias = self.param("bias", nn.initializers.zeros, ())
+        real = padding[:, :, None]
+        x = jnp.where(real, x.astype(jnp.float32), 0.0)
+        count = jnp.maximum(jnp.sum(padding, axis=1), 1)[:, None, None] * x.shape[-1]
+        centred = jnp.where(real, x - jnp.sum(x, axis=(1, 2), keepdims=True) / count, 0.0)
+        std = jnp.sqrt(jnp.sum(centred**2, axis=(1, 2), keepdims=True) / count)
+        normalised = scale * centred / (std + self.epsilon) + bias
+        return jnp.where(real, normalised, 0.0).astype(self.dtype or x.dtype)

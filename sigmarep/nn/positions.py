@@ -97,3 +97,58 @@ class TokenPositions(nn.Module):
         init = nn.initializers.normal(self.std)
         embedding = self.param("embedding", init, (self.length, x.shape[-1]), jnp.float32)
         return x + embedding[positions].astype(x.dtype)
+
+
+class ContinuousPositions(nn.Module):
+    """Adds sinusoids of continuous positions, which training moves and stretches (CAPE, Likhomanenko et al., 2021).
+
+    A step's position is its time in seconds less the mean time of the sequence's real steps. In training it becomes
+    λ·(position + global shift + local shift). Feature i of D is sin(position · w + (i mod 2)·π/2) with
+    w = freq_scale · 10000^(−2⌊i/2⌋/D).
+
+    Attributes:
+      delta: seconds between two steps.
+      freq_scale: radians a second of the fastest sinusoid.
+      max_global_shift: of a sequence, uniform in ± so many seconds.
+      max_local_shift: of a step, uniform in ± so many steps.
+      max_scale: ln λ of a sequence is uniform in ± ln max_scale.
+    """
+
+    delta: float = 0.03
+    freq_scale: float = 30.0
+    max_global_shift: float = 0.0
+    max_local_shift: float = 0.0
+    max_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, padding: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """(B, T, D) to (B, T, D); `padding` (B, T) is True for real steps.
+
+        Raises:
+          ValueError: a field has an impossible value.
+        """
+        if self.max_scale < 1 or min(self.max_global_shift, self.max_local_shift) < 0:
+            raise ValueError(
+                f"max_scale = {self.max_scale}, max_global_shift = {self.max_global_shift}, max_local_shift = "
+                f"{self.max_local_shift}: expected at least 1, 0 and 0"
+            )
+        batch, length, features = x.shape
+        index = jnp.arange(length, dtype=jnp.float32)[None]
+        count = jnp.maximum(jnp.sum(padding, axis=1, keepdims=True), 1)
+        positions = self.delta * (index - jnp.sum(jnp.where(padding, index, 0.0), axis=1, keepdims=True) / count)
+        if not deterministic:
+            # Each draw has a key of its own.
+            if self.max_global_shift:
+                positions += self._uniform((batch, 1), self.max_global_shift)
+            if self.max_local_shift:
+                positions += self._uniform((batch, length), self.max_local_shift * self.delta)
+            if self.max_scale > 1:
+                positions *= jnp.exp(self._uniform((batch, 1), float(np.log(self.max_scale))))
+        feature = np.arange(features)
+        frequencies = self.freq_scale * 10_000.0 ** (-2.0 * (feature // 2) / features)
+        phases = (feature % 2) * np.pi / 2
+        angles = positions[..., None] * frequencies.astype(np.float32) + phases.astype(np.float32)
+        return x + jnp.sin(angles).astype(x.dtype)
+
+    def _uniform(self, shape, limit):
+        return jax.random.uniform(self.make_rng("dropout"), shape, jnp.float32, -limit, limit)

@@ -25,7 +25,7 @@ REMATS: dict[str, Any] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-KERNEL_INITS = ("trunc_normal", "normal", "xavier_uniform", "lecun_normal")
+KERNEL_INITS = ("trunc_normal", "normal", "xavier_uniform", "lecun_normal", "fan_in_uniform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,16 @@ class TransformerConfig:
         `temperature` is attention_temperature.
       rotary_base: rotary positions in self-attention, off at 0.
       activation: of the MLP, one of `ACTIVATIONS`.
-      dropout: rate after the MLP's activation and on each branch; attention_dropout: on the attention weights.
+      dropout: rate after the MLP's activation and, with branch_dropout, on each branch; attention_dropout: on the
+        attention weights.
       drop_path: stochastic depth, the rate of the last block; it rises linearly from 0. Drops a branch per example and
         divides the others by 1 − rate.
       layer_drop: the rate at which a whole block is left out for the whole batch, without rescaling (the paper's speech
         model).
-      kernel_init: one of `KERNEL_INITS`; init_std is the standard deviation of the normal ones.
+      attention_shift: adds one learned number, 0 at the start, to the input of each self-attention (the paper's speech
+        model).
+      kernel_init: one of `KERNEL_INITS`; init_std is the standard deviation of the normal ones. "fan_in_uniform" is
+        U(±1/√inputs).
       scan: stack the parameters of all blocks and compile one block.
       remat: "none"; "full" recomputes each block in the backward pass; "dots" keeps the results of its matrix products.
       residual_scale, branch_init_scale: DeepNorm's α and β where its rule for an encoder alone, (2·depth)^¼ and
@@ -80,9 +84,11 @@ class TransformerConfig:
     use_bias: bool = True
     activation: str = "gelu"
     dropout: float = 0.0
+    branch_dropout: bool = True
     attention_dropout: float = 0.0
     drop_path: float = 0.0
     layer_drop: float = 0.0
+    attention_shift: bool = False
     kernel_init: str = "trunc_normal"
     init_std: float = 0.02
     scan: bool = True
@@ -144,6 +150,8 @@ class TransformerConfig:
             return nn.initializers.normal(self.init_std * gain)
         if self.kernel_init == "xavier_uniform":
             return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+        if self.kernel_init == "fan_in_uniform":
+            return nn.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform")
         return nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
 
     def norm_layer(self, name: str) -> nn.Module:
@@ -221,7 +229,8 @@ class TransformerBlock(nn.Module):
         def dropped(branch, name):
             if c.branch_scale != "none":
                 branch = BranchScale(c.branch_scale, c.layer_scale_init, name=f"{name}_branch")(branch)
-            branch = nn.Dropout(c.dropout)(branch, deterministic=deterministic)
+            if c.branch_dropout:
+                branch = nn.Dropout(c.dropout)(branch, deterministic=deterministic)
             if c.drop_path and not deterministic:
                 kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1))
                 branch = branch * (kept / (1 - drop_path)).astype(branch.dtype)
@@ -252,7 +261,10 @@ class TransformerBlock(nn.Module):
                 **c.reparametrisation(),
             )(**options, query_padding=query_padding, cache_length=cache_length, deterministic=deterministic)
 
-        x = residual(x, "attention", lambda y: attention("attention", x=y, **self_attention))
+        shift: jax.Array | float = 0.0
+        if c.attention_shift:
+            shift = self.param("attention_shift", nn.initializers.zeros, ()).astype(x.dtype)
+        x = residual(x, "attention", lambda y: attention("attention", x=y + shift, **self_attention))
         if self.cross_attention:
             x = residual(
                 x,

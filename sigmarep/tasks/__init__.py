@@ -5,7 +5,7 @@ from types import ModuleType
 
 from sigmarep.errors import BadInput
 
-TASKS = ("image_classification", "contrastive", "language_modeling", "translation")
+TASKS = ("image_classification", "contrastive", "language_modeling", "translation", "speech_recognition")
 
 
 def get(name: str) -> ModuleType:

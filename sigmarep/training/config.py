@@ -114,7 +114,7 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     config.optimizer.step_factor = 0.1
     config.optimizer.weight_decay = 0.0
     # Regular expressions over parameter paths left out of weight decay and of LARS/LAMB trust ratios.
-    config.optimizer.no_decay = ("gamma$", "bias$", "scale$", "alpha$", "position", "class_token")
+    config.optimizer.no_decay = ("gamma$", "bias$", "scale$", "alpha$", "shift$", "position", "class_token")
     config.optimizer.clip_norm = 0.0
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = False

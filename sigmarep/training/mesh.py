@@ -25,12 +25,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"up/kernel$", ("fsdp", "tensor")),
     (r"down/kernel$", ("tensor", "fsdp")),
     (r"patch_embedding/kernel$", (None, None, None, "fsdp")),
+    (r"front_end/kernel$", (None, None, "fsdp")),
     (r"head/kernel$", ("fsdp", None)),
     (r"(tables|projections)_\d+/(embedding|kernel)$", ("fsdp", None)),
     (r"tokens/classes/kernel$", ("fsdp", None)),
     (r"(projector|predictor)/dense_\d+/kernel$", ("fsdp", "tensor")),
     (r"(positions/embedding|class_token)$", ()),
-    (r"/(bias|scale|alpha|gamma|u|basis|sigma|mean|var)$", ()),
+    (r"/(bias|scale|alpha|attention_shift|gamma|u|basis|sigma|mean|var)$", ()),
     # Counters, the key of the random numbers, and what an optimizer keeps that is no moment of a parameter.
     (r"(^|/)(step|rng|count|notfinite_count|last_finite|total_notfinite|ns_coeffs)$", ()),
 )

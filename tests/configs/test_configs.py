@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from sigmarep.errors import BadInput
-from sigmarep.tasks import contrastive, image_classification, language_modeling, translation
+from sigmarep.tasks import contrastive, image_classification, language_modeling, speech_recognition, translation
 from sigmarep.training.config import arguments, default_config, validate
 from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import create_optimizer, decay_mask
@@ -26,6 +26,9 @@ GOLDEN = Path(__file__).parent / "golden"
 # Every file with the arguments that stand for its arms.
 ARMS = {
     "quickstart.py": [""],
+    "asr/quickstart.py": ["", "reparam=none,norm=pre,disjoint=0"],
+    "asr/librispeech_100h.py": ["", "reparam=none,optimizer=adagrad", "norm=none,disjoint=2,depth=72,conv=true"],
+    "asr/librispeech_960h.py": ["", "norm=pre,optimizer=adagrad"],
     "collapse.py": ["arm=sigma", "arm=pre_ln"],
     "stability/intervention.py": ["", "arm=pre_ln"],
     "stability/vit.py": [
@@ -73,8 +76,18 @@ def of_pairs(config):
     return translation.create_model(config, config.data.vocabulary.size), [tokens, tokens, tokens]
 
 
+def of_speech(config):
+    labels = len(config.data.labels.characters) or 28
+    return speech_recognition.create_model(config, labels + 1), list(speech_recognition.example(config))
+
+
 # The model of each task and what it is applied to at the start, without touching any data.
-MODELS = {"image_classification": of_images, "language_modeling": of_text, "translation": of_pairs}
+MODELS = {
+    "image_classification": of_images,
+    "language_modeling": of_text,
+    "translation": of_pairs,
+    "speech_recognition": of_speech,
+}
 
 
 def abstract_variables(config):

@@ -109,6 +109,7 @@ class Model:
             block = f"{path}/block_{i}"
 
             def attend(y, block=block):
+                y = y + self.params.get(f"{block}/attention_shift", 0.0)
                 out, weights = self.attention(y, f"{block}/attention", heads, qkv, lengths, visible=visible)
                 recorded.append(weights)
                 return out
@@ -147,6 +148,29 @@ class Model:
         x, recorded = self.stack(x + self.params["positions/embedding"], "encoder", **stack)
         x = x[:, 0] if pool == "token" else x.mean(1)
         return self.dense(x, "head", classes), recorded
+
+    def speech(self, features, frames, *, width, labels, freq_scale, kernel=7, stride=3, conv=False, **stack):
+        """Logits (batch, length/stride, labels) of utterances of `frames` real frames, and the attention weights."""
+        batch, length, filters = features.shape
+        x = np.zeros_like(features, np.float64)
+        for b, real in enumerate(frames):
+            utterance = features[b, :real].astype(np.float64)
+            x[b, :real] = (utterance - utterance.mean()) / (utterance.std() + 1e-7)
+            x[b, :real] = x[b, :real] * self.params["input_norm/scale"] + self.params["input_norm/bias"]
+        matrix = self.weight("front_end", 2 * width) if conv else self.params["front_end/kernel"].reshape(-1, 2 * width)
+        before = (kernel - stride) // 2
+        padded = np.concatenate([np.zeros((batch, before, filters)), x, np.zeros((batch, kernel, filters))], axis=1)
+        windows = [padded[:, stride * t : stride * t + kernel].reshape(batch, -1) for t in range(length // stride)]
+        both = np.stack(windows, axis=1) @ matrix + self.params["front_end/bias"]
+        x = both[..., :width] / (1 + np.exp(-both[..., width:]))
+        lengths = [real // stride for real in frames]
+        for b, real in enumerate(lengths):
+            seconds = 0.01 * stride * (np.arange(x.shape[1]) - np.arange(real).mean())
+            for i in range(width):
+                angle = seconds * freq_scale * 10_000.0 ** (-2 * (i // 2) / width)
+                x[b, :, i] += np.cos(angle) if i % 2 else np.sin(angle)
+        x, recorded = self.stack(x, "encoder", lengths=lengths, **stack)
+        return self.dense(x, "head", labels), recorded
 
     def translate(self, source, inputs, *, width, alphas=(None, None), **stack):
         """ln p of every next token (batch, length, vocabulary) of an encoder-decoder with sinusoidal positions and one

@@ -1,0 +1,43 @@
+"""Writes down what is said in audio files with a trained speech model.
+
+    python scripts/transcribe.py --workdir runs/asr --audio one.wav --audio two.flac
+
+WAV, FLAC or OGG of any sampling rate; several channels are averaged. Prints a line for each file: its name, a tab, and the
+words.
+"""
+
+from absl import flags
+
+from sigmarep import command
+from sigmarep.errors import BadInput
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+AUDIO = flags.DEFINE_multi_string("audio", [], "An audio file; may be given several times.")
+
+
+def main() -> None:
+    workdir = command.required("workdir", WORKDIR.value)
+    if not AUDIO.value:
+        raise BadInput("--audio is missing: name an audio file")
+    from sigmarep.data import audio
+    from sigmarep.training.loop import restore
+    from sigmarep.training.step import evaluation_variables
+
+    experiment, _, state = restore(None, workdir)
+    task = experiment.task
+    if not hasattr(task, "transcribe"):
+        raise BadInput(f"--workdir {workdir}: its task is {experiment.config.task}; speech_recognition is expected")
+    rate = experiment.config.data.sample_rate
+    utterances = []
+    for path in AUDIO.value:
+        try:
+            recording = audio.read(path)
+        except audio.AudioError as error:
+            raise BadInput(f"--audio {error}") from None
+        utterances.append(audio.resampled(recording.samples, recording.rate, rate))
+    for path, text in zip(AUDIO.value, task.transcribe(evaluation_variables(state), utterances), strict=True):
+        print(f"{path}\t{text}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,221 @@
+"""Sound: reading files, resampling, log-mel filterbank features and SpecAugment."""
+
+import dataclasses
+import functools
+import math
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sigmarep.errors import BadInput
+
+# Samples are scaled to the range of 16-bit integers before the features are taken, as Kaldi's are.
+FULL_SCALE = 32768.0
+# The mel energies are floored here before the logarithm.
+FLOOR = float(np.finfo(np.float32).eps)
+# Frames that are transformed at once: they fit into a core's cache.
+BLOCK = 256
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used; the message names the file and what is wrong with it."""
+
+
+class Recording(NamedTuple):
+    """`samples` float32 (n,) in [-1, 1], the mean of the channels; `rate` in Hz; `channels` as they were in the file."""
+
+    samples: np.ndarray
+    rate: int
+    channels: int
+
+
+def read(path: str | os.PathLike) -> Recording:
+    """The samples of a WAV, FLAC or OGG file.
+
+    Raises:
+      AudioError: the file is missing or cannot be decoded, holds no samples, or one that is not finite.
+    """
+    import soundfile
+
+    try:
+        # The file is opened here: libsndfile's own message for a missing one is "System error".
+        with open(path, "rb") as file:
+            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except OSError as error:
+        raise AudioError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
+        reason = getattr(error, "error_string", "") or str(error)
+        raise AudioError(f"{os.fspath(path)}: cannot be decoded ({' '.join(reason.split())})") from None
+    if not len(samples):
+        raise AudioError(f"{os.fspath(path)}: holds no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{os.fspath(path)}: holds samples that are not finite")
+    channels = samples.shape[1]
+    return Recording(samples[:, 0] if channels == 1 else samples.mean(axis=1), int(rate), channels)
+
+
+def resampled(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """Samples (n,) at `rate` Hz as float32 (ceil(n · to / rate),) at `to` Hz, by `scipy.signal.resample_poly`."""
+    if rate == to:
+        return np.asarray(samples, np.float32)
+    from scipy import signal
+
+    common = math.gcd(rate, to)
+    return signal.resample_poly(np.asarray(samples, np.float32), to // common, rate // common).astype(np.float32)
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] as int16; what lies outside is clipped."""
+    return np.clip(np.rint(np.asarray(samples) * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogMel:
+    """Log-mel filterbank features as Kaldi defines them (`compute-fbank-feats` with --dither=0 and its other defaults).
+
+    Of every frame that lies wholly within the signal (`snip_edges`), the samples in the range of 16-bit integers: their
+    mean is subtracted, then 0.97 times the sample before (the first is taken to come after itself), then they are
+    multiplied by the Povey window, a symmetric Hann window to the power 0.85, and padded with zeros to a power of two.
+    Of the power spectrum each filter takes a weighted sum, of which the natural logarithm is taken, floored at 2⁻²³.
+    The filters are triangles on the mel scale 1127 ln(1 + f / 700), `num_filters` + 2 corners equally spaced in mel
+    from `low_hz` to half the sample rate, height 1. Calls keep no state: one instance serves several threads.
+
+    >>> LogMel()(np.zeros(16000, np.float32)).shape
+    (98, 80)
+    """
+
+    sample_rate: int = 16000
+    num_filters: int = 80
+    window_seconds: float = 0.025
+    hop_seconds: float = 0.010
+    low_hz: float = 20.0
+    preemphasis: float = 0.97
+
+    def __post_init__(self):
+        if self.hop < 1 or self.window < 2:
+            raise BadInput(
+                f"window_seconds = {self.window_seconds}, hop_seconds = {self.hop_seconds}: expected two samples and one "
+                f"or more at sample_rate = {self.sample_rate}"
+            )
+        if not 0 <= self.low_hz < self.sample_rate / 2:
+            raise BadInput(f"low_hz = {self.low_hz}: expected at least 0 and below {self.sample_rate / 2}")
+        if self.num_filters < 1 or not _filters(self).any(axis=0).all():
+            raise BadInput(
+                f"num_filters = {self.num_filters}: expected 1 or more, each wide enough to hold one of the "
+                f"{self.fft_size // 2} frequencies"
+            )
+
+    @property
+    def window(self) -> int:
+        """Samples of a frame."""
+        return round(self.window_seconds * self.sample_rate)
+
+    @property
+    def hop(self) -> int:
+        """Samples between the starts of frames."""
+        return round(self.hop_seconds * self.sample_rate)
+
+    @property
+    def fft_size(self) -> int:
+        """The least power of two that holds a frame."""
+        return 1 << (self.window - 1).bit_length()
+
+    def frames(self, num_samples: int) -> int:
+        """Frames of a signal of so many samples."""
+        return 1 + (num_samples - self.window) // self.hop if num_samples >= self.window else 0
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """float32 (frames, num_filters) of samples (n,), floats in [-1, 1] or int16."""
+        from scipy import fft
+
+        samples = np.asarray(samples)
+        scale = 1.0 if np.issubdtype(samples.dtype, np.integer) else FULL_SCALE
+        samples = samples.astype(np.float32)
+        count = self.frames(len(samples))
+        features = np.empty((count, self.num_filters), np.float32)
+        if not count:
+            return features
+        window = np.float32(scale) * _window(self.window)
+        filters = _sparse_filters(self)
+        framed = np.lib.stride_tricks.sliding_window_view(samples, self.window)[:: self.hop]
+        for start in range(0, count, BLOCK):
+            block = framed[start : start + BLOCK]
+            block = block - block.mean(axis=1, keepdims=True)
+            emphasised = block * np.float32(1 - self.preemphasis)
+            np.multiply(block[:, :-1], np.float32(-self.preemphasis), out=emphasised[:, 1:])
+            emphasised[:, 1:] += block[:, 1:]
+            emphasised *= window
+            spectrum = fft.rfft(emphasised, self.fft_size, axis=1)
+            power = np.square(spectrum.real)
+            power += np.square(spectrum.imag)
+            features[start : start + BLOCK] = (filters @ np.ascontiguousarray(power.T)).T
+        np.maximum(features, np.float32(FLOOR), out=features)
+        return np.log(features, out=features)
+
+
+def spec_augment(
+    features: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    freq_masks: int,
+    freq_width: int,
+    time_masks: int,
+    time_width: int,
+    time_fraction: float,
+) -> np.ndarray:
+    """A copy of features (T, F) in which bands of filters and stretches of frames hold the mean of all features.
+
+    A mask's width is drawn uniformly from 0 to `freq_width` filters, or from 0 to the lesser of `time_width` and
+    `time_fraction` · T frames, both ends included, and its place uniformly from those where it fits (Park et al. 2019,
+    arXiv:1904.08779, without time warping; `time_fraction` is its p). Masks may overlap.
+    """
+    masked = features.copy()
+    if not features.size:
+        return masked
+    length, filters = features.shape
+    mean = features.mean(dtype=np.float64)
+    for _ in range(freq_masks):
+        start, width = _mask(rng, filters, freq_width)
+        masked[:, start : start + width] = mean
+    for _ in range(time_masks):
+        start, width = _mask(rng, length, min(time_width, int(time_fraction * length)))
+        masked[start : start + width] = mean
+    return masked
+
+
+def _mask(rng: np.random.Generator, size: int, widest: int) -> tuple[int, int]:
+    width = int(rng.integers(0, min(widest, size), endpoint=True))
+    return int(rng.integers(0, size - width, endpoint=True)), width
+
+
+@functools.lru_cache(maxsize=16)
+def _window(size: int) -> np.ndarray:
+    return np.power(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / (size - 1)), 0.85).astype(np.float32)
+
+
+def _mel(hertz):
+    return 1127.0 * np.log1p(np.asarray(hertz, np.float64) / 700.0)
+
+
+@functools.lru_cache(maxsize=16)
+def _sparse_filters(settings: LogMel) -> Any:
+    """The transpose of `_filters`, of which hundredths are not zero, as a sparse array.
+
+    A product with a dense one would be shared out by BLAS to threads of its own, which wait for each other where
+    several threads make features at once.
+    """
+    from scipy import sparse
+
+    return sparse.csr_array(_filters(settings).T)
+
+
+@functools.lru_cache(maxsize=16)
+def _filters(settings: LogMel) -> np.ndarray:
+    """float32 (fft_size / 2 + 1, num_filters)."""
+    high = settings.sample_rate / 2
+    corners = np.linspace(_mel(settings.low_hz), _mel(high), settings.num_filters + 2)
+    at = _mel(np.linspace(0, high, settings.fft_size // 2 + 1))[:, None]
+    rising = (at - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - at) / (corners[2:] - corners[1:-1])
+    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)

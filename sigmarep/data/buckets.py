@@ -1,0 +1,159 @@
+"""Examples of different sizes in batches of few shapes.
+
+An example belongs to the bucket of the least size that holds it. The rows of a bucket's batches are as many as fit into
+a batch's size, padding counted. As in `sigmarep.data.pipeline`, a batch follows from the seed and its number alone, so
+that a stream's position is nothing but the number of its next batch.
+"""
+
+import collections
+import concurrent.futures
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sigmarep.errors import BadInput
+
+Batch = dict[str, np.ndarray]
+# Batches made ahead of the one that is trained on.
+AHEAD = 4
+
+
+class Share(NamedTuple):
+    """One process's rows of a global batch.
+
+    `bucket` counts the buckets that have examples; `members` are examples, at most `rows`, the first of which stands in
+    row `first_row` of the global batch; `number` is that of the batch in training, None in evaluation.
+    """
+
+    bucket: int
+    members: np.ndarray
+    rows: int
+    first_row: int
+    number: int | None
+
+    def index(self) -> np.ndarray:
+        """The members as (rows,) int32, −1 for rows without one."""
+        index = np.full(self.rows, -1, np.int32)
+        index[: len(self.members)] = self.members
+        return index
+
+
+class Buckets:
+    """Which examples stand in which batch.
+
+    Attributes:
+      shapes: (rows, size) of each bucket that has examples.
+      members: the examples of each.
+      batches_per_epoch: the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        boundaries: Sequence[float],
+        *,
+        batch_size: float,
+        unit: str,
+        rows_multiple: int,
+        seed: int,
+        num_threads: int,
+    ):
+        """Lays the examples out.
+
+        Args:
+          sizes: (n,), none above the last of `boundaries`.
+          boundaries: rising.
+          batch_size: of a global batch, in the `unit` of the sizes.
+          rows_multiple: the rows of every batch are a multiple of it.
+
+        Raises:
+          BadInput: a field is wrong, or a bucket's rows do not fit into a batch.
+        """
+        boundaries = tuple(boundaries)
+        if not boundaries or list(boundaries) != sorted(set(boundaries)) or boundaries[0] <= 0:
+            raise BadInput(f"config.data.buckets = {boundaries}: expected rising lengths above 0")
+        if seed < 0:
+            raise BadInput(f"config.seed = {seed}: expected 0 or more")
+        if rows_multiple < 1:
+            raise BadInput(f"config.data.rows_multiple = {rows_multiple}: expected at least 1")
+        self._seed, self._rows_multiple, self._num_threads = seed, rows_multiple, num_threads
+        of_example = np.searchsorted(boundaries, sizes)
+        self.shapes: list[tuple[int, float]] = []
+        self.members: list[np.ndarray] = []
+        for bucket, size in enumerate(boundaries):
+            members = np.flatnonzero(of_example == bucket)
+            if not len(members):
+                continue
+            rows = int(batch_size // size) // rows_multiple * rows_multiple
+            if not rows:
+                raise BadInput(
+                    f"config.batch_size = {batch_size}: {unit}, too few for {rows_multiple} rows "
+                    f"(config.data.rows_multiple) of {size} (config.data.buckets)"
+                )
+            self.shapes.append((rows, size))
+            self.members.append(members)
+        # (bucket, number of the batch in it), in order.
+        self._all = [
+            (bucket, number)
+            for bucket, members in enumerate(self.members)
+            for number in range(-(-len(members) // self.shapes[bucket][0]))
+        ]
+        self.batches_per_epoch = len(self._all)
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def stream(
+        self, make: Callable[[Share], Batch], *, start: int, process_index: int = 0, process_count: int = 1
+    ) -> Generator[Batch, None, None]:
+        """What `make` makes of this process's rows of the global batches `start`, `start + 1`, …, for ever.
+
+        Every epoch has each example once.
+        """
+        self._check(process_count)
+        with concurrent.futures.ThreadPoolExecutor(max(self._num_threads, 1)) as pool:
+            waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+            number = start
+            try:
+                while True:
+                    while len(waiting) < AHEAD:
+                        waiting.append(pool.submit(self._training_batch, make, number, process_index, process_count))
+                        number += 1
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def evaluation(
+        self, make: Callable[[Share], Batch], *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """Every example once, bucket by bucket; this process's rows of each global batch."""
+        self._check(process_count)
+        for bucket, number in self._all:
+            rows = self.shapes[bucket][0]
+            members = self.members[bucket][number * rows : (number + 1) * rows]
+            yield make(self._share(bucket, members, None, process_index, process_count))
+
+    def _check(self, process_count: int) -> None:
+        if self._rows_multiple % process_count:
+            raise BadInput(
+                f"config.data.rows_multiple = {self._rows_multiple}: does not divide over {process_count} processes; use a "
+                f"multiple of {process_count}"
+            )
+
+    def _shuffled(self, epoch: int) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+        rng = np.random.default_rng([self._seed, epoch])
+        members = [rng.permutation(each) for each in self.members]
+        return [self._all[i] for i in rng.permutation(len(self._all))], members
+
+    def _training_batch(self, make, number: int, process_index: int, process_count: int) -> Batch:
+        epoch, place = divmod(number, self.batches_per_epoch)
+        order, members = self._epoch(epoch)
+        bucket, within = order[place]
+        rows = self.shapes[bucket][0]
+        chosen = members[bucket][within * rows : (within + 1) * rows]
+        return make(self._share(bucket, chosen, number, process_index, process_count))
+
+    def _share(self, bucket: int, members: np.ndarray, number: int | None, process_index: int, process_count: int):
+        local = self.shapes[bucket][0] // process_count
+        mine = members[process_index * local : (process_index + 1) * local]
+        return Share(bucket, mine, local, process_index * local, number)

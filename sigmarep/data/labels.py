@@ -1,0 +1,142 @@
+"""What a speech model writes: characters or subwords as labels 1, 2, …; label 0 is CTC's blank."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import ml_collections
+import numpy as np
+
+from sigmarep.data import vocabulary
+from sigmarep.data.vocabulary import SPECIAL, SubwordVocabulary
+from sigmarep.errors import BadInput
+
+BLANK = 0
+KINDS = ("character", "subword")
+# The first label of a subword: the blank stands for the vocabulary's special tokens.
+SHIFT = SPECIAL - 1
+
+
+class Encoded(NamedTuple):
+    """`labels` (n,) int32; `unknown`, the characters that there is no label for."""
+
+    labels: np.ndarray
+    unknown: frozenset[str]
+
+
+class Labels(Protocol):
+    """`size` counts the blank."""
+
+    size: int
+
+    def normalised(self, text: str) -> str:
+        """The text as it is learned and scored: single spaces, in lower case if so configured."""
+
+    def encode(self, text: str) -> Encoded:
+        """The labels of a normalised text, without those characters that have none."""
+
+    def decode(self, labels: Sequence[int]) -> str:
+        """The text of labels without blanks."""
+
+    def to_bytes(self) -> bytes:
+        """All of it, as one file."""
+
+
+class _Normalising:
+    def __init__(self, lowercase: bool):
+        self._lowercase = lowercase
+
+    def normalised(self, text: str) -> str:
+        text = " ".join(text.split())
+        return text.lower() if self._lowercase else text
+
+
+class CharacterLabels(_Normalising):
+    """A label a character."""
+
+    def __init__(self, characters: str, *, lowercase: bool):
+        super().__init__(lowercase)
+        self.characters = characters
+        self.size = 1 + len(characters)
+        self._number = {character: number for number, character in enumerate(characters, 1)}
+
+    def encode(self, text):
+        known = [self._number[character] for character in text if character in self._number]
+        return Encoded(np.array(known, np.int32), frozenset(text) - self._number.keys())
+
+    def decode(self, labels):
+        return " ".join("".join(self.characters[int(label) - 1] for label in labels).split())
+
+    def to_bytes(self):
+        facts = {"kind": "character", "characters": self.characters, "lowercase": self._lowercase}
+        return json.dumps(facts, ensure_ascii=False).encode() + b"\n"
+
+
+class SubwordLabels(_Normalising):
+    """A label a piece of SentencePiece; characters that it has not seen are spelled in bytes, so that none is unknown."""
+
+    def __init__(self, subwords: SubwordVocabulary, *, lowercase: bool):
+        super().__init__(lowercase)
+        self._subwords = subwords
+        self.size = subwords.size - SHIFT
+
+    def encode(self, text):
+        return Encoded(self._subwords.encode(text) - np.int32(SHIFT), frozenset())
+
+    def decode(self, labels):
+        return " ".join(self._subwords.decode(np.asarray(labels, np.int32) + SHIFT).split())
+
+    def to_bytes(self):
+        return self._subwords.to_bytes()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The block `config.data.labels`."""
+    config = ml_collections.ConfigDict()
+    config.kind = "character"
+    config.lowercase = True
+    # Of the character kind; empty for all that the training split has.
+    config.characters = ""
+    # Of the subword kind: see sigmarep.data.vocabulary.
+    config.size = 1000
+    config.model = "unigram"
+    config.file = ""
+    return config
+
+
+def obtain(
+    config: ml_collections.ConfigDict, texts: Callable[[], Iterable[str]], *, cache_dir: str, key: str
+) -> Labels:
+    """The labels of `config.data.labels`.
+
+    Args:
+      texts: the transcripts of the training split.
+      cache_dir, key: see `sigmarep.data.vocabulary.obtain`.
+
+    Raises:
+      BadInput: a field has an unknown word, or no labels can be made of the texts.
+    """
+    if config.kind not in KINDS:
+        raise BadInput(f"config.data.labels.kind = {config.kind!r}: expected one of {', '.join(KINDS)}")
+    lowercase = config.lowercase
+    if config.kind == "subword":
+        normalise = _Normalising(lowercase).normalised
+        settings = ml_collections.ConfigDict({**dict(config), "kind": "subword"})
+        found = vocabulary.obtain(
+            settings,
+            lambda: (normalise(text) for text in texts()),
+            cache_dir=cache_dir,
+            key=f"{key}|{lowercase}",
+        )
+        if not isinstance(found, SubwordVocabulary):
+            raise BadInput(f"config.data.labels.file = {config.file!r}: is no SentencePiece model")
+        return SubwordLabels(found, lowercase=lowercase)
+    characters = config.characters
+    if len(set(characters)) != len(characters):
+        raise BadInput(f"config.data.labels.characters = {characters!r}: expected each character once")
+    if not characters:
+        normalise = _Normalising(lowercase).normalised
+        characters = "".join(sorted({character for text in texts() for character in normalise(text)}))
+    if not characters:
+        raise BadInput("config.data: the training split has no transcripts")
+    return CharacterLabels(characters, lowercase=lowercase)

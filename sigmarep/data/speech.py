@@ -1,0 +1,326 @@
+"""Utterances and their transcripts for speech recognition, in batches of seconds of audio and of few shapes."""
+
+import collections
+import functools
+import io
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from ml_collections import config_dict
+
+from sigmarep.data import labels as label_sets
+from sigmarep.data import sources, tokenised
+from sigmarep.data.audio import LogMel, spec_augment
+from sigmarep.data.buckets import Buckets, Share
+from sigmarep.data.labels import Labels
+from sigmarep.data.speech_folder import problems
+from sigmarep.data.vocabulary import locked, write
+from sigmarep.errors import BadInput
+
+# Utterances that a report names of each kind.
+NAMED = 20
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The block `config.data`."""
+    config = ml_collections.ConfigDict()
+    config.name = "spoken_sentences"
+    # Where prepared data sets lie; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.
+    config.data_dir = config_dict.placeholder(str)
+    # The recordings of the set "speech_folder".
+    config.folder = ""
+    config.train_split = "train"
+    config.eval_splits = ("test",)
+    # The features of the data set; a data set need not have the last two.
+    config.audio_feature = "audio"
+    config.text_feature = "text"
+    config.speaker_feature = "speaker"
+    config.id_feature = "id"
+    # Of the data set's audio, a second.
+    config.sample_rate = 16_000
+    config.num_filters = 80
+    config.window_seconds = 0.025
+    config.hop_seconds = 0.010
+    # Seconds that batches' utterances have at most. Longer training utterances are left out.
+    config.buckets = (2.0, 4.0, 8.0, 16.0, 24.0, 36.0)
+    # Rows of every batch are a multiple of this, so that they divide over devices, processes and microbatches.
+    config.rows_multiple = 8
+    config.labels = label_sets.default_config()
+    # Masks of SpecAugment, from update start_step on; widths in filters and frames.
+    config.spec_augment = ml_collections.ConfigDict(
+        {
+            "start_step": 0,
+            "freq_masks": 0,
+            "freq_width": 27,
+            "time_masks": 0,
+            "time_width": 50,
+            "time_fraction": 0.1,
+        }
+    )
+    # Keeps the filterbanks of every utterance once they are computed: 115 MB an hour with 80 filters.
+    config.in_memory = False
+    config.num_threads = 2
+    return config
+
+
+def open_labels(data: ml_collections.ConfigDict) -> Labels:
+    """The labels of `config.data.labels`; see `labels.obtain`."""
+    folder = os.path.join(sources.data_folder(data.data_dir), "vocabularies")
+    key = f"{_fingerprint(data, data.train_split)}|{data.text_feature}"
+    return label_sets.obtain(data.labels, lambda: _index(data, data.train_split).texts, cache_dir=folder, key=key)
+
+
+def filterbank(data: ml_collections.ConfigDict) -> LogMel:
+    """The features of `config.data`.
+
+    Raises:
+      BadInput: a field has an impossible value.
+    """
+    try:
+        return LogMel(
+            sample_rate=data.sample_rate,
+            num_filters=data.num_filters,
+            window_seconds=data.window_seconds,
+            hop_seconds=data.hop_seconds,
+        )
+    except ValueError as error:
+        raise BadInput(f"config.data.{error}") from error
+
+
+class Index(NamedTuple):
+    """Of every utterance of a split: `samples` (n,) int64, `texts`, `speakers` and `ids` (empty where there are none)."""
+
+    samples: np.ndarray
+    texts: list[str]
+    speakers: list[str]
+    ids: list[str]
+
+
+def _open(data, split):
+    return sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
+
+
+def _fingerprint(data, split):
+    return sources.fingerprint(data.name, split, data_dir=data.data_dir, folder=data.folder)
+
+
+def _index(data: ml_collections.ConfigDict, split: str) -> Index:
+    """Reads every utterance once, and keeps what was found beside the data sets."""
+    names = (data.audio_feature, data.text_feature, data.speaker_feature, data.id_feature)
+    key = tokenised.key_digest(f"{_fingerprint(data, split)}|{names}")
+    path = os.path.join(sources.data_folder(data.data_dir), "utterances", f"{key}.npz")
+    with locked(path):
+        if not os.path.exists(path):
+            found = _read_all(data, split)
+            content = io.BytesIO()
+            words = json.dumps([found.texts, found.speakers, found.ids]).encode()
+            np.savez(content, samples=found.samples, words=np.frombuffer(words, np.uint8))
+            write(path, content.getvalue())
+        with np.load(path) as stored:
+            return Index(stored["samples"], *json.loads(stored["words"].tobytes()))
+
+
+def _read_all(data, split) -> Index:
+    source = _open(data, split)
+    lengths, texts, speakers, ids = [], [], [], []
+    for i in range(len(source)):
+        example = source[i]
+        lengths.append(len(_audio(data, example)))
+        texts.append(tokenised.feature(example, data.text_feature, "text_feature"))
+        for name, found in ((data.speaker_feature, speakers), (data.id_feature, ids)):
+            found.append(tokenised.feature(example, name, "") if name in example else "")
+    return Index(np.array(lengths, np.int64), texts, speakers, ids)
+
+
+def _audio(data, example) -> np.ndarray:
+    if data.audio_feature not in example:
+        raise BadInput(
+            f"config.data.audio_feature = {data.audio_feature!r}: the data set has no such feature; it has "
+            f"{', '.join(example)}"
+        )
+    samples = np.asarray(example[data.audio_feature])
+    return samples.astype(np.float32) / 32768 if samples.dtype.kind in "iu" else samples.astype(np.float32)
+
+
+class SpeechCorpus:
+    """The utterances of a split with their labels.
+
+    Training leaves out utterances with unknown characters, those that are longer than the last bucket, and those whose
+    labels CTC cannot align to so few frames. Evaluation keeps all; the loss leaves out what it cannot align.
+
+    Attributes:
+      frames: (n,) int64, filterbank frames of each utterance. seconds: (n,).
+      labels_of: the labels of each.
+      report: what was left out or is odd, counted and named.
+      fingerprint: names the content.
+    """
+
+    def __init__(self, data: ml_collections.ConfigDict, labels: Labels, split: str, *, stride: int):
+        """`stride`: frames that the model makes one of.
+
+        Raises:
+          BadInput: a field is wrong, nothing is left, or an utterance to be evaluated is longer than the last bucket.
+        """
+        self.data, self.labels = data, labels
+        self._filterbank = filterbank(data)
+        self._source = _open(data, split)
+        index = _index(data, split)
+        training = split == data.train_split
+        encoded = [labels.encode(labels.normalised(text)) for text in index.texts]
+        frames = np.array([self._filterbank.frames(int(n)) for n in index.samples], np.int64)
+        seconds = index.samples / data.sample_rate
+        needed = np.array([len(each.labels) + _repeats(each.labels) for each in encoded])
+        odd = {
+            "unknown_characters": np.array([bool(each.unknown) for each in encoded]),
+            "too_long": seconds > data.buckets[-1],
+            "too_short": frames // stride < needed,
+            "no_audio": frames < stride,
+        }
+        unknown = collections.Counter(c for each in encoded for c in each.unknown)
+        problem = problems(sources.builder(data.name, data_dir=data.data_dir, folder=data.folder))
+        self.report: dict[str, Any] = {
+            "utterances": len(frames),
+            "hours": round(float(seconds.sum()) / 3600, 4),
+            **{
+                name: {"count": int(which.sum()), "names": [_name(index, i) for i in np.flatnonzero(which)[:NAMED]]}
+                for name, which in odd.items()
+            },
+            "characters_without_label": dict(unknown.most_common(NAMED)),
+            **({"preparation": problem} if problem else {}),
+        }
+        if odd["too_long"].any() and not training:
+            longest = int(seconds.argmax())
+            raise BadInput(
+                f"config.data.buckets = {tuple(data.buckets)}: the utterance {_name(index, longest)} of the split "
+                f"{split!r} lasts {seconds[longest]:.1f} s; the last bucket must hold it"
+            )
+        left_out = np.any(list(odd.values()), axis=0) if training else np.zeros(len(frames), bool)
+        self._kept = np.flatnonzero(~left_out)
+        if not len(self._kept):
+            counts = ", ".join(f"{name} {int(which.sum())}" for name, which in odd.items())
+            raise BadInput(f"config.data: no utterance of the split {split!r} of {data.name} is left ({counts})")
+        self.report["kept"] = len(self._kept)
+        self.frames, self.seconds = frames[self._kept], seconds[self._kept]
+        self.labels_of = [encoded[i].labels for i in self._kept]
+        self.scored = ~np.array([bool(encoded[i].unknown) for i in self._kept])
+        self.texts = [labels.normalised(index.texts[i]) for i in self._kept]
+        self.speakers = [index.speakers[i] for i in self._kept]
+        self.names = [_name(index, i) for i in self._kept]
+        self.fingerprint = tokenised.key_digest(f"{_fingerprint(data, split)}|{self._filterbank}|{stride}")
+        self._features = functools.cache(self._computed) if data.in_memory else self._computed
+
+    def __len__(self):
+        return len(self._kept)
+
+    def features(self, index: int) -> np.ndarray:
+        """Filterbanks of an utterance, (frames, filters) float32."""
+        return self._features(int(index))
+
+    def _computed(self, index: int) -> np.ndarray:
+        return self._filterbank(_audio(self.data, self._source[int(self._kept[index])]))
+
+
+def _repeats(labels: np.ndarray) -> int:
+    return int(np.sum(labels[1:] == labels[:-1]))
+
+
+def _name(index: Index, i: int) -> str:
+    return index.ids[i] or f"number {i}"
+
+
+def run_files(labels: Labels, corpus: SpeechCorpus) -> dict[str, bytes]:
+    """What a run keeps of its data: the labels, and what the training utterances were."""
+    facts = {"fingerprint": corpus.fingerprint, **corpus.report}
+    return {
+        "labels.model": labels.to_bytes(),
+        "data.json": json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n",
+    }
+
+
+class SpeechBatches:
+    """Batches of a corpus by bucket; `config.batch_size` is a number of seconds, padding among them.
+
+    A batch has `features` (B, T, F) float32; `frames` (B,) int32, how many of T are real; `labels` (B, U) int32, padded
+    with the blank 0; `label_lengths` (B,) int32; `index` (B,) int32, the number of each utterance, −1 for the empty rows
+    that fill a bucket's last batch; `weights` (B,) float32, 1 for utterances whose loss counts.
+
+    Attributes:
+      shapes: (B, T, U) of each bucket that has utterances.
+      batches_per_epoch: the same in every epoch.
+    """
+
+    def __init__(self, corpus: SpeechCorpus, *, batch_seconds: float, seed: int, stride: int):
+        """Raises BadInput where the seconds of a batch hold no bucket, or a field is wrong."""
+        data = corpus.data
+        _check_spec_augment(data.spec_augment, data.num_filters)
+        self._corpus, self._seed = corpus, seed
+        self._buckets = Buckets(
+            corpus.seconds,
+            data.buckets,
+            batch_size=batch_seconds,
+            unit="seconds",
+            rows_multiple=data.rows_multiple,
+            seed=seed,
+            num_threads=data.num_threads,
+        )
+        log_mel = filterbank(data)
+        self.shapes = [
+            (
+                rows,
+                -(-log_mel.frames(round(seconds * data.sample_rate)) // stride) * stride,
+                max(max(len(corpus.labels_of[member]) for member in members), 1),
+            )
+            for (rows, seconds), members in zip(self._buckets.shapes, self._buckets.members, strict=True)
+        ]
+        self.batches_per_epoch = self._buckets.batches_per_epoch
+
+    def stream(self, *, start: int, process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        """See `sigmarep.data.buckets.Buckets.stream`."""
+        return self._buckets.stream(self._batch, start=start, process_index=process_index, process_count=process_count)
+
+    def evaluation(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        """See `sigmarep.data.buckets.Buckets.evaluation`."""
+        return self._buckets.evaluation(self._batch, process_index=process_index, process_count=process_count)
+
+    def _batch(self, share: Share) -> dict[str, np.ndarray]:
+        _, length, most = self.shapes[share.bucket]
+        batch = {
+            "features": np.zeros((share.rows, length, self._corpus.data.num_filters), np.float32),
+            "frames": np.zeros(share.rows, np.int32),
+            "labels": np.zeros((share.rows, most), np.int32),
+            "label_lengths": np.zeros(share.rows, np.int32),
+            "index": share.index(),
+            "weights": np.zeros(share.rows, np.float32),
+        }
+        masks = self._corpus.data.spec_augment
+        augmented = share.number is not None and share.number >= masks.start_step
+        for row, member in enumerate(share.members):
+            features, labels = self._corpus.features(member), self._corpus.labels_of[member]
+            if augmented and (masks.freq_masks or masks.time_masks):
+                # Of the row in the global batch, so that the number of processes changes nothing.
+                rng = np.random.default_rng([self._seed, share.number, share.first_row + row])
+                options = {name: masks[name] for name in masks if name != "start_step"}
+                features = spec_augment(features, rng, **options)
+            batch["features"][row, : len(features)] = features
+            batch["frames"][row] = len(features)
+            batch["labels"][row, : len(labels)] = labels
+            batch["label_lengths"][row] = len(labels)
+            batch["weights"][row] = self._corpus.scored[member]
+        return batch
+
+
+def _check_spec_augment(masks: ml_collections.ConfigDict, filters: int) -> None:
+    for name in ("start_step", "freq_masks", "freq_width", "time_masks", "time_width"):
+        if masks[name] < 0:
+            raise BadInput(f"config.data.spec_augment.{name} = {masks[name]}: expected at least 0")
+    if masks.freq_masks and masks.freq_width > filters:
+        raise BadInput(
+            f"config.data.spec_augment.freq_width = {masks.freq_width}: expected at most config.data.num_filters = "
+            f"{filters}"
+        )
+    if not 0 <= masks.time_fraction <= 1:
+        raise BadInput(f"config.data.spec_augment.time_fraction = {masks.time_fraction}: expected a number from 0 to 1")

@@ -1,0 +1,347 @@
+"""The speech data sets: what each split holds, what is kept apart, and what becomes of unusable files."""
+
+import os
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from sigmarep.data import sources, speech_folder, splitting, spoken_sentences, stamp_recordings
+from sigmarep.errors import BadInput
+
+
+def rows(source):
+    """Examples with their strings decoded."""
+    return [
+        {name: value.decode() if isinstance(value, bytes) else value for name, value in source[i].items()}
+        for i in range(len(source))
+    ]
+
+
+def sine(seconds, rate, channels=1):
+    wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)
+    return wave if channels == 1 else np.stack([wave] * channels, axis=1)
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """The splits of a small set of synthesised speech."""
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    builder = spoken_sentences.SpokenSentences(
+        sentences=150, held_out=25, repeats=1, data_dir=folder, file_format="array_record"
+    )
+    builder.download_and_prepare()
+    return {split: rows(builder.as_data_source(split)) for split in builder.info.splits}
+
+
+def test_no_sentence_and_no_voice_of_the_test_is_in_training(spoken):
+    assert {split: len(found) for split, found in spoken.items() if split != "train"} == {
+        "test": 25,
+        "test_sentences": 25,
+    }
+    assert len(spoken["train"]) > 60
+    said = {split: {row["text"] for row in found} for split, found in spoken.items()}
+    assert said["test"] == said["test_sentences"]
+    assert len(said["test"]) == 25
+    for held_out in said["test"]:
+        assert not [text for text in said["train"] if f" {held_out} " in f" {text} " or f" {text} " in f" {held_out} "]
+    speakers = {split: {row["speaker"].split("+")[1] for row in found} for split, found in spoken.items()}
+    assert not speakers["test"] & (speakers["train"] | speakers["test_sentences"])
+    assert len({row["id"] for found in spoken.values() for row in found}) == sum(map(len, spoken.values()))
+
+
+def test_sentences_are_short_and_of_plain_letters(spoken):
+    for row in (row for found in spoken.values() for row in found):
+        assert re.fullmatch(r"[a-z']+( [a-z']+){1,5}", row["text"])
+        assert row["audio"].dtype == np.int16
+        # Half a second to five at 16 kHz, none of it quiet throughout.
+        assert 6000 < len(row["audio"]) < 80000
+        assert np.abs(row["audio"].astype(int)).max() > 3000
+
+
+def test_an_utterance_sounds_the_same_whatever_was_said_before():
+    utterances = [spoken_sentences.Utterance("one of the names", voice) for voice in ("en+m1", "en-us+klatt2", "en+f2")]
+    first = [spoken_sentences.spoken(each) for each in utterances]
+    # Seeds of generators that are taken from the clock are whole seconds.
+    time.sleep(1.1)
+    for utterance, sound in zip(utterances[::-1], first[::-1], strict=True):
+        np.testing.assert_array_equal(spoken_sentences.spoken(utterance), sound)
+
+
+def test_every_voice_sounds_different():
+    # espeak-ng speaks with the accent's own voice where it does not know the speaker's.
+    names = [*spoken_sentences.SPEAKERS, *spoken_sentences.HELD_OUT_SPEAKERS, "no such speaker"]
+    voices = [*(f"en+{name}" for name in names), *spoken_sentences.ACCENTS[1:]]
+    said = [spoken_sentences.Utterance("the value of the argument", voice) for voice in voices]
+    sounds = {spoken_sentences._synthesised(each, 150, 50)[0].tobytes() for each in said}
+    assert len(sounds) == len(voices)
+
+
+def test_a_language_that_the_synthesiser_lacks_is_named():
+    with pytest.raises(BadInput, match="espeak-ng has no voice 'xx-none'"):
+        spoken_sentences.spoken(spoken_sentences.Utterance("of it", "xx-none"))
+
+
+def test_phrases_prefer_frequent_words():
+    page = (
+        "The name of it is here.\n\nThe name (where it is), the name of x: the name-list.\n\n      The name of code.\n\n"
+        'Rare words with it or "quoted words"'
+    )
+    expected = ["rare words", "the name", "the name of it is here", "where it is", "with it"]
+    assert spoken_sentences.phrases([page], 10) == expected
+    assert spoken_sentences.phrases([page], 1) == ["the name"]
+
+
+DESCRIPTIONS = {
+    "word": "Una palabra",
+    "mark": "¡El pingüino, l'altre: «camión»!",
+    "sum": "Son 3 euros.",
+    "brackets": "Una moneda (de oro).",
+    "script": "Буква e.",
+}
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """What the package unpacks: 45 pictures, each described twice over in Spanish."""
+    top = tmp_path_factory.mktemp("package")
+    root = top / "usr/share/tuxpaint/stamps/animals"
+    root.mkdir(parents=True)
+    names = {f"p{i:02}": "Una " + "abcdefghij"[i // 10] * 3 + "abcdefghij"[i % 10] * (1 + i % 5) for i in range(40)}
+    for number, (name, text) in enumerate({**names, **DESCRIPTIONS}.items()):
+        for copy in ("", "-2"):
+            (root / f"{name}{copy}.txt").write_text(
+                f"Word.\nca.utf8=No\nes.utf8={text}\nest.utf8=Ei\nfr.utf8=Un {text}\n"
+            )
+            # Lengths differ a little, so that no two files are equal.
+            seconds = 0.2 + 0.07 * len(text) + 0.001 * (number % 7) + 0.01 * len(copy)
+            rate, channels = (44100, 2) if name in DESCRIPTIONS else (16000, 1)
+            soundfile.write(root / f"{name}{copy}_desc_es.ogg", sine(seconds, rate, channels), rate)
+    soundfile.write(root / "word.ogg", sine(0.3, 44100), 44100)
+    soundfile.write(root / "word_es.ogg", sine(0.3, 44100), 44100)
+    return top
+
+
+@pytest.fixture
+def stamps(package, tmp_path):
+    """The pictures of a copy of the package within the data folder."""
+    shutil.copytree(package, tmp_path / "data/downloads/stamps")
+    return tmp_path / "data/downloads/stamps/usr/share/tuxpaint/stamps/animals"
+
+
+needs_no_stamps = pytest.mark.skipif(os.path.isdir(stamp_recordings.INSTALLED), reason="the recordings are installed")
+
+
+@needs_no_stamps
+def test_recordings_come_with_the_description_they_speak(stamps, tmp_path):
+    found = {
+        split: rows(sources.open_source("stamp_recordings/es", split, data_dir=str(tmp_path / "data")))
+        for split in ("train", "test")
+    }
+    everything = found["train"] + found["test"]
+    # 40 pictures and two of the others, each twice.
+    assert len(everything) == 2 * 42
+    by_name = {row["id"]: row for row in everything}
+    assert by_name["animals/word_desc_es"]["text"] == "una palabra"
+    assert by_name["animals/mark-2_desc_es"]["text"] == "el pingüino l'altre camión"
+    assert {(row["speaker"], row["language"]) for row in everything} == {("es", "es")}
+    word = by_name["animals/word_desc_es"]["audio"]
+    assert word.dtype == np.int16
+    assert abs(len(word) / 16000 - (0.2 + 0.07 * 11)) < 0.06
+    texts = [{row["text"] for row in found[split]} for split in ("train", "test")]
+    assert not texts[0] & texts[1]
+    assert texts[1] == {text for text in texts[0] | texts[1] if splitting.fraction(text) < 1 / 8}
+    assert texts[1]
+
+
+@needs_no_stamps
+def test_cut_repeated_and_unreadable_recordings_are_left_out_and_counted(stamps):
+    shutil.copy(stamps / "p01_desc_es.ogg", stamps / "p02_desc_es.ogg")
+    soundfile.write(stamps / "p03_desc_es.ogg", sine(0.15, 16000), 16000)
+    soundfile.write(stamps / "p04_desc_es.ogg", sine(3.0, 16000), 16000)
+    (stamps / "p05_desc_es.ogg").write_bytes(b"nothing")
+    (stamps / "p06.txt").unlink()
+    (stamps / "p07.txt").write_text("A picture.\nes.utf8=Una\nes.utf8=Otra\n")
+    kept, left_out = stamp_recordings.recordings(str(stamps), "es")
+    # Three descriptions cannot be transcripts, each twice.
+    assert left_out == {"transcript": 2 * 3 + 2, "repeated": 1, "unreadable": 1, "length": 2}
+    assert len(kept) == 2 * 45 - 12
+    assert not {f"p0{i}_desc_es.ogg" for i in range(2, 8)} & {os.path.basename(row.path) for row in kept}
+
+
+@needs_no_stamps
+def test_a_transcript_is_on_one_side_in_all_languages(stamps, tmp_path):
+    for path in stamps.glob("p0*_desc_es.ogg"):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path.with_name(path.name.replace("_es", "_ro")), samples[:-100], rate)
+    for path in stamps.glob("p*.txt"):
+        path.write_text(
+            path.read_text() + re.sub("^.*(?=es.utf8)", "", path.read_text(), flags=re.S).replace("es.", "ro.")
+        )
+    sides = [
+        rows(sources.open_source("stamp_recordings/latin", split, data_dir=str(tmp_path / "data")))
+        for split in ("train", "test")
+    ]
+    assert {row["language"] for side in sides for row in side} == {"es", "ro"}
+    assert not {row["text"] for row in sides[0]} & {row["text"] for row in sides[1]}
+
+
+@needs_no_stamps
+def test_missing_recordings_name_the_package_and_a_missing_variant_those_there_are(tmp_path):
+    with pytest.raises(BadInput, match=r"apt-get install tuxpaint-stamps-default, or: .*dpkg -x .*downloads/stamps"):
+        sources.open_source("stamp_recordings/fr", "train", data_dir=str(tmp_path))
+    for name in ("stamp_recordings", "stamp_recordings/xx"):
+        with pytest.raises(BadInput, match="no such variant; expected one of stamp_recordings/fr, stamp_recordings/es"):
+            sources.open_source(name, "train", data_dir=str(tmp_path))
+    with pytest.raises(BadInput, match="'digits/small': there is no such variant; expected one of digits"):
+        sources.describe("digits/small", data_dir=str(tmp_path))
+
+
+def test_spelling_of_transcripts():
+    assert stamp_recordings.transcript("Cea-mai ţară’s  ŞI_dar.", "ro") == "cea mai țară's și dar"
+    assert stamp_recordings.transcript("Una pel·lícula «vermella»…", "ca") == "una pel·lícula vermella"
+    assert stamp_recordings.transcript("e\u0301te\u0301", "fr") == "été"
+    assert stamp_recordings.transcript("Синий Ёж!", "ru") == "синий ёж"
+    for text, language in (("Буква e", "ru"), ("Un $", "fr"), ("E=mc", "fr"), ("99", "fr"), ("…", "fr"), ("ю", "fr")):
+        assert stamp_recordings.transcript(text, language) == ""
+
+
+def opened(tmp_path, split="train"):
+    return sources.open_source("speech_folder", split, data_dir=str(tmp_path / "data"), folder=str(tmp_path / "own"))
+
+
+def problems(tmp_path):
+    return speech_folder.problems(
+        sources.builder("speech_folder", data_dir=str(tmp_path / "data"), folder=str(tmp_path / "own"))
+    )
+
+
+def test_a_folder_like_librispeech(tmp_path):
+    for split in ("train-clean-100", "dev-clean"):
+        for speaker, chapter in (("19", "198"), ("26", "495")):
+            place = tmp_path / "own" / split / speaker / chapter
+            place.mkdir(parents=True)
+            names = [f"{speaker}-{chapter}-{i:04}" for i in range(3)]
+            for i, name in enumerate(names):
+                soundfile.write(place / f"{name}.flac", sine(0.5 + i / 10, 16000), 16000)
+            lines = "".join(f"{name} WORDS OF {i}\n" for i, name in enumerate(names))
+            (place / f"{speaker}-{chapter}.trans.txt").write_text(lines)
+    assert len(opened(tmp_path, "dev_clean")) == 6
+    assert problems(tmp_path) == {}
+    found = rows(opened(tmp_path, "train_clean_100"))
+    assert [(row["id"], row["text"], row["speaker"]) for row in found[2:4]] == [
+        ("19-198-0002", "WORDS OF 2", "19"),
+        ("26-495-0000", "WORDS OF 0", "26"),
+    ]
+    assert [len(row["audio"]) for row in found[:3]] == [8000, 9600, 11200]
+    expected = sine(0.5, 16000)
+    np.testing.assert_allclose(found[0]["audio"] / 32768, expected, atol=1e-4)
+    with pytest.raises(BadInput, match="no split 'train'; expected one of dev_clean, train_clean_100"):
+        opened(tmp_path)
+    # A file without a line, a line without a file.
+    os.rename(place / f"{names[0]}.flac", place / "new.flac")
+    assert len(opened(tmp_path, "dev_clean")) == 5
+    assert problems(tmp_path) == {
+        "missing": [f"dev-clean/26/495/{names[0]}.flac: there is no such file"],
+        "no_text": ["dev-clean/26/495/new.flac: no line of the transcript names it"],
+    }
+
+
+def tables(tmp_path, train):
+    own = tmp_path / "own"
+    (own / "wav").mkdir(parents=True)
+    for name, rate, channels in (("a.wav", 16000, 1), ("b.flac", 44100, 2), ("c.ogg", 8000, 1), ("d.wav", 44100, 1)):
+        soundfile.write(own / "wav" / name, sine(0.5, rate, channels), rate)
+    (own / "train.tsv").write_text(train)
+    (own / "dev.tsv").write_text("wav/a.wav\tHeld out\n")
+    return own
+
+
+def test_tables_with_and_without_speakers_at_any_rate(tmp_path):
+    train = "wav/a.wav\tOne\tann\nwav/b.flac\tTwo, both\tbob\nwav/c.ogg\tThree\nwav/d.wav\tÜbung\t\n"
+    tables(tmp_path, train)
+    found = rows(opened(tmp_path))
+    assert [(row["id"], row["text"], row["speaker"]) for row in found] == [
+        ("wav/a.wav", "One", "ann"),
+        ("wav/b.flac", "Two, both", "bob"),
+        ("wav/c.ogg", "Three", ""),
+        ("wav/d.wav", "Übung", ""),
+    ]
+    for row in found:
+        assert len(row["audio"]) == 8000
+        np.testing.assert_allclose(row["audio"][500:-500] / 32768, sine(0.5, 16000)[500:-500], atol=0.02)
+    assert len(opened(tmp_path, "validation")) == 1
+    assert problems(tmp_path) == {"resampled": {"44100": 2, "8000": 1}, "averaged_channels": 1}
+
+
+def test_every_unusable_file_is_left_out_and_named(tmp_path):
+    names = ("a.wav\tOne", "gone.wav\tx", "text.wav\tx", "none.wav\tx", "nan.wav\tx", "b.flac\t ")
+    own = tables(tmp_path, "".join(f"wav/{name}\n" for name in names) + "\nwav/c.ogg\nwav/a.wav\tx\ts\tmore\n\tx\n")
+    (own / "wav/text.wav").write_text("text" * 100)
+    soundfile.write(own / "wav/none.wav", np.zeros(0), 8000)
+    soundfile.write(own / "wav/nan.wav", np.full(900, np.inf), 8000, subtype="FLOAT")
+    assert [row["text"] for row in rows(opened(tmp_path))] == ["One"]
+    found = problems(tmp_path)
+    unreadable = found.pop("unreadable")
+    assert re.fullmatch(r"wav/text\.wav: cannot be decoded \(.+\)", unreadable[0])
+    assert unreadable[1:] == ["wav/nan.wav: holds samples that are not finite"]
+    assert found == {
+        "missing": ["wav/gone.wav: there is no such file"],
+        "empty_audio": ["wav/none.wav: holds no samples"],
+        "empty_text": ["wav/b.flac: has no text"],
+        "malformed": [
+            "train.tsv: line 8 has 0 tabs; expected a file, a tab, its text",
+            "train.tsv: line 9 has 3 tabs; expected a file, a tab, its text",
+            "train.tsv: line 10 names no file",
+        ],
+    }
+
+
+def test_a_split_of_which_nothing_is_left_says_why(tmp_path):
+    tables(tmp_path, "wav/gone.wav\tx\nwav/a.wav\t\n")
+    with pytest.raises(
+        BadInput,
+        match=r"nothing of the split 'train' can be used \(left out 2\): wav/gone.wav: there is no such file; wav/a.wav: ",
+    ):
+        opened(tmp_path)
+
+
+def test_an_empty_table_is_refused(tmp_path):
+    tables(tmp_path, "")
+    with pytest.raises(BadInput, match=r"train\.tsv: is empty"):
+        opened(tmp_path)
+
+
+def test_changed_text_or_audio_is_another_set_and_a_touched_file_is_not(tmp_path):
+    own = tables(tmp_path, "wav/a.wav\tOne\n")
+
+    def fingerprint():
+        return sources.fingerprint("speech_folder", "train", data_dir=str(tmp_path / "data"), folder=str(own))
+
+    first = fingerprint()
+    os.utime(own / "wav/a.wav", (0, 0))
+    assert fingerprint() == first
+    soundfile.write(own / "wav/a.wav", sine(0.6, 16000), 16000)
+    second = fingerprint()
+    (own / "train.tsv").write_text("wav/a.wav\tTwo\n")
+    assert len({first, second, fingerprint()}) == 3
+
+
+def test_folders_that_cannot_be_one_are_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"config\.data\.folder = '': there is no such folder"):
+        sources.open_source("speech_folder", "train", data_dir=str(tmp_path), folder="")
+    (tmp_path / "own").mkdir()
+    with pytest.raises(BadInput, match=r"has no train\.tsv \(audio, tab, text on each line\) and no transcripts"):
+        opened(tmp_path)
+    for name in ("valid.tsv", "dev.tsv"):
+        (tmp_path / "own" / name).write_text("a.wav\tx\n")
+    with pytest.raises(BadInput, match=r"several files of the split validation: dev\.tsv, valid\.tsv; keep one"):
+        opened(tmp_path)
+
+
+def test_other_sets_have_no_problems(tmp_path):
+    builder = sources.builder("digits", data_dir=str(tmp_path))
+    assert speech_folder.problems(builder) == {}

@@ -1,0 +1,301 @@
+"""Speech recognition through the one trainer, on small real runs: letters are spoken as tones."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from sigmarep.errors import BadInput
+from sigmarep.training import evaluate, train_and_evaluate
+from sigmarep.training.config import default_config, validate
+from sigmarep.training.experiment import build
+from sigmarep.training.loop import restore
+from sigmarep.training.metrics import read_metrics
+from sigmarep.training.step import evaluation_variables
+
+RATE = 8000
+LETTERS = " abcde"
+
+
+def spoken(text, rng):
+    """Each letter as 80 ms of a tone of its own, and a pause of 40 ms."""
+    parts = []
+    for letter in text:
+        time = np.arange(int(0.08 * RATE)) / RATE
+        pitch = 300 + 450 * LETTERS.index(letter)
+        parts += [np.sin(2 * np.pi * pitch * time) * rng.uniform(0.2, 0.5), np.zeros(int(0.04 * RATE))]
+    return np.concatenate(parts) + rng.normal(0, 0.005, sum(map(len, parts)))
+
+
+def sentence(rng):
+    return " ".join("".join(rng.choice(list("abcde"), rng.integers(1, 4))) for _ in range(rng.integers(1, 4)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("speech")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 11)):
+        lines = []
+        for i in range(count):
+            text = sentence(rng)
+            soundfile.write(path / f"{split}{i}.wav", spoken(text, rng), RATE)
+            lines.append(f"{split}{i}.wav\t{text}\tspeaker{i % 3}")
+        if split == "train":
+            # Each odd in one way; see test_what_is_odd_is_counted_and_named.
+            for name, text, samples in (
+                ("unknown", "ab~", spoken("ab", rng)),
+                ("long", "a b", np.tile(spoken("a b", rng), 12)),
+                ("short", "abcdeabcdeabcde", spoken("a", rng)),
+            ):
+                soundfile.write(path / f"{name}.wav", samples, RATE)
+                lines.append(f"{name}.wav\t{text}\tspeaker0")
+            (path / "broken.wav").write_bytes(b"RIFF, but not really")
+            lines.append("broken.wav\tabc\tspeaker0")
+        (path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def small(folder):
+    config = default_config("speech_recognition")
+    config.data.name, config.data.folder = "speech_folder", str(folder)
+    config.data.data_dir = str(folder / "data")
+    config.data.buckets = (1.0, 2.0)
+    config.data.labels.characters = LETTERS
+    config.data.num_filters = 20
+    config.batch_size = 16
+    config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 16, 2, 16
+    config.total_steps = 8
+    config.log_every_steps = 1
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
+    config.optimizer.schedule = "constant"
+    config.writers.progress = "off"
+    return config
+
+
+@pytest.fixture
+def config(folder):
+    return small(folder)
+
+
+def losses(config, steps=5):
+    experiment = build(validate(config))
+    state = experiment.runner.put_state(experiment.create_state())
+    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+    found = []
+    for _, batch in zip(range(steps), stream, strict=False):
+        state, output = experiment.runner.step(state, batch, panel=False)
+        found.append(float(output.scalars["loss"]))
+    return found
+
+
+def test_losses_do_not_depend_on_devices_or_microbatches(config, monkeypatch):
+    config.model.max_global_shift = 0.0
+    eight = losses(config)
+    config.parallel = "pmap"
+    replicated = losses(config)
+    config.parallel = "jit"
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    one = losses(config)
+    config.accumulation = 2
+    accumulated = losses(config)
+    assert one[0] != one[-1]
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    np.testing.assert_allclose(replicated, one, rtol=1e-5)
+    np.testing.assert_allclose(accumulated, one, rtol=1e-5)
+
+
+def batches(config, *, start=0, process_index=0, process_count=1, count=6):
+    task = build(validate(config)).task
+    stream = task.train_stream(start=start, process_index=process_index, process_count=process_count)
+    return list(itertools.islice(stream, count))
+
+
+def with_masks(config):
+    config.data.spec_augment.freq_masks, config.data.spec_augment.freq_width = 1, 5
+    config.data.spec_augment.time_masks, config.data.spec_augment.time_width = 2, 10
+    return config
+
+
+def test_a_batch_follows_from_the_seed_and_its_number_alone(config):
+    whole = batches(with_masks(config))
+    for a, b in zip(whole[2:], batches(config, start=2, count=4), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    parts = [batches(config, process_index=i, process_count=4) for i in range(4)]
+    for number, batch in enumerate(whole):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, np.concatenate([part[number][name] for part in parts]))
+
+
+def test_spec_augment_begins_at_its_step(config):
+    plain = batches(config)
+    config = with_masks(config)
+    config.data.spec_augment.start_step = 3
+    masked = batches(config)
+    same = [np.array_equal(a["features"], b["features"]) for a, b in zip(plain, masked, strict=True)]
+    assert same == [True, True, True, False, False, False]
+
+
+def test_an_epoch_has_every_utterance_once(config):
+    task = build(validate(config)).task
+    epoch = batches(config, count=task.train_batches.batches_per_epoch)
+    found = np.concatenate([batch["index"] for batch in epoch])
+    assert sorted(found[found >= 0]) == list(range(60))
+
+
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_losses(config, tmp_path, monkeypatch):
+    config = with_masks(config)
+    config.checkpoint_every_steps = 3
+    config.model.dropout = config.model.layer_drop = 0.1
+    train_and_evaluate(config, str(tmp_path / "whole"))
+
+    class Crash(Exception):
+        pass
+
+    from sigmarep.training import loop
+
+    log = loop._Run.log
+
+    def crash(self):
+        if self.unlogged is not None and self.unlogged[0] == 5:
+            self.checkpoints.wait()
+            raise Crash
+        log(self)
+
+    monkeypatch.setattr(loop._Run, "log", crash)
+    with pytest.raises(Crash):
+        train_and_evaluate(config, str(tmp_path / "parts"))
+    monkeypatch.setattr(loop._Run, "log", log)
+    train_and_evaluate(config, str(tmp_path / "parts"))
+
+    def rows(name):
+        found = read_metrics(str(tmp_path / name / "metrics.jsonl"))
+        return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in found]
+
+    assert rows("whole") == rows("parts")
+
+
+def test_the_loss_of_an_utterance_does_not_depend_on_its_bucket(config):
+    narrow = build(validate(config))
+    config.data.buckets = (2.5,)
+    config.batch_size = 40
+    wide = build(validate(config))
+    variables = evaluation_variables(narrow.create_state())
+
+    def found(experiment):
+        evaluation = experiment.task.evaluations()[0]
+        results = [
+            jax.device_get(jax.jit(evaluation.step)(variables, batch))
+            for batch in evaluation.batches(process_index=0, process_count=1)
+        ]
+        return evaluation.finish(results), experiment.task._decoded(results)
+
+    (first, heard), (second, again) = found(narrow), found(wide)
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert heard == again
+
+
+def test_no_program_is_compiled_after_every_shape_was_seen(config):
+    experiment = build(validate(config))
+    state = experiment.runner.put_state(experiment.create_state())
+    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+    epoch = experiment.task.train_batches.batches_per_epoch
+    sizes = []
+    for step, batch in zip(range(2 * epoch), stream, strict=False):
+        state, _ = experiment.runner.step(state, batch, panel=False)
+        if (step + 1) % epoch == 0:
+            sizes.append(experiment.runner._step._cache_size())
+    assert sizes == [len(experiment.task.train_batches.shapes)] * 2
+
+
+def test_what_is_odd_is_counted_and_named(config, tmp_path):
+    train_and_evaluate(config, str(tmp_path / "run"))
+    facts = json.loads((tmp_path / "run/data.json").read_text())
+    assert facts["utterances"] == 63
+    assert facts["kept"] == 60
+    assert facts["unknown_characters"] == {"count": 1, "names": ["unknown.wav"]}
+    assert facts["characters_without_label"] == {"~": 1}
+    assert facts["too_long"] == {"count": 1, "names": ["long.wav"]}
+    assert facts["too_short"] == {"count": 1, "names": ["short.wav"]}
+    assert "broken.wav" in json.dumps(facts["preparation"])
+
+
+def learned(folder):
+    config = small(folder)
+    config.total_steps = 150
+    config.log_every_steps = 50
+    config.model.width, config.model.mlp_dim = 32, 64
+    config.optimizer.name, config.optimizer.learning_rate = "adam", 0.01
+    config.baselines = True
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("learned") / "run"
+    return path, train_and_evaluate(learned(folder), str(path))
+
+
+def test_it_learns_to_hear_and_its_tables_add_up(run):
+    path, result = run
+    assert result["eval/test/cer"] < 0.3
+    assert result["eval/test/wer"] < min(
+        result["eval/test/most_frequent_wer"], result["eval/test/nearest_neighbour_wer"]
+    )
+    lines = [line.split("\t") for line in (path / "outputs/test/transcripts.tsv").read_text().splitlines()[1:]]
+    assert len(lines) == 11
+    words = sum(len(line[3].split()) for line in lines)
+    for table in ("by_speaker", "by_duration"):
+        rows = [line.split("\t") for line in (path / f"outputs/test/{table}.tsv").read_text().splitlines()[1:]]
+        assert sum(int(row[2]) for row in rows) == words
+        errors = sum(int(value) for row in rows for value in row[4:7])
+        assert errors / words == pytest.approx(result["eval/test/wer"], abs=1e-6)
+    again = evaluate(None, str(path))
+    assert again["eval/test/wer"] == result["eval/test/wer"]
+
+
+def test_given_utterances_are_transcribed_as_in_the_evaluation(run, folder):
+    path, _ = run
+    experiment, _, state = restore(None, str(path))
+    rows = [line.split("\t") for line in (path / "outputs/test/transcripts.tsv").read_text().splitlines()[1:]]
+    task = experiment.task
+    audio = [np.asarray(task._corpus("test")._source[i]["audio"], np.float32) / 32768 for i in range(len(rows))]
+    assert task.transcribe(evaluation_variables(state), audio, rows=4) == [row[4] for row in rows]
+
+
+def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
+    path, greedy = run
+    config = learned(folder)
+    config.decoding.beam_size = 8
+    assert evaluate(config, str(path))["eval/test/cer"] <= greedy["eval/test/cer"] + 0.02
+    config.decoding.language_model, config.decoding.language_weight = "ngram", 0.2
+    assert evaluate(config, str(path))["eval/test/cer"] < 0.35
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.conv_stride", 9, "config.model.conv_stride = 9, conv_kernel = 7"),
+        ("decoding.beam_size", -1, "config.decoding.beam_size = -1: expected at least 0"),
+        ("decoding.language_model", "gpt", "config.decoding.language_model = 'gpt': expected one of none, ngram"),
+        ("decoding.language_model", "ngram", "config.decoding.language_model: needs config.decoding.beam_size"),
+        ("data.labels.kind", "phone", "config.data.labels.kind = 'phone': expected one of character, subword"),
+        ("data.labels.characters", "aa", "config.data.labels.characters = 'aa': expected each character once"),
+        ("data.buckets", (2.0, 1.0), "config.data.buckets = (2.0, 1.0): expected rising lengths"),
+        ("data.buckets", (0.5,), "the last bucket must hold it"),
+        ("batch_size", 8, "config.batch_size = 8: seconds, too few for 8 rows"),
+        ("data.spec_augment.freq_width", 21, "config.data.spec_augment.freq_width = 21: expected at most"),
+        ("data.spec_augment.time_fraction", 2.0, "config.data.spec_augment.time_fraction = 2.0"),
+        ("data.audio_feature", "sound", "config.data.audio_feature = 'sound': the data set has no such feature"),
+    ],
+)
+def test_what_is_refused(config, field, value, message):
+    config.data.spec_augment.freq_masks = 1 if field == "data.spec_augment.freq_width" else 0
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(BadInput) as error:
+        build(validate(config)).task.evaluations()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
