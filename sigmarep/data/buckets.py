@@ -33,7 +33,7 @@ class Share(NamedTuple):
     first_row: int
     number: int | None
 
-    def index(self) -> np.ndarray:
+    def numbers(self) -> np.ndarray:
         """The members as (rows,) int32, −1 for rows without one."""
         index = np.full(self.rows, -1, np.int32)
         index[: len(self.members)] = self.members

@@ -186,7 +186,7 @@ class BucketedBatches:
             "source": np.full((share.rows, source_length), PAD, np.int32),
             "inputs": np.full((share.rows, target_length), PAD, np.int32),
             "targets": np.full((share.rows, target_length), PAD, np.int32),
-            "index": share.index(),
+            "index": share.numbers(),
         }
         for row, member in enumerate(share.members):
             source, target = self._corpus.source_ids(member), self._corpus.target_ids(member)

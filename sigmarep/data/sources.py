@@ -10,6 +10,7 @@ import functools
 import glob
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ KNOWN = (
     *FOLDERS,
     *("cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist"),
     *("wmt17_translate", "lm1b", "c4"),
+    *("librispeech", "tedlium"),
 )
 
 
@@ -84,7 +86,7 @@ def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
             found = _own(name, root, folder)
         else:
             # Read as it lies there: TFDS's own code for the set may need TensorFlow, or be of another version.
-            found = tfds.builder_from_directory(_prepared(name, root) or _missing(name, root))
+            found = _read_only(_prepared(name, root) or _missing(name, root))
         if not found.info.splits:
             raise ValueError("its dataset_info.json is missing or names no splits")
     except BadInput:
@@ -217,6 +219,31 @@ def _own(name: str, root: str, folder: str = ""):
             "--config.data.data_dir"
         ) from error
     return found
+
+
+def _read_only(directory: str):
+    """The builder of a prepared folder. TFDS needs TensorFlow for its feature Audio, even where audio is stored as plain
+    numbers: it is then read as what it is, a tensor."""
+    import tensorflow_datasets as tfds
+
+    with open(os.path.join(directory, "features.json")) as file:
+        features = json.load(file)
+    plain = _plain_audio(features)
+    if plain == features:
+        return tfds.builder_from_directory(directory)
+    info = tfds.core.dataset_info.read_proto_from_builder_dir(directory)
+    info.features.CopyFrom(tfds.features.FeatureConnector.from_json(plain).to_proto())
+    return tfds.core.read_only_builder.ReadOnlyBuilder(directory, info_proto=info)
+
+
+def _plain_audio(features: Any) -> Any:
+    if not isinstance(features, dict):
+        return features
+    audio = features.get("audio", {})
+    if str(features.get("pythonClassName", "")).endswith(".Audio") and not audio.get("lazyDecode"):
+        tensor = {name: audio[name] for name in ("shape", "dtype", "encoding") if name in audio}
+        return {"pythonClassName": "tensorflow_datasets.core.features.tensor_feature.Tensor", "tensor": tensor}
+    return {name: _plain_audio(value) for name, value in features.items()}
 
 
 def _prepared(name: str, folder: str) -> str | None:

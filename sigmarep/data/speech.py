@@ -126,7 +126,10 @@ def _index(data: ml_collections.ConfigDict, split: str) -> Index:
 
 def _read_all(data, split) -> Index:
     source = _open(data, split)
-    lengths, texts, speakers, ids = [], [], [], []
+    lengths: list[int] = []
+    texts: list[str] = []
+    speakers: list[str] = []
+    ids: list[str] = []
     for i in range(len(source)):
         example = source[i]
         lengths.append(len(_audio(data, example)))
@@ -186,7 +189,10 @@ class SpeechCorpus:
             "utterances": len(frames),
             "hours": round(float(seconds.sum()) / 3600, 4),
             **{
-                name: {"count": int(which.sum()), "names": [_name(index, i) for i in np.flatnonzero(which)[:NAMED]]}
+                name: {
+                    "count": int(which.sum()),
+                    "names": [_name(index, int(i)) for i in np.flatnonzero(which)[:NAMED]],
+                }
                 for name, which in odd.items()
             },
             "characters_without_label": dict(unknown.most_common(NAMED)),
@@ -209,7 +215,7 @@ class SpeechCorpus:
         self.scored = ~np.array([bool(encoded[i].unknown) for i in self._kept])
         self.texts = [labels.normalised(index.texts[i]) for i in self._kept]
         self.speakers = [index.speakers[i] for i in self._kept]
-        self.names = [_name(index, i) for i in self._kept]
+        self.names = [_name(index, int(i)) for i in self._kept]
         self.fingerprint = tokenised.key_digest(f"{_fingerprint(data, split)}|{self._filterbank}|{stride}")
         self._features = functools.cache(self._computed) if data.in_memory else self._computed
 
@@ -293,7 +299,7 @@ class SpeechBatches:
             "frames": np.zeros(share.rows, np.int32),
             "labels": np.zeros((share.rows, most), np.int32),
             "label_lengths": np.zeros(share.rows, np.int32),
-            "index": share.index(),
+            "index": share.numbers(),
             "weights": np.zeros(share.rows, np.float32),
         }
         masks = self._corpus.data.spec_augment
@@ -302,7 +308,7 @@ class SpeechBatches:
             features, labels = self._corpus.features(member), self._corpus.labels_of[member]
             if augmented and (masks.freq_masks or masks.time_masks):
                 # Of the row in the global batch, so that the number of processes changes nothing.
-                rng = np.random.default_rng([self._seed, share.number, share.first_row + row])
+                rng = np.random.default_rng((self._seed, share.number or 0, share.first_row + row))
                 options = {name: masks[name] for name in masks if name != "start_step"}
                 features = spec_augment(features, rng, **options)
             batch["features"][row, : len(features)] = features

@@ -21,10 +21,15 @@ class CtcLosses(NamedTuple):
     possible: jax.Array
 
 
+def repeats(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
+    """How many labels equal the one before them, (B,), of labels (B, U) of which `label_lengths` (B,) count."""
+    inside = jnp.arange(1, labels.shape[1])[None] < label_lengths[:, None]
+    return jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
+
+
 def required_frames(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
     """Frames that the shortest alignment has, (B,): one a label, and a blank between two equal ones."""
-    inside = jnp.arange(1, labels.shape[1])[None] < label_lengths[:, None]
-    return label_lengths + jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
+    return label_lengths + repeats(labels, label_lengths)
 
 
 def ctc_losses(logits: jax.Array, frames: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> CtcLosses:
@@ -37,9 +42,11 @@ def ctc_losses(logits: jax.Array, frames: jax.Array, labels: jax.Array, label_le
     possible = (frames > 0) & (frames >= required_frames(labels, label_lengths))
     beyond = jnp.arange(logits.shape[1])[None] >= frames[:, None]
     unwritten = jnp.arange(labels.shape[1])[None] >= label_lengths[:, None]
-    nll = optax.ctc_loss(
-        logits.astype(jnp.float32), beyond.astype(jnp.float32), labels, unwritten.astype(jnp.float32), blank_id=BLANK
-    )
+    # What is not finite beyond the frames would reach the loss through a product with 0.
+    logits = jnp.where(beyond[..., None], 0.0, logits.astype(jnp.float32))
+    # optax picks the labels' ln p by a product with one-hot rows, which accelerators would round to TF32 or bfloat16.
+    with jax.default_matmul_precision("highest"):
+        nll = optax.ctc_loss(logits, beyond.astype(jnp.float32), labels, unwritten.astype(jnp.float32), blank_id=BLANK)
     # Rounding makes a certain transcript's value slightly negative. The gradient is that of the unrounded value.
     nll = nll + jax.lax.stop_gradient(jnp.maximum(nll, 0.0) - nll)
     return CtcLosses(jnp.where(possible, nll, 0.0), possible)
@@ -65,15 +72,6 @@ class Hypothesis(NamedTuple):
     score: float
 
 
-class _Prefix(NamedTuple):
-    """`blank` and `label`: ln p of the alignments that end in a blank and in the last label; `language`: what the language
-    model and the bonus add."""
-
-    blank: float
-    label: float
-    language: float
-
-
 def prefix_beam_search(
     log_probabilities: np.ndarray,
     *,
@@ -94,36 +92,52 @@ def prefix_beam_search(
       label_log_probability: ln p (V,) of what follows a prefix, under a language model.
       prune: labels below this probability at a frame are passed over there.
     """
+    rows = np.asarray(log_probabilities, np.float64)
     floor = np.log(prune) if prune > 0 else -np.inf
-    beam = {(): _Prefix(0.0, -np.inf, 0.0)}
-    for row in np.asarray(log_probabilities, np.float64):
-        usable = [int(label) for label in np.flatnonzero(row > floor) if label != BLANK]
-        grown: dict[tuple[int, ...], list[float]] = {}
+    prefixes: list[tuple[int, ...]] = [()]
+    # Of each prefix: ln p of the alignments that end in a blank and in the last label, and what is added to rank it.
+    blank, label, prior = np.zeros(1), np.full(1, -np.inf), np.zeros(1)
+    follows: dict[tuple[int, ...], np.ndarray] = {}
+    for row in rows:
+        usable = np.flatnonzero(row > floor)
+        usable = usable[usable != BLANK]
+        total = np.logaddexp(blank, label)
+        last = np.array([prefix[-1] if prefix else BLANK for prefix in prefixes])
+        # A label equal to the last is another one only behind a blank.
+        longer = np.where(usable == last[:, None], blank[:, None], total[:, None]) + row[usable]
+        label = label + row[last]
+        _merge(prefixes, usable, longer, label)
+        longer_prior = np.broadcast_to(prior[:, None] + insertion_bonus, longer.shape)
+        if label_log_probability is not None and language_weight and usable.size:
+            follows = {p: follows[p] if p in follows else label_log_probability(p) for p in prefixes}
+            longer_prior = longer_prior + language_weight * np.stack([follows[p] for p in prefixes])[:, usable]
 
-        def add(prefix, ends, value, language, grown=grown):
-            entry = grown.setdefault(prefix, [-np.inf, -np.inf, language])
-            entry[ends] = np.logaddexp(entry[ends], value)
-
-        for prefix, found in beam.items():
-            total = np.logaddexp(found.blank, found.label)
-            last = prefix[-1] if prefix else BLANK
-            add(prefix, 0, total + row[BLANK], found.language)
-            if prefix:
-                add(prefix, 1, found.label + row[last], found.language)
-            follows = None
-            if label_log_probability is not None and language_weight and usable:
-                follows = label_log_probability(prefix)
-            for label in usable:
-                # A label equal to the last is another one only behind a blank.
-                value = (found.blank if label == last else total) + row[label]
-                if value == -np.inf:
-                    continue
-                added = insertion_bonus + (language_weight * float(follows[label]) if follows is not None else 0.0)
-                add((*prefix, label), 1, value, found.language + added)
-        ranked = sorted(grown.items(), key=lambda item: -(np.logaddexp(item[1][0], item[1][1]) + item[1][2]))
-        beam = {prefix: _Prefix(*entry) for prefix, entry in ranked[:beam_size]}
+        # First the prefixes as they are, then each of them with each label.
+        blank = np.concatenate([total + row[BLANK], np.full(longer.size, -np.inf)])
+        label = np.concatenate([label, longer.ravel()])
+        prior = np.concatenate([prior, longer_prior.ravel()])
+        scores = np.logaddexp(blank, label) + prior
+        best = np.argsort(-scores, kind="stable")[:beam_size]
+        best = best[: max(np.count_nonzero(scores[best] > -np.inf), 1)]
+        blank, label, prior = blank[best], label[best], prior[best]
+        count, width = len(prefixes), max(usable.size, 1)
+        prefixes = [
+            prefixes[i] if i < count else (*prefixes[(i - count) // width], int(usable[(i - count) % width]))
+            for i in best.tolist()
+        ]
+    totals = np.logaddexp(blank, label)
     return [
-        Hypothesis(prefix, total, total + found.language)
-        for prefix, found in beam.items()
-        for total in [float(np.logaddexp(found.blank, found.label))]
+        Hypothesis(prefix, float(total), float(total + added))
+        for prefix, total, added in zip(prefixes, totals, prior, strict=True)
     ]
+
+
+def _merge(prefixes: list[tuple[int, ...]], usable: np.ndarray, longer: np.ndarray, label: np.ndarray) -> None:
+    """Adds to `label` of a prefix what grows into it from the prefix without its last label, and takes it from `longer`."""
+    place = {prefix: i for i, prefix in enumerate(prefixes)}
+    column = {int(symbol): j for j, symbol in enumerate(usable)}
+    for i, prefix in enumerate(prefixes):
+        if prefix and prefix[:-1] in place and prefix[-1] in column:
+            parent, j = place[prefix[:-1]], column[prefix[-1]]
+            label[i] = np.logaddexp(label[i], longer[parent, j])
+            longer[parent, j] = -np.inf

@@ -27,7 +27,8 @@ class SpeechTransformer(nn.Module):
     outputs count. (Where T is a multiple of the stride that is the padding "SAME" of the paper's code.)
 
     Attributes:
-      transformer: the blocks.
+      transformer: the blocks. A number as its `gamma_init` is theirs alone: the last layer starts at 1, so that its logits
+        can differ from the first step on.
       num_labels: V, the blank (label 0) among them.
       conv_kernel, conv_stride: frames.
       conv_reparam: reparametrises the convolution as the blocks are.
@@ -100,11 +101,14 @@ class SpeechTransformer(nn.Module):
         )(x, real, deterministic=deterministic)
         x = TransformerStack(c, name="encoder")(x, key_padding=real, deterministic=deterministic)
         plain = c.reparam == "none"
+        options = c.reparametrisation()
+        if c.gamma_init != "sigma":
+            options["gamma_init"] = "one"
         head = SigmaDense(
             self.num_labels,
             kernel_init=nn.initializers.lecun_uniform() if plain else c.initializer(),
             bias_init=_uniform(c.width) if plain else nn.initializers.zeros,
-            **c.reparametrisation(),
+            **options,
             name="head",
         )
         return SpeechOutput(head(x).astype(jnp.float32), frames)

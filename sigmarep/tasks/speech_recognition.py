@@ -117,7 +117,7 @@ def example(config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array]:
 class Decoded(NamedTuple):
     """Numbers of the utterances, what was heard in each, and what greedy decoding hears, in the order of the corpus."""
 
-    index: list[int]
+    utterances: list[int]
     texts: list[str]
     greedy: list[str]
 
@@ -198,7 +198,7 @@ class SpeechRecognition(Task):
             nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
             count = float(np.sum([result["count"] for result in results], dtype=np.float64))
             found = decoded(results)
-            references = [corpus.texts[i] for i in found.index]
+            references = [corpus.texts[i] for i in found.utterances]
             return {
                 "loss": nats / count if count else math.nan,
                 **_rates(references, found.texts),
@@ -209,7 +209,7 @@ class SpeechRecognition(Task):
 
         def outputs(results):
             found = decoded(results)
-            return transcripts.outputs(corpus, found.index, found.texts)
+            return transcripts.outputs(corpus, found.utterances, found.texts)
 
         return Evaluation(split.split("[")[0], self._batches(corpus).evaluation, self._evaluate, finish, outputs)
 

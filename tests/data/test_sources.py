@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -239,3 +240,36 @@ def test_the_command_prepares_and_refuses_on_one_line(tmp_path):
 def test_preparing_other_sets_without_tensorflow_names_the_extra(tmp_path):
     with pytest.raises(BadInput, match=r'cifar10: preparing it needs TensorFlow; pip install "sigmarep\[tf\]"'):
         sources.prepare("cifar10", data_dir=str(tmp_path))
+
+
+class Spoken(tfds.core.GeneratorBasedBuilder):
+    """Stands for LibriSpeech, whose audio lies in its files as plain numbers."""
+
+    name = "spoken"
+    VERSION = tfds.core.Version("1.0.0")
+    SKIP_REGISTERING = True
+
+    def _info(self):
+        features = {"speech": tfds.features.Tensor(shape=(None,), dtype=np.int64), "text": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"speech": np.arange(5) - 2, "text": "HELLO"}
+
+
+def test_audio_that_tfds_itself_reads_only_with_tensorflow_is_read_without(tmp_path):
+    Spoken(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    path = tmp_path / "spoken/1.0.0/features.json"
+    features = json.loads(path.read_text())
+    # As TFDS describes the same numbers where its feature Audio wrote them.
+    features["featuresDict"]["features"]["speech"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.audio_feature.Audio",
+        "audio": {"dtype": "int64", "encoding": "none", "shape": {"dimensions": ["-1"]}, "sampleRate": "16000"},
+    }
+    path.write_text(json.dumps(features))
+    source = sources.open_source("spoken", "train", data_dir=str(tmp_path))
+    assert source[0]["speech"].tolist() == [-2, -1, 0, 1, 2]
+    assert source[0]["text"] == b"HELLO"
