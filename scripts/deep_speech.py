@@ -34,7 +34,8 @@ def main() -> None:
 
     module = command.load_config_file(CONFIG)
     last: dict[str, list[dict[str, float]]] = {arm: [] for arm in module.ARMS}
-    print("| arm | seed | loss at the start | last tenth | test WER | test CER |\n|---|---|---|---|---|---|")
+    print("| arm | seed | loss at the start | last tenth | test WER | test CER | greedy CER |")
+    print("|---|---|---|---|---|---|---|")
     for arm in module.ARMS:
         for seed in range(SEEDS.value):
             config = module.get_config(f"arm={arm},depth={DEPTH.value},steps={STEPS.value}")
@@ -44,13 +45,13 @@ def main() -> None:
             try:
                 result = train_and_evaluate(config, folder)
             except Diverged as error:
-                print(f"| {arm} | {seed} | {error} | | | |", flush=True)
+                print(f"| {arm} | {seed} | {error} | | | | |", flush=True)
                 continue
             rows = [row for row in read_metrics(os.path.join(folder, "metrics.jsonl")) if "train/loss" in row]
             losses = [row["train/loss"] for row in rows]
             end = statistics.mean(losses[-max(len(losses) // 10, 1) :])
             last[arm].append(rows[-1])
-            rates = " | ".join(f"{100 * result[f'eval/test/{name}']:.1f} %" for name in ("wer", "cer"))
+            rates = " | ".join(f"{100 * result[f'eval/test/{name}']:.1f} %" for name in ("wer", "cer", "greedy_cer"))
             print(f"| {arm} | {seed} | {losses[0]:.3f} | {end:.3f} | {rates} |", flush=True)
 
     print("\nAttention entropy after the last step, nats, mean over heads and seeds, by block:\n")

@@ -39,6 +39,10 @@ def get_config(text=""):
     config.optimizer.beta2 = 0.98
     config.optimizer.warmup_steps = args["warmup"]
 
+    config.decoding.beam_size = 16
+    config.decoding.language_model = "ngram"
+    config.decoding.insertion_bonus = 1.5
+
     config.data.buckets = (2.0, 4.1)
     config.data.in_memory = True
     config.divergence_factor = 0.0
