@@ -7,11 +7,13 @@ have one. Optimizer moments are found under the path of their parameter.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sigmarep.errors import BadInput
@@ -36,13 +38,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def create_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = None) -> Mesh:
+def create_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh`; one axis may be −1 and takes the devices the others leave.
 
     Raises:
       BadInput: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
     sizes = [config[name] for name in AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise BadInput(f"config.mesh = {dict(config)}: expected sizes of at least 1, or −1 for one of them")
@@ -54,7 +56,11 @@ def create_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = N
             f"config.mesh = {dict(config)}: does not multiply to the {len(devices)} devices; "
             "set one axis to -1 to take what the others leave"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.asarray(devices).reshape(sizes)
+    if devices[0].platform == "tpu":
+        # Neighbours on an axis are neighbours on the chips' own network.
+        grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fits(config: ml_collections.ConfigDict) -> bool:
