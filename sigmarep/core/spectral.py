@@ -107,7 +107,7 @@ def power_step(kernel: jax.Array, u: jax.Array, basis: jax.Array | None = None) 
     """
     kernel = kernel.astype(jnp.float32)
     if basis is not None:
-        return _block_step(matrix_view(kernel, u.size), jnp.concatenate([u[None], basis]))
+        return _block_step(kernel, jnp.concatenate([u[None], basis]))
     inputs = _input_axes(kernel, u.size)
     fixed = lax.stop_gradient(kernel)
     v, norm = _unit(jnp.sum(fixed * _of_outputs(u, kernel, inputs), axis=range(inputs, kernel.ndim)).ravel())
@@ -119,14 +119,22 @@ def power_step(kernel: jax.Array, u: jax.Array, basis: jax.Array | None = None) 
     return PowerStep(v=v, u=u, sigma=jnp.sum(z * u), basis=None)
 
 
-def _block_step(matrix: jax.Array, block: jax.Array) -> PowerStep:
+def _block_step(kernel: jax.Array, block: jax.Array) -> PowerStep:
     """Block power iteration with Rayleigh-Ritz from the rows of `block` (k, outputs)."""
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    # The block stands on the left: on the right the compiler may gather a W that is sharded along its outputs.
-    image = product(block, lax.stop_gradient(matrix).T).T
+    vectors, outputs = block.shape
+    inputs = _input_axes(kernel, outputs)
+
+    def contracted(left, axes):
+        # Vectors on the left and W's own axes, for the reasons above: a reshaped or transposed W may be gathered.
+        both = (tuple(range(1, left.ndim)), tuple(axes))
+        return jnp.tensordot(left, kernel, axes=both, precision=lax.Precision.HIGHEST)
+
+    over_outputs = block.reshape(vectors, *kernel.shape[inputs:])
+    image = lax.stop_gradient(contracted(over_outputs, range(inputs, kernel.ndim))).reshape(vectors, -1).T
     # Columns that W maps to nothing get some direction orthogonal to the others: QR never divides by a norm.
     left, _ = jnp.linalg.qr(image / _scale(image))
-    rows = product(left.T, matrix)
+    rows = contracted(left.T.reshape(vectors, *kernel.shape[:inputs]), range(inputs)).reshape(vectors, outputs)
     fixed = lax.stop_gradient(rows)
     scaled = fixed / _scale(fixed)
     _, rotation = jnp.linalg.eigh(product(scaled, scaled.T))
