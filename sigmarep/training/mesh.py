@@ -8,7 +8,7 @@ have one. Optimizer moments are found under the path of their parameter.
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -106,6 +106,36 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are spread over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+class InputShare(NamedTuple):
+    """Part `index` of `count` equal parts of every global batch."""
+
+    index: int
+    count: int
+
+
+def input_share(mesh: Mesh, process_index: int | None = None) -> InputShare:
+    """The rows that a process must bring: processes whose devices differ in their place on the tensor axis alone need
+    the same ones.
+
+    Args:
+      process_index: this process if None.
+
+    Raises:
+      BadInput: two processes share some rows and not all.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    rows: dict[int, set[int]] = {}
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        rows.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
+    parts = sorted({tuple(sorted(each)) for each in rows.values()})
+    if sum(len(each) for each in parts) != mesh.shape["data"] * mesh.shape["fsdp"] or len(set(map(len, parts))) > 1:
+        raise BadInput(
+            f"config.mesh = {dict(mesh.shape)}: the devices of {len(rows)} processes do not share a batch evenly; let "
+            "tensor divide the devices of a process, or be a multiple of them"
+        )
+    return InputShare(parts.index(tuple(sorted(rows[process_index]))), len(parts))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -59,7 +59,7 @@ class JitRunner:
         return state
 
     def step(self, state, batch, *, panel):
-        return self._step(state, global_batch(batch, self._batch), panel)
+        return self._step(state, global_batch(batch, self.mesh), panel)
 
     def lower(self, state, batch, *, panel):
         if _abstract(batch):
@@ -67,7 +67,7 @@ class JitRunner:
                 name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch) for name, x in dict(batch).items()
             }
             return self._step.lower(state, batch, panel)
-        return self._step.lower(state, global_batch(batch, self._batch), panel)
+        return self._step.lower(state, global_batch(batch, self.mesh), panel)
 
 
 class PmapRunner:
@@ -148,6 +148,12 @@ def _abstract(batch: Any) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in dict(batch).values())
 
 
-def global_batch(batch: Any, sharding: jax.sharding.NamedSharding) -> Any:
-    """This process's rows as part of arrays over all processes."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), dict(batch))
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows (`meshes.input_share`) as part of arrays over all processes."""
+    sharding, count = meshes.batch_sharding(mesh), meshes.input_share(mesh).count
+
+    def one(x):
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))
+
+    return jax.tree.map(one, dict(batch))
