@@ -179,7 +179,7 @@ class _Run:
             return
         share, most = input_share(self.experiment.runner.mesh), steps_in_flight(STEPS_IN_FLIGHT)
         stream = self.experiment.task.train_stream(
-            start=self.start, process_index=share.index, process_count=share.count
+            start=self.start, process_index=share.part, process_count=share.parts
         )
         in_flight: collections.deque[jax.Array] = collections.deque()
         for step, batch in zip(range(self.start + 1, total + 1), stream, strict=False):

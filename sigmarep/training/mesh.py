@@ -109,10 +109,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 class InputShare(NamedTuple):
-    """Part `index` of `count` equal parts of every global batch."""
+    """Number `part` of `parts` equal parts of every global batch."""
 
-    index: int
-    count: int
+    part: int
+    parts: int
 
 
 def input_share(mesh: Mesh, process_index: int | None = None) -> InputShare:

@@ -150,7 +150,7 @@ def _abstract(batch: Any) -> bool:
 
 def global_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows (`meshes.input_share`) as part of arrays over all processes."""
-    sharding, count = meshes.batch_sharding(mesh), meshes.input_share(mesh).count
+    sharding, count = meshes.batch_sharding(mesh), meshes.input_share(mesh).parts
 
     def one(x):
         x = np.asarray(x)

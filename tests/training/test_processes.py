@@ -35,8 +35,8 @@ def test_every_row_is_brought_by_those_who_hold_it(count, sizes):
     brought = {}
     for index in range(count):
         share = meshes.input_share(mesh, index)
-        size = shards // share.count
-        brought[index] = set(range(share.index * size, (share.index + 1) * size))
+        size = shards // share.parts
+        brought[index] = set(range(share.part * size, (share.part + 1) * size))
     held = {index: set() for index in range(count)}
     for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
         held[device.process_index].add(data * sizes[1] + fsdp)
