@@ -18,7 +18,7 @@ from sigmarep.training.mesh import fits, input_share
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
-from sigmarep.training.processes import steps_in_flight
+from sigmarep.training.processes import ending_together, steps_in_flight
 from sigmarep.training.progress import Clock, Progress
 from sigmarep.training.sharpness import Sharpness
 from sigmarep.training.step import StepOutput, TrainState
@@ -48,7 +48,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, folder: str) -> dict[s
     with Preemption(Stopped.exit_status) as preemption:
         run = _Run(experiment, folder, preemption)
         try:
-            run.train()
+            # Closing waits for all processes: not where one is gone.
+            with ending_together():
+                run.train()
         finally:
             run.close()
     return summary(folder)
