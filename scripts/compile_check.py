@@ -1,11 +1,14 @@
 """Compiles the real training step of a configuration for a TPU slice without a TPU, and prints what it takes.
 
     python scripts/compile_check.py --config configs/vit/imagenet_simplified.py:variant=H/16 --topology v5e:16x16
-    python scripts/compile_check.py --all --output docs/compiled.md
+    python scripts/compile_check.py --all --output docs/compiled.md [--only mt/]
 
 Topologies are v4, v5p (three dimensions, v5p:4x4x4), v5e, v6e (two, v5e:16x16), for which an environment of its own with
-`pip install "sigmarep[tpu-compile]"` is needed, and `local`, the devices present. No data set is read. Exit status: 0 if
-the step fits, 1 if it needs more memory than a device has (the line says what to change), 2 for bad input.
+`pip install "sigmarep[tpu-compile]"` is needed, and `local`, the devices present. No data set is read. The table is
+written row by row; the same command goes on with those that it lacks.
+
+Exit status: 0 if the step fits, 1 if it needs more memory than a device has (the line says what to change), 2 for bad
+input.
 """
 
 import os
@@ -21,6 +24,7 @@ TOPOLOGY = flags.DEFINE_string("topology", "local", "Devices to compile for, suc
 PANEL = flags.DEFINE_boolean("panel", False, "The step that records attention and spectral norms too.")
 HLO = flags.DEFINE_string("hlo", None, "File for the optimised program.")
 ALL = flags.DEFINE_boolean("all", False, "Makes the table of all full-scale recipes instead.")
+ONLY = flags.DEFINE_string("only", "", "With --all: only recipes with this in their names, made anew.")
 OUTPUT = flags.DEFINE_string("output", "docs/compiled.md", "File of that table.")
 
 # The full-scale recipes, each at the paper's global batch, and where they are compiled for.
@@ -81,23 +85,23 @@ def table() -> None:
 
     from sigmarep.training import ahead
 
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, libtpu {_version('libtpu')}"
     folder = os.path.join(os.path.dirname(__file__), "..", "configs")
-    rows: list[tuple[str, ...]] = []
+    made = _read(OUTPUT.value, versions)
     for recipe, topologies in RECIPES:
         path, _, arguments = recipe.partition(":")
         for topology in topologies:
+            key = (f"`{recipe}`", topology)
+            if ONLY.value not in recipe or (key in made and not ONLY.value):
+                continue
             target = ahead.target(topology)
             config = command.load_config_file(os.path.join(folder, path)).get_config(arguments)
             try:
-                found = ahead.compile_step(config, target)
+                made[key] = _cells(ahead.compile_step(config, target), target)
             except ahead.DoesNotFit as error:
-                rows.append((f"`{recipe}`", topology, str(error)))
-            else:
-                rows.append((f"`{recipe}`", topology, *_cells(found, target)))
-            print(" | ".join(rows[-1]), flush=True)
-            _write(
-                OUTPUT.value, rows, f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, libtpu {_version('libtpu')}"
-            )
+                made[key] = (str(error),)
+            print(" | ".join((*key, *made[key])), flush=True)
+            _write(OUTPUT.value, made, versions)
 
 
 def _cells(found, target) -> tuple[str, ...]:
@@ -115,7 +119,19 @@ def _cells(found, target) -> tuple[str, ...]:
     )
 
 
-def _write(path: str, rows, versions: str) -> None:
+def _read(path: str, versions: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The rows of a table that was begun with the same versions."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        text = file.read()
+    rows = [tuple(line.strip("| \n").split(" | ")) for line in text.splitlines() if line.startswith("| `")]
+    return {(row[0], row[1]): row[2:] for row in rows} if versions in text else {}
+
+
+def _write(path: str, made: dict[tuple[str, str], tuple[str, ...]], versions: str) -> None:
+    order = [(f"`{recipe}`", topology) for recipe, topologies in RECIPES for topology in topologies]
+    rows = [(*key, *made[key]) for key in order if key in made]
     lines = [
         "# What every full-scale recipe takes, compiled ahead of time",
         "",
