@@ -2,8 +2,9 @@
 
     python scripts/train.py --config configs/quickstart.py --workdir runs/quickstart [--config.seed=1 …]
 
-The same command goes on where it was stopped. Exit status: 0 done, 1 failed, 2 bad input, 3 diverged, 143 stopped by
-SIGTERM after saving.
+The same command goes on where it was stopped. On several hosts it is started on each, with the same workdir on storage
+that all of them see; see docs/launch.md and --help (--distributed). Exit status: 0 done, 1 failed, 2 bad input,
+3 diverged, 143 stopped by SIGTERM after saving.
 """
 
 import os
@@ -11,9 +12,11 @@ import os
 from absl import flags
 
 from sigmarep import command
+from sigmarep.training import processes
 
 CONFIG = command.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing, resumed if not.")
+processes.define_flags()
 
 
 def main() -> None:
@@ -21,7 +24,11 @@ def main() -> None:
     # Importing the trainer starts JAX; a wrong flag should not wait for that.
     from sigmarep.training.loop import train_and_evaluate
 
-    result = train_and_evaluate(config, workdir)
+    processes.join_by_flags()
+    with processes.ending_together():
+        result = train_and_evaluate(config, workdir)
+    if processes.index():
+        return
     for name, value in result.items():
         if name.startswith("eval/"):
             print(f"{name.removeprefix('eval/').replace('/', ' ')}: {value:.4g}")

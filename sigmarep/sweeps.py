@@ -8,6 +8,7 @@ A file's `sweep()` returns points. A point maps a name to a value: `arm` is an a
 """
 
 import concurrent.futures
+import fcntl
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput, Diverged, Stopped
+from sigmarep.training.metrics import read_metrics
 
 Point = dict[str, Any]
 # What a run's exit status says of it. The first two are final: such a run is not made again.
@@ -124,7 +126,8 @@ def execute(
     """Makes the runs that are not final yet, `jobs` at a time, and returns the record of all.
 
     A run's output is kept in `log.txt` of its folder. The record is written after every run, so that a sweep that is
-    stopped goes on where it was. Where this process is interrupted its runs are sent SIGTERM, and save their states.
+    stopped goes on where it was; several machines may write it. Where this process is interrupted its runs are sent
+    SIGTERM, and save their states.
     """
     record = read_record(workdir)
     lock, stopping = threading.Lock(), threading.Event()
@@ -147,7 +150,7 @@ def execute(
         with lock:
             seconds = round(time.monotonic() - start, 1)
             record[run.name] = {"point": run.point, "state": state, "status": status, "seconds": seconds}
-            _write(os.path.join(workdir, RECORD), record)
+            _note(workdir, run.name, record[run.name])
             say(f"{run.name}: {state} after {seconds:.0f} s{_reason(folder, state)}")
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -172,8 +175,25 @@ def _reason(folder: str, state: str) -> str:
     return f" ({lines[-1]})" if lines else ""
 
 
-def _write(path: str, record: dict[str, Any]) -> None:
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w") as file:
-        json.dump(record, file, indent=2)
-    os.replace(temporary, path)
+def _note(workdir: str, name: str, outcome: dict[str, Any]) -> None:
+    """Adds what became of a run to the record."""
+    path = os.path.join(workdir, RECORD)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = read_record(workdir) | {name: outcome}
+        temporary = f"{path}.{os.getpid()}"
+        with open(temporary, "w") as file:
+            json.dump(record, file, indent=2)
+        os.replace(temporary, path)
+
+
+def table(todo: Sequence[Run], workdir: str) -> list[tuple[str, str, str, str]]:
+    """Of every run: name, state ("waiting" before its first end), the last logged step and its training loss."""
+    record = read_record(workdir)
+    rows = []
+    for run in todo:
+        path = os.path.join(workdir, run.name, "metrics.jsonl")
+        logged = [row for row in read_metrics(path) if "train/loss" in row]
+        step, loss = (str(logged[-1]["step"]), f"{logged[-1]['train/loss']:.4g}") if logged else ("", "")
+        rows.append((run.name, record.get(run.name, {}).get("state", "waiting"), step, loss))
+    return rows

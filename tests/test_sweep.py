@@ -1,5 +1,6 @@
 """Sweeps: their points, and scripts/sweep.py on runs that end well, diverge, fail and are stopped."""
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -119,6 +120,31 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path):
     assert "1 done" in out
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "train/loss" in line]
     assert steps == list(range(1, 401))
+
+
+def test_one_run_by_its_number_and_the_table_of_all(tmp_path):
+    path = write(tmp_path, 'values("learning_rate", 0.01) + values("heads", 3)')
+    status, out, _ = finish(start(path, tmp_path / "runs", "--run", "1"))
+    assert status == 1
+    assert out.splitlines()[0] == "1 runs, 0 finished before, 1 at a time"
+    assert list(json.loads((tmp_path / "runs/sweep.json").read_text())) == ["heads=3"]
+    status, out, _ = finish(start(path, tmp_path / "runs", "--table"))
+    assert status == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["learning_rate=0.01", "waiting"],
+        ["heads=3", "bad", "input"],
+    ]
+    status, _, err = finish(start(path, tmp_path / "runs", "--run", "2"))
+    assert (status, err.splitlines()) == (2, ["sweep.py: --run 2: expected a number from 0 to 1"])
+
+
+def test_outcomes_noted_by_several_at_once_are_all_kept(tmp_path):
+    def note(number):
+        sweeps._note(str(tmp_path), f"run {number}", {"state": "done"})
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(note, range(40)))
+    assert len(sweeps.read_record(str(tmp_path))) == 40
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def get_config(text=""):
 
     config.model.update(variant(args["variant"]))
     config.total_epochs, config.model.drop_path, config.model.patch_gain = SIZES[size]
+    # Without it H needs more than the 16 GiB of a v5e chip at 16 pictures each (docs/compiled.md).
+    config.model.remat = "full" if size == "H" else "none"
     config.model.reparam = args["reparam"]
     config.model.norm = args["norm"]
     config.model.gamma_init = args["gamma_init"]

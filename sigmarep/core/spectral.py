@@ -17,6 +17,11 @@ Gradients pass through σ but not through u and v:
     ∂L/∂W = (γ/σ) · (G − (⟨G, W⟩/σ) · v uᵀ),        ∂L/∂γ = ⟨G, W⟩ / σ,        G = ∂L/∂Ŵ.
 
 Everything is float32 whatever the compute type, and finite for zero, rank-deficient, tiny and huge kernels.
+
+The products of W with one vector are written as elementwise products and sums over W's own axes. They are bound by the
+reading of W in any case; so written they are float32 on every device, where a matrix product of float32 is rounded to
+less by default on TPU and GPU, and a W that is sharded along any of its axes is summed where it lies: for a product the
+compiler may gather it first.
 """
 
 import functools
@@ -60,12 +65,28 @@ def matrix_view(kernel: jax.Array, outputs: int) -> jax.Array:
     Raises:
       ValueError: no trailing axes multiply to `outputs`.
     """
+    _input_axes(kernel, outputs)
+    return kernel.reshape(-1, outputs)
+
+
+def _input_axes(kernel: jax.Array, outputs: int) -> int:
+    """How many leading axes of the kernel are inputs."""
     size = 1
     for axis in range(kernel.ndim - 1, -1, -1):
         size *= kernel.shape[axis]
         if size == outputs:
-            return kernel.reshape(-1, outputs)
+            return axis
     raise ValueError(f"kernel of shape {kernel.shape}: no trailing axes multiply to outputs = {outputs}")
+
+
+def _of_inputs(v: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
+    """A vector over the inputs, to be multiplied with the kernel."""
+    return v.reshape(*kernel.shape[:inputs], *(1,) * (kernel.ndim - inputs))
+
+
+def _of_outputs(u: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
+    """A vector over the outputs, to be multiplied with the kernel."""
+    return u.reshape(kernel.shape[inputs:])
 
 
 def _unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,40 +97,52 @@ def _unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x / jnp.where(norm > 0, norm, 1.0), norm * scale
 
 
-def power_step(matrix: jax.Array, u: jax.Array, basis: jax.Array | None = None) -> PowerStep:
-    """One step of power iteration from `u`; σ's derivative in `matrix` is v uᵀ with u and v held fixed.
+def power_step(kernel: jax.Array, u: jax.Array, basis: jax.Array | None = None) -> PowerStep:
+    """One step of power iteration from `u`; σ's derivative in W is v uᵀ with u and v held fixed.
 
     Args:
-      matrix: W, shape (inputs, outputs).
-      u: shape (outputs,), the vector stored by the step before.
+      kernel: W, shape (*input_axes, *output_axes).
+      u: shape (outputs,), the vector stored by the step before; says how many trailing elements are outputs.
       basis: shape (k − 1, outputs), the other vectors that it stored; None for a block of one.
     """
-    matrix = matrix.astype(jnp.float32)
+    kernel = kernel.astype(jnp.float32)
     if basis is not None:
-        return _block_step(matrix, jnp.concatenate([u[None], basis]))
-    fixed = lax.stop_gradient(matrix)
-    v, norm = _unit(fixed @ u)
+        return _block_step(kernel, jnp.concatenate([u[None], basis]))
+    inputs = _input_axes(kernel, u.size)
+    fixed = lax.stop_gradient(kernel)
+    v, norm = _unit(jnp.sum(fixed * _of_outputs(u, kernel, inputs), axis=range(inputs, kernel.ndim)).ravel())
     # A u in the null space of W would leave σ at 0 for good: start again from a dense vector.
-    v = jnp.where(norm > 0, v, 1.0 / math.sqrt(matrix.shape[0]))
-    z = v @ matrix
+    v = jnp.where(norm > 0, v, 1.0 / math.sqrt(v.size))
+    z = jnp.sum(kernel * _of_inputs(v, kernel, inputs), axis=range(inputs)).ravel()
     u, _ = _unit(lax.stop_gradient(z))
     # Equal to ‖z‖ in value. Written as ⟨z, u⟩ so that every derivative, of any order, sees u and v as constants.
-    return PowerStep(v=v, u=u, sigma=z @ u, basis=None)
+    return PowerStep(v=v, u=u, sigma=jnp.sum(z * u), basis=None)
 
 
-def _block_step(matrix: jax.Array, block: jax.Array) -> PowerStep:
+def _block_step(kernel: jax.Array, block: jax.Array) -> PowerStep:
     """Block power iteration with Rayleigh-Ritz from the rows of `block` (k, outputs)."""
-    image = lax.stop_gradient(matrix) @ block.T
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    vectors, outputs = block.shape
+    inputs = _input_axes(kernel, outputs)
+
+    def contracted(left, axes):
+        # Vectors on the left and W's own axes, for the reasons above: a reshaped or transposed W may be gathered.
+        both = (tuple(range(1, left.ndim)), tuple(axes))
+        return jnp.tensordot(left, kernel, axes=both, precision=lax.Precision.HIGHEST)
+
+    over_outputs = block.reshape(vectors, *kernel.shape[inputs:])
+    image = lax.stop_gradient(contracted(over_outputs, range(inputs, kernel.ndim))).reshape(vectors, -1).T
     # Columns that W maps to nothing get some direction orthogonal to the others: QR never divides by a norm.
     left, _ = jnp.linalg.qr(image / _scale(image))
-    rows = left.T @ matrix
+    rows = contracted(left.T.reshape(vectors, *kernel.shape[:inputs]), range(inputs)).reshape(vectors, outputs)
     fixed = lax.stop_gradient(rows)
     scaled = fixed / _scale(fixed)
-    _, rotation = jnp.linalg.eigh(scaled @ scaled.T)
+    _, rotation = jnp.linalg.eigh(product(scaled, scaled.T))
     # eigh sorts upwards.
     rotation = rotation[:, ::-1]
-    units = jax.vmap(lambda row: _unit(row)[0])(rotation.T @ fixed)
-    return PowerStep(v=left @ rotation[:, 0], u=units[0], sigma=(rotation[:, 0] @ rows) @ units[0], basis=units[1:])
+    units = jax.vmap(lambda row: _unit(row)[0])(product(rotation.T, fixed))
+    sigma = product(product(rotation[:, 0], rows), units[0])
+    return PowerStep(v=product(left, rotation[:, 0]), u=units[0], sigma=sigma, basis=units[1:])
 
 
 def _scale(x: jax.Array) -> jax.Array:
@@ -154,7 +187,7 @@ def _reparametrise(kernel, gamma, u, basis, dtype):
 
 
 def _reparametrise_fwd(kernel, gamma, u, basis, dtype):
-    step = power_step(matrix_view(kernel, u.size), u, basis)
+    step = power_step(kernel, u, basis)
     return (_scaled(kernel, gamma, step, dtype), step.u, step.sigma, step.basis), (kernel, gamma, step)
 
 
@@ -167,7 +200,8 @@ def _reparametrise_bwd(dtype, residuals, cotangents):
     # Scaled before it is summed, so that neither a tiny nor a huge W leaves float32.
     d_gamma = jnp.sum(g * (w * reciprocal))
     rank_one = jnp.where(nonzero, d_gamma, 0.0)
-    outer = (step.v[:, None] * step.u[None, :]).reshape(kernel.shape)
+    inputs = _input_axes(kernel, step.u.size)
+    outer = _of_inputs(step.v, kernel, inputs) * _of_outputs(step.u, kernel, inputs)
     d_kernel = (gamma * reciprocal) * (g - rank_one * outer)
     zeros = jax.tree.map(jnp.zeros_like, (step.u, step.basis))
     return d_kernel.astype(kernel.dtype), d_gamma.astype(gamma.dtype), *zeros

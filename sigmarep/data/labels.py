@@ -104,6 +104,13 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def planned_size(config: ml_collections.ConfigDict) -> int:
+    """The size that the configuration asks for; 29, the English letters', where it leaves the characters to the data."""
+    if config.kind == "subword":
+        return config.size - SHIFT
+    return 1 + (len(config.characters) or 28)
+
+
 def obtain(
     config: ml_collections.ConfigDict, texts: Callable[[], Iterable[str]], *, cache_dir: str, key: str
 ) -> Labels:

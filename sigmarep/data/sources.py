@@ -64,6 +64,14 @@ KNOWN = (
 )
 
 
+PUBLISHED = {
+    "imagenet2012": Description(1000, (None, None, 3), {"train": 1_281_167, "validation": 50_000}),
+    "cifar10": Description(10, (32, 32, 3), {"train": 50_000, "test": 10_000}),
+    "cifar100": Description(100, (32, 32, 3), {"train": 50_000, "test": 10_000}),
+    "digits": Description(10, (8, 8, 1), {"train": 1_437, "test": 360}),
+}
+
+
 def data_folder(data_dir: str | None) -> str:
     """Where data sets lie: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
@@ -180,6 +188,15 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
         )
     splits = {split: details.num_examples for split, details in info.splits.items()}
     return Description(features["label"].num_classes, tuple(features["image"].shape), splits)
+
+
+def published(name: str, *, data_dir: str | None = None) -> Description:
+    """What is published of a well-known data set, which need not be prepared; `describe` of any other.
+
+    Raises:
+      BadInput: see `describe`.
+    """
+    return PUBLISHED.get(name) or describe(name, data_dir=data_dir)
 
 
 def _is_own(name: str) -> bool:

@@ -4,6 +4,7 @@ import collections
 import functools
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from sigmarep.data.speech_folder import problems
 from sigmarep.data.vocabulary import locked, write
 from sigmarep.errors import BadInput
 
+# Letters of fast speech.
+LABELS_PER_SECOND = 20
 # Utterances that a report names of each kind.
 NAMED = 20
 
@@ -273,11 +276,10 @@ class SpeechBatches:
             seed=seed,
             num_threads=data.num_threads,
         )
-        log_mel = filterbank(data)
         self.shapes = [
             (
                 rows,
-                -(-log_mel.frames(round(seconds * data.sample_rate)) // stride) * stride,
+                _length(data, seconds, stride),
                 max(max(len(corpus.labels_of[member]) for member in members), 1),
             )
             for (rows, seconds), members in zip(self._buckets.shapes, self._buckets.members, strict=True)
@@ -317,6 +319,24 @@ class SpeechBatches:
             batch["label_lengths"][row] = len(labels)
             batch["weights"][row] = self._corpus.scored[member]
         return batch
+
+
+def _length(data: ml_collections.ConfigDict, seconds: float, stride: int) -> int:
+    """Frames of a bucket, a multiple of what the model makes one of."""
+    return -(-filterbank(data).frames(round(seconds * data.sample_rate)) // stride) * stride
+
+
+def planned_shapes(data: ml_collections.ConfigDict, *, batch_seconds: float, stride: int) -> list[tuple[int, int, int]]:
+    """`SpeechBatches.shapes` as the configuration alone has them, every bucket with fast speech in it."""
+    multiple = data.rows_multiple
+    return [
+        (
+            int(batch_seconds // seconds) // multiple * multiple,
+            _length(data, seconds, stride),
+            math.ceil(seconds * LABELS_PER_SECOND),
+        )
+        for seconds in data.buckets
+    ]
 
 
 def _check_spec_augment(masks: ml_collections.ConfigDict, filters: int) -> None:

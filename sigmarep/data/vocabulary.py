@@ -140,6 +140,11 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def planned_size(config: ml_collections.ConfigDict) -> int:
+    """The size that the configuration asks for; a word vocabulary of a small text may turn out smaller."""
+    return ByteVocabulary.size if config.kind == "byte" else config.size
+
+
 def obtain(
     config: ml_collections.ConfigDict, texts: Callable[[], Iterable[str]], *, cache_dir: str, key: str
 ) -> Vocabulary:

@@ -9,7 +9,7 @@ TASKS = ("image_classification", "contrastive", "language_modeling", "translatio
 
 
 def get(name: str) -> ModuleType:
-    """The module of a task, with `default_config()` and `create(config, …)`.
+    """The module of a task, with `default_config()` and `create(config, abstract=…)`.
 
     Raises:
       BadInput: there is no such task.

@@ -17,7 +17,7 @@ from sigmarep.data import pipeline, sources, views
 from sigmarep.errors import BadInput
 from sigmarep.models import simclr
 from sigmarep.tasks import features, image_classification
-from sigmarep.tasks.protocol import AXIS, Evaluation, LossOutput, Task
+from sigmarep.tasks.protocol import AXIS, UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
 
 METHODS = ("simclr", "moco_v3")
 PATCH_KERNEL = "vit/patch_embedding/kernel"
@@ -76,13 +76,13 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict) -> "Contrastive":
-    """The task of a resolved configuration.
+def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "Contrastive":
+    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
 
     Raises:
       BadInput: a field is wrong, or the data set is not prepared.
     """
-    return Contrastive(config)
+    return Contrastive(config, abstract=abstract)
 
 
 def create_model(config: ml_collections.ConfigDict) -> simclr.ContrastiveModel:
@@ -115,12 +115,17 @@ class Contrastive(Task):
 
     headline = "probe_accuracy"
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
         self.config = config
         data = config.data
         self.model = create_model(config)
         self._transform = views.train_transform(data)
-        self._num_classes = sources.describe(data.name, data_dir=data.data_dir).num_classes
+        describe = sources.published if abstract else sources.describe
+        described = describe(data.name, data_dir=data.data_dir)
+        if abstract:
+            self.num_train_examples = described.splits.get(data.train_split.split("[")[0], UNKNOWN_EXAMPLES)
+            return
+        self._num_classes = described.num_classes
         self.train_source: sources.Source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
         if data.in_memory:
             self.train_source = [self.train_source[i] for i in range(len(self.train_source))]
@@ -129,6 +134,10 @@ class Contrastive(Task):
 
     def init(self, rng):
         return initial_variables(self.config, self.model, rng)
+
+    def abstract_batches(self):
+        rows, size, channels = self.config.batch_size, self.config.data.image_size, len(self.config.data.mean)
+        return [{"views": jax.ShapeDtypeStruct((rows, 2, size, size, channels), jnp.float32)}]
 
     def train_stream(self, *, start, process_index, process_count):
         data = self.config.data

@@ -10,7 +10,7 @@ import optax
 from sigmarep.data import images, pipeline, sources
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import ViT
-from sigmarep.tasks.protocol import Evaluation, LossOutput, Task
+from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 
@@ -27,13 +27,13 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict) -> "ImageClassification":
-    """The task of a resolved configuration.
+def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "ImageClassification":
+    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
 
     Raises:
       BadInput: a field of `config.model` or `config.data` is wrong, or the data set is not prepared.
     """
-    return ImageClassification(config)
+    return ImageClassification(config, abstract=abstract)
 
 
 def create_model(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
@@ -58,12 +58,16 @@ class ImageClassification(Task):
 
     headline = "accuracy"
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
         self.config = config
         data = config.data
         images.check(data)
-        described = sources.describe(data.name, data_dir=data.data_dir)
+        describe = sources.published if abstract else sources.describe
+        described = describe(data.name, data_dir=data.data_dir)
         self.model = create_model(config, described.num_classes)
+        if abstract:
+            self.num_train_examples = described.splits.get(data.train_split.split("[")[0], UNKNOWN_EXAMPLES)
+            return
         self.train_source: sources.Source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
         if data.in_memory:
             self.train_source = [self.train_source[i] for i in range(len(self.train_source))]
@@ -72,6 +76,17 @@ class ImageClassification(Task):
     def init(self, rng):
         size, channels = self.config.data.image_size, len(self.config.data.mean)
         return self.model.init(rng, jnp.zeros((1, size, size, channels), jnp.float32))
+
+    def abstract_batches(self):
+        rows, size, channels = self.config.batch_size, self.config.data.image_size, len(self.config.data.mean)
+        return [
+            {
+                "image": jax.ShapeDtypeStruct((rows, size, size, channels), jnp.float32),
+                "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+                "mix": jax.ShapeDtypeStruct((rows,), jnp.float32),
+                "mix_label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            }
+        ]
 
     def train_stream(self, *, start, process_index, process_count):
         data = self.config.data

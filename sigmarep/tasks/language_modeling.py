@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import baselines, pipeline, text
+from sigmarep.data import baselines, pipeline, text, vocabulary
 from sigmarep.data.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.models import decoding
 from sigmarep.models.lm import LanguageModel
 from sigmarep.nn import fold
-from sigmarep.tasks.protocol import Evaluation, LossOutput, Task
+from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 # Fields of config.model that are the language model's own.
@@ -53,13 +53,13 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict) -> "LanguageModeling":
-    """The task of a resolved configuration.
+def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "LanguageModeling":
+    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
 
     Raises:
       BadInput: a field of `config.model` or `config.data` is wrong, or the data set is not prepared.
     """
-    return LanguageModeling(config)
+    return LanguageModeling(config, abstract=abstract)
 
 
 def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> LanguageModel:
@@ -93,9 +93,13 @@ class LanguageModeling(Task):
     headline = "perplexity"
     unit = "tokens"
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
         self.config = config
         data = config.data
+        if abstract:
+            self.model = create_model(config, vocabulary.planned_size(data.vocabulary))
+            self.num_train_examples = UNKNOWN_EXAMPLES
+            return
         self.vocabulary = text.open_vocabulary(data)
         self.model = create_model(config, self.vocabulary.size)
         self.train_windows = text.open_windows(data, self.vocabulary, data.train_split, train=True)
@@ -110,6 +114,12 @@ class LanguageModeling(Task):
     def init(self, rng):
         tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
         return self.model.init(rng, tokens, tokens, method="losses")
+
+    def abstract_batches(self):
+        shape = (self.config.batch_size, self.config.data.sequence_length)
+        types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+        types |= {"segments": jnp.int32, "positions": jnp.int32}
+        return [{name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}]
 
     def train_stream(self, *, start, process_index, process_count):
         return pipeline.training_stream(

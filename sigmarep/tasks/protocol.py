@@ -17,6 +17,9 @@ Sum = tuple[jax.Array, jax.Array]
 # Under pmap (config.parallel) a task's loss sees one device's share of the batch, with this axis bound: what depends on
 # the whole batch, such as a contrastive loss or batch normalisation, gathers over it. Under jit arrays are global.
 AXIS = "devices"
+# What an abstract task takes the training split to have where nothing says how many there are. Of the program only the
+# constants of a schedule given in epochs depend on it.
+UNKNOWN_EXAMPLES = 1_000_000
 
 
 class LossOutput(NamedTuple):
@@ -54,6 +57,10 @@ class Evaluation(NamedTuple):
 class Task(Protocol):
     """See the module docstring; `create(config)` of a task's module makes one.
 
+    `create(config, abstract=True)` makes one that has read no data, for programs that are compiled and not run. It knows
+    of its data what the configuration says and what is published of well-known sets, and has all of this but streams,
+    evaluations and files.
+
     What has a default here is for tasks whose `config.batch_size` is a number of examples.
     """
 
@@ -67,6 +74,9 @@ class Task(Protocol):
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, `params` among them."""
+
+    def abstract_batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """What `train_stream` yields where there is one process: every shape of it, the largest last."""
 
     def train_stream(self, *, start: int, process_index: int, process_count: int) -> Iterator[Batch]:
         """This process's part of the global batches `start`, `start + 1`, …"""

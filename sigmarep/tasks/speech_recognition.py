@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import speech, speech_baselines
+from sigmarep.data import labels, speech, speech_baselines
 from sigmarep.data.ngram import NGram
 from sigmarep.errors import BadInput
 from sigmarep.models import ctc
 from sigmarep.models.speech import SpeechTransformer
 from sigmarep.tasks import error_rates, transcripts
-from sigmarep.tasks.protocol import Evaluation, LossOutput, Task
+from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 # Fields of config.model that are the speech model's own.
@@ -79,13 +79,13 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict) -> "SpeechRecognition":
-    """The task of a resolved configuration.
+def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "SpeechRecognition":
+    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
 
     Raises:
       BadInput: a field of `config.model`, `config.data` or `config.decoding` is wrong, or the data set is not prepared.
     """
-    return SpeechRecognition(config)
+    return SpeechRecognition(config, abstract=abstract)
 
 
 def create_model(config: ml_collections.ConfigDict, num_labels: int) -> SpeechTransformer:
@@ -128,13 +128,21 @@ class SpeechRecognition(Task):
     headline = "wer"
     unit = "seconds"
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
         self.config = config
         _check_decoding(config.decoding)
+        if abstract:
+            self.model = create_model(config, labels.planned_size(config.data.labels))
+            self._shapes = speech.planned_shapes(
+                config.data, batch_seconds=config.batch_size, stride=config.model.conv_stride
+            )
+            self.num_train_examples = UNKNOWN_EXAMPLES
+            return
         self.labels = speech.open_labels(config.data)
         self.model = create_model(config, self.labels.size)
         self.corpus = self._corpus(config.data.train_split)
         self.train_batches = self._batches(self.corpus)
+        self._shapes = self.train_batches.shapes
         self.num_train_examples = self.train_batches.batches_per_epoch * config.batch_size
 
     def _corpus(self, split):
@@ -145,13 +153,27 @@ class SpeechRecognition(Task):
         return speech.SpeechBatches(corpus, batch_seconds=c.batch_size, seed=c.seed, stride=c.model.conv_stride)
 
     def batch_rows(self):
-        return tuple(rows for rows, _, _ in self.train_batches.shapes)
+        return tuple(rows for rows, _, _ in self._shapes)
 
     def files(self):
         return speech.run_files(self.labels, self.corpus)
 
     def init(self, rng):
         return self.model.init(rng, *example(self.config))
+
+    def abstract_batches(self):
+        def batch(rows, length, most):
+            shapes = {
+                "features": ((rows, length, self.config.data.num_filters), jnp.float32),
+                "frames": ((rows,), jnp.int32),
+                "labels": ((rows, most), jnp.int32),
+                "label_lengths": ((rows,), jnp.int32),
+                "index": ((rows,), jnp.int32),
+                "weights": ((rows,), jnp.float32),
+            }
+            return {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
+
+        return [batch(*shape) for shape in self._shapes]
 
     def train_stream(self, *, start, process_index, process_count):
         return self.train_batches.stream(start=start, process_index=process_index, process_count=process_count)

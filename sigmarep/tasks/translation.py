@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import baselines, parallel_text
+from sigmarep.data import baselines, parallel_text, vocabulary
 from sigmarep.data.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.models import decoding
 from sigmarep.models.seq2seq import Seq2Seq, deepnorm_constants
 from sigmarep.nn import fold
-from sigmarep.tasks.protocol import Evaluation, LossOutput, Outputs, Task
+from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Outputs, Task
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 MODEL_FIELDS = ("share_embeddings", "tie_embeddings", "reparam_embedding", "dropout")
@@ -52,13 +52,13 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict) -> "Translation":
-    """The task of a resolved configuration.
+def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "Translation":
+    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
 
     Raises:
       BadInput: a field of `config.model`, `config.data` or `config.decoding` is wrong, or the data set is not prepared.
     """
-    return Translation(config)
+    return Translation(config, abstract=abstract)
 
 
 def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> Seq2Seq:
@@ -101,21 +101,29 @@ class Translation(Task):
     headline = "bleu"
     unit = "tokens"
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
         self.config = config
         data = config.data
         _check_decoding(config.decoding)
+        if abstract:
+            self.model = create_model(config, vocabulary.planned_size(data.vocabulary))
+            multiple = data.rows_multiple
+            rows = {length: config.batch_size // length // multiple * multiple for length in data.buckets}
+            self._shapes = [(count, length, length) for length, count in rows.items()]
+            self.num_train_examples = UNKNOWN_EXAMPLES
+            return
         self.vocabulary = parallel_text.open_vocabulary(data)
         self.model = create_model(config, self.vocabulary.size)
         self.corpus = parallel_text.PairCorpus(data, self.vocabulary, data.train_split)
         self.train_batches = self._batches(self.corpus)
+        self._shapes = self.train_batches.shapes
         self.num_train_examples = self.train_batches.batches_per_epoch * config.batch_size
 
     def _batches(self, corpus):
         return parallel_text.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
 
     def batch_rows(self):
-        return tuple(rows for rows, _, _ in self.train_batches.shapes)
+        return tuple(rows for rows, _, _ in self._shapes)
 
     def files(self):
         return parallel_text.run_files(self.vocabulary, self.corpus)
@@ -123,6 +131,17 @@ class Translation(Task):
     def init(self, rng):
         tokens = jnp.zeros((1, 8), jnp.int32)
         return self.model.init(rng, tokens, tokens, tokens, method="losses")
+
+    def abstract_batches(self):
+        return [
+            {
+                "source": jax.ShapeDtypeStruct((rows, sources), jnp.int32),
+                "inputs": jax.ShapeDtypeStruct((rows, targets), jnp.int32),
+                "targets": jax.ShapeDtypeStruct((rows, targets), jnp.int32),
+                "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            }
+            for rows, sources, targets in self._shapes
+        ]
 
     def train_stream(self, *, start, process_index, process_count):
         return self.train_batches.stream(start=start, process_index=process_index, process_count=process_count)

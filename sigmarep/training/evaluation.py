@@ -10,6 +10,7 @@ from sigmarep.tasks.protocol import Evaluation, Outputs
 from sigmarep.training import mesh as meshes
 from sigmarep.training.experiment import Experiment
 from sigmarep.training.parallel import global_batch
+from sigmarep.training.processes import steps_in_flight
 from sigmarep.training.step import TrainState, evaluation_variables
 
 # As STEPS_IN_FLIGHT of the loop; and the devices never hold the results of a whole split.
@@ -44,9 +45,10 @@ class Evaluator:
     def _results(self, evaluation: Evaluation, variables: dict[str, Any]) -> list[Any]:
         results: list[Any] = []
         in_flight: collections.deque[Any] = collections.deque()
-        for batch in evaluation.batches(process_index=jax.process_index(), process_count=jax.process_count()):
-            in_flight.append(self._step(evaluation)(variables, global_batch(batch, meshes.batch_sharding(self._mesh))))
-            if len(in_flight) > BATCHES_IN_FLIGHT:
+        share, most = meshes.input_share(self._mesh), steps_in_flight(BATCHES_IN_FLIGHT)
+        for batch in evaluation.batches(process_index=share.part, process_count=share.parts):
+            in_flight.append(self._step(evaluation)(variables, global_batch(batch, self._mesh)))
+            if len(in_flight) > most:
                 results.append(jax.device_get(in_flight.popleft()))
         return results + jax.device_get(list(in_flight))
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -55,13 +56,19 @@ class Experiment:
         return build(validate(config))
 
 
-def build(config: ml_collections.FrozenConfigDict) -> Experiment:
+def build(
+    config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None, abstract: bool = False
+) -> Experiment:
     """Builds the experiment; compiles and writes nothing.
+
+    Args:
+      devices: those of all processes if None.
+      abstract: reads no data; the experiment can be compiled, and not run.
 
     Raises:
       BadInput: a field is impossible, alone or with the data or the devices.
     """
-    task = tasks.get(config.task).create(config)
+    task = tasks.get(config.task).create(config, abstract=abstract)
     to_steps = functools.partial(durations.steps, batch_size=config.batch_size, num_examples=task.num_train_examples)
     total = to_steps(config, "total")
     if not total:
@@ -94,7 +101,7 @@ def build(config: ml_collections.FrozenConfigDict) -> Experiment:
         qk_clip=config.optimizer.qk_clip,
     )
     abstract_state = jax.eval_shape(create)
-    runner = parallel.create_runner(config, make_step, abstract_state, task.batch_rows())
+    runner = parallel.create_runner(config, make_step, abstract_state, task.batch_rows(), devices=devices)
     return Experiment(
         config=config,
         task=task,

@@ -14,10 +14,11 @@ from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, build
-from sigmarep.training.mesh import fits
+from sigmarep.training.mesh import fits, input_share
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
+from sigmarep.training.processes import ending_together, steps_in_flight
 from sigmarep.training.progress import Clock, Progress
 from sigmarep.training.sharpness import Sharpness
 from sigmarep.training.step import StepOutput, TrainState
@@ -47,7 +48,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, folder: str) -> dict[s
     with Preemption(Stopped.exit_status) as preemption:
         run = _Run(experiment, folder, preemption)
         try:
-            run.train()
+            # Closing waits for all processes: not where one is gone.
+            with ending_together():
+                run.train()
         finally:
             run.close()
     return summary(folder)
@@ -136,7 +139,9 @@ class _Run:
         config = experiment.config
         self.experiment, self.folder, self.preemption = experiment, folder, preemption
         self.clock = Clock()
-        self.progress = Progress(experiment.total_steps, mode=config.writers.progress, unit=experiment.task.unit)
+        # Every process would say the same.
+        mode = config.writers.progress if jax.process_index() == 0 else "off"
+        self.progress = Progress(experiment.total_steps, mode=mode, unit=experiment.task.unit)
         self.checkpoints = Checkpointer(
             os.path.join(folder, "checkpoints"), keep=config.keep_checkpoints, say=self.progress.message
         )
@@ -174,8 +179,9 @@ class _Run:
         if self.start >= total:
             self.progress.message(f"all {total} steps are done already")
             return
+        share, most = input_share(self.experiment.runner.mesh), steps_in_flight(STEPS_IN_FLIGHT)
         stream = self.experiment.task.train_stream(
-            start=self.start, process_index=jax.process_index(), process_count=jax.process_count()
+            start=self.start, process_index=share.part, process_count=share.parts
         )
         in_flight: collections.deque[jax.Array] = collections.deque()
         for step, batch in zip(range(self.start + 1, total + 1), stream, strict=False):
@@ -189,7 +195,7 @@ class _Run:
                 self.preemption.nothing_to_save = first
                 self.state, output = experiment.runner.step(self.state, batch, panel=logging)
                 in_flight.append(output.scalars["loss"])
-                if first or len(in_flight) > STEPS_IN_FLIGHT:
+                if first or len(in_flight) > most:
                     jax.block_until_ready(in_flight.popleft())
                 self.preemption.nothing_to_save = False
             self.clock.step(self.experiment.task.units_per_step())
@@ -204,10 +210,11 @@ class _Run:
             if experiment.due("eval", step):
                 self.log()
                 self.evaluate(step, output)
-            if experiment.due("checkpoint", step) or self.preemption.requested:
+            stopping = self.preemption.stops_after(step)
+            if experiment.due("checkpoint", step) or stopping:
                 self.log()
                 self.save(step, output)
-            if self.preemption.requested and step < total:
+            if stopping and step < total:
                 self.checkpoints.wait()
                 raise Stopped(f"stopped by SIGTERM after step {step} of {total}; the state is saved in {self.folder}")
         self.log()

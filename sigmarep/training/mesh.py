@@ -7,11 +7,13 @@ have one. Optimizer moments are found under the path of their parameter.
 
 import math
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sigmarep.errors import BadInput
@@ -37,13 +39,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def create_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = None) -> Mesh:
+def create_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh`; one axis may be −1 and takes the devices the others leave.
 
     Raises:
       BadInput: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
     sizes = [config[name] for name in AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise BadInput(f"config.mesh = {dict(config)}: expected sizes of at least 1, or −1 for one of them")
@@ -55,7 +57,11 @@ def create_mesh(config: ml_collections.ConfigDict, devices: list[Any] | None = N
             f"config.mesh = {dict(config)}: does not multiply to the {len(devices)} devices; "
             "set one axis to -1 to take what the others leave"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.asarray(devices).reshape(sizes)
+    if devices[0].platform == "tpu":
+        # Neighbours on an axis are neighbours on the chips' own network.
+        grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fits(config: ml_collections.ConfigDict) -> bool:
@@ -101,6 +107,36 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are spread over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+class InputShare(NamedTuple):
+    """Number `part` of `parts` equal parts of every global batch."""
+
+    part: int
+    parts: int
+
+
+def input_share(mesh: Mesh, process_index: int | None = None) -> InputShare:
+    """The rows that a process must bring: processes whose devices differ in their place on the tensor axis alone need
+    the same ones.
+
+    Args:
+      process_index: this process if None.
+
+    Raises:
+      BadInput: two processes share some rows and not all.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    rows: dict[int, set[int]] = {}
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        rows.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
+    parts = sorted({tuple(sorted(each)) for each in rows.values()})
+    if sum(len(each) for each in parts) != mesh.shape["data"] * mesh.shape["fsdp"] or len(set(map(len, parts))) > 1:
+        raise BadInput(
+            f"config.mesh = {dict(mesh.shape)}: the devices of {len(rows)} processes do not share a batch evenly; let "
+            "tensor divide the devices of a process, or be a multiple of them"
+        )
+    return InputShare(parts.index(tuple(sorted(rows[process_index]))), len(parts))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -4,7 +4,7 @@
 number of devices. `pmap` keeps a whole copy of the state on every device of this process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -35,7 +35,7 @@ class Runner(Protocol):
         """One training step on this process's rows of the global batch; `state` is consumed."""
 
     def lower(self, state: Any, batch: Any, *, panel: bool) -> jax.stages.Lowered:
-        """The program of `step`, not compiled yet; `state` may be shapes."""
+        """The program of `step`, not compiled yet. `state` may be shapes, and then `batch` may be those of a global one."""
 
 
 class JitRunner:
@@ -59,10 +59,15 @@ class JitRunner:
         return state
 
     def step(self, state, batch, *, panel):
-        return self._step(state, global_batch(batch, self._batch), panel)
+        return self._step(state, global_batch(batch, self.mesh), panel)
 
     def lower(self, state, batch, *, panel):
-        return self._step.lower(state, global_batch(batch, self._batch), panel)
+        if _abstract(batch):
+            batch = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch) for name, x in dict(batch).items()
+            }
+            return self._step.lower(state, batch, panel)
+        return self._step.lower(state, global_batch(batch, self.mesh), panel)
 
 
 class PmapRunner:
@@ -88,7 +93,15 @@ class PmapRunner:
         return state, jax.tree.map(lambda x: x[0], output)
 
     def lower(self, state, batch, *, panel):
-        return self._step.lower(state, self._split(batch), panel)
+        count = len(self._devices)
+        if not _abstract(batch):
+            return self._step.lower(state, self._split(batch), panel)
+
+        def stacked(x, *shape):
+            return jax.ShapeDtypeStruct((count, *shape), x.dtype)
+
+        batch = {name: stacked(x, x.shape[0] // self.mesh.size, *x.shape[1:]) for name, x in batch.items()}
+        return self._step.lower(jax.tree.map(lambda x: stacked(x, *x.shape), state), batch, panel)
 
     def _split(self, batch):
         count = len(self._devices)
@@ -99,7 +112,12 @@ RUNNERS: dict[str, Callable[..., Runner]] = {"jit": JitRunner, "pmap": PmapRunne
 
 
 def create_runner(
-    config: ml_collections.ConfigDict, make_step: Callable[..., Any], abstract_state: Any, batch_rows: tuple[int, ...]
+    config: ml_collections.ConfigDict,
+    make_step: Callable[..., Any],
+    abstract_state: Any,
+    batch_rows: tuple[int, ...],
+    *,
+    devices: Sequence[Any] | None = None,
 ) -> Runner:
     """The runner of `config.parallel` over the mesh of `config.mesh`.
 
@@ -107,11 +125,12 @@ def create_runner(
       make_step: `make_step(axis_name=…)` returns the training step.
       abstract_state: shapes of the state.
       batch_rows: rows that a global batch may have.
+      devices: those of all processes if None.
 
     Raises:
       BadInput: the devices do not fit the mesh, or the batch does not divide over them.
     """
-    mesh = meshes.create_mesh(config.mesh)
+    mesh = meshes.create_mesh(config.mesh, devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.accumulation < 1:
         raise BadInput(f"config.accumulation = {config.accumulation}: expected at least 1")
@@ -125,6 +144,16 @@ def create_runner(
     return RUNNERS[config.parallel](mesh, make_step, abstract_state)
 
 
-def global_batch(batch: Any, sharding: jax.sharding.NamedSharding) -> Any:
-    """This process's rows as part of arrays over all processes."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), dict(batch))
+def _abstract(batch: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in dict(batch).values())
+
+
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows (`meshes.input_share`) as part of arrays over all processes."""
+    sharding, count = meshes.batch_sharding(mesh), meshes.input_share(mesh).parts
+
+    def one(x):
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))
+
+    return jax.tree.map(one, dict(batch))

@@ -6,12 +6,18 @@ import socket
 import threading
 from collections.abc import Callable
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Preemption:
-    """While active, SIGTERM sets `requested`; the loop looks at it after every step.
+    """While active, SIGTERM is noted; the loop asks `stops_after` after every step.
 
     Python runs a signal's handler only between its own instructions, so a SIGTERM during a long compilation would go
     unanswered. A thread woken by the signal itself ends the process there, if no step was made since the last save.
+
+    Among several processes one may be told before the others. JAX's own listener, which runs since they joined, then
+    finds a step that all of them stop after; a compilation is waited for.
 
     Outside the main thread signals cannot be caught; the object then never fires.
     """
@@ -24,7 +30,7 @@ class Preemption:
         self._restore: list[Callable[[], object]] = []
 
     def __enter__(self) -> "Preemption":
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
             return self
         woken, wake = socket.socketpair()
         wake.setblocking(False)
@@ -41,6 +47,12 @@ class Preemption:
     def __exit__(self, *_):
         for restore in self._restore:
             restore()
+
+    def stops_after(self, step: int) -> bool:
+        """Whether the run stops after `step`, the same in every process; to be asked after each."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
 
     def _handle(self, *_):
         self.requested = True

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from sigmarep.core import curvature
 from sigmarep.training.experiment import Experiment
-from sigmarep.training.mesh import batch_sharding
+from sigmarep.training.mesh import input_share
 from sigmarep.training.parallel import global_batch
 from sigmarep.training.step import TrainState
 
@@ -35,10 +35,10 @@ class Sharpness:
         """Metrics of a state in the mesh's layout."""
         experiment = self._experiment
         if self._batch is None:
-            stream = experiment.task.train_stream(
-                start=0, process_index=jax.process_index(), process_count=jax.process_count()
-            )
-            self._batch = global_batch(next(stream), batch_sharding(experiment.runner.mesh))
+            mesh = experiment.runner.mesh
+            share = input_share(mesh)
+            stream = experiment.task.train_stream(start=0, process_index=share.part, process_count=share.parts)
+            self._batch = global_batch(next(stream), mesh)
         found = {
             name: float(curvature.ritz_values(each)[0])
             for name, each in jax.device_get(self._compiled(state, self._batch)).items()

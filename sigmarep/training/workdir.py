@@ -50,6 +50,8 @@ def claim(workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[
             _check_same(path, config)
         for name, content in files.items():
             _check_file(workdir, name, content)
+        if jax.process_index() != 0:
+            return
         for name, content in files.items():
             _write(os.path.join(workdir, name), content)
         _write(path, _json(json.loads(config.to_json())))

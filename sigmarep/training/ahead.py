@@ -1,0 +1,201 @@
+"""The real training step of a configuration, compiled for devices that need not be here.
+
+Nothing runs and no data is read: the step, its mesh and its sharding rules are those of training, the state and the
+batch are shapes. For TPUs the compiler is the one of the package libtpu.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from sigmarep.errors import BadInput, SigmarepError
+from sigmarep.training import program
+from sigmarep.training.config import validate
+from sigmarep.training.experiment import build
+
+LOCAL = "local"
+GIB = 2**30
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+
+
+class Family(NamedTuple):
+    """A generation of TPUs: `shapes` of its slices, `memory` of a chip in bytes, the compiler's `options`."""
+
+    shapes: tuple[str, ...]
+    memory: int
+    options: dict[str, Any]
+
+
+# A v4 or v5p chip is one device to JAX: its two cores act as one.
+MEGACORE = {"chip_config_name": "megacore"}
+FAMILIES = {
+    "v4": Family(_CUBIC, 32 * GIB, MEGACORE),
+    "v5e": Family(_FLAT, 16 * GIB, {}),
+    "v5p": Family(_CUBIC, 95 * GIB, MEGACORE),
+    "v6e": Family(_FLAT, 32 * GIB, {}),
+}
+
+
+class DoesNotFit(SigmarepError):
+    """The step needs more memory than a device has."""
+
+
+class Target(NamedTuple):
+    """Devices to compile for, what one is called, and its memory in bytes."""
+
+    name: str
+    devices: Sequence[Any]
+    kind: str
+    memory: int
+
+
+class Memory(NamedTuple):
+    """Bytes a device: `arguments` (the state and the batch), `outputs` that are not the arguments' own memory, what
+    lives in between, the program, and all of these together."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    total: int
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a step.
+
+    Attributes:
+      batch: shapes of the batch it was compiled for, the largest of the task.
+      costs: see `sigmarep.training.program.Costs`; of one device.
+      seconds: that compiling took.
+      text: the optimised program.
+    """
+
+    mesh: dict[str, int]
+    batch: dict[str, tuple[int, ...]]
+    memory: Memory
+    costs: program.Costs
+    collectives: list[program.Collective]
+    seconds: float
+    text: str
+
+
+def target(topology: str) -> Target:
+    """The devices of a topology such as "v5e:16x16", or those present for "local".
+
+    Raises:
+      BadInput: there is no such topology, or libtpu is not installed.
+    """
+    if topology == LOCAL:
+        devices: list[Any] = jax.devices()
+        return Target(LOCAL, devices, str(devices[0].device_kind), _local_memory(devices))
+    family, _, shape = topology.partition(":")
+    if family not in FAMILIES or shape not in FAMILIES[family].shapes:
+        known = "; ".join(f"{name}:{{{','.join(each.shapes)}}}" for name, each in FAMILIES.items())
+        raise BadInput(f"--topology {topology}: expected local or one of {known}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise BadInput(
+            f'--topology {topology}: needs the compiler of TPUs; pip install "sigmarep[tpu-compile]" into an environment '
+            "of its own (it disturbs runs on CPU)"
+        )
+    # Without these libtpu asks a metadata server that is not there.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # No chip is opened, so several of these may run at a time.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-256")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        found: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology, **FAMILIES[family].options)
+    except Exception as error:
+        raise BadInput(f"--topology {topology}: the compiler does not know it ({_line(error)})") from error
+    return Target(topology, found.devices, found.devices[0].device_kind, FAMILIES[family].memory)
+
+
+def _local_memory(devices: Sequence[Any]) -> int:
+    with contextlib.suppress(Exception):
+        return int(devices[0].memory_stats()["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+
+
+def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool = False) -> Compiled:
+    """Compiles the training step of `config` for the largest batch of its task.
+
+    Args:
+      panel: the step that records attention too.
+
+    Raises:
+      BadInput: the configuration is wrong, alone or with the devices.
+      DoesNotFit: the message says what to change.
+    """
+    config = validate(config)
+    if config.parallel != "jit" and on.name != LOCAL:
+        raise BadInput(f"config.parallel = {config.parallel!r}: only 'jit' is compiled for devices that are not here")
+    experiment = build(config, devices=on.devices, abstract=True)
+    batch = experiment.task.abstract_batches()[-1]
+    start = time.perf_counter()
+    lowered = experiment.runner.lower(experiment.abstract_state, batch, panel=panel)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
+            raise
+        # The compiler names what it needs and then what there is.
+        used, there = (float(number) * 1024.0 ** (1 + "KMG".index(unit)) for number, unit in sizes[:2])
+        raise DoesNotFit(_advice(config, experiment, int(used), int(there), on)) from None
+    seconds = time.perf_counter() - start
+    stats: Any = compiled.memory_analysis()
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
+    parts = (arguments, outputs, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
+    memory = Memory(*parts, total=sum(parts))
+    if memory.total > on.memory:
+        raise DoesNotFit(_advice(config, experiment, memory.total, on.memory, on))
+    text = compiled.as_text() or ""
+    return Compiled(
+        mesh=dict(experiment.runner.mesh.shape),
+        batch={name: tuple(x.shape) for name, x in batch.items()},
+        memory=memory,
+        costs=program.costs(text, compiled.cost_analysis()),
+        collectives=program.collectives(text),
+        seconds=seconds,
+        text=text,
+    )
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of a sharded abstract state on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state) if x.shape)
+
+
+def _advice(config, experiment, used: int, there: int, on: Target) -> str:
+    state = state_bytes(experiment.abstract_state)
+    mesh = experiment.runner.mesh.shape
+    said = (
+        f"needs {used / GIB:.2f} GiB a device of {there / GIB:.2f} GiB ({on.name}), "
+        f"{state / GIB:.2f} GiB of them for the state"
+    )
+    if state > there / 2 and mesh["fsdp"] < math.prod(mesh.values()):
+        return f"{said}; grow config.mesh.fsdp from {mesh['fsdp']} to {2 * mesh['fsdp']}, which shards the state"
+    if config.model.remat == "none":
+        return f"{said}; set config.model.remat = 'full', which keeps the inputs of each block alone"
+    if config.task != "contrastive":
+        return (
+            f"{said}; double config.accumulation ({config.accumulation}), or grow config.mesh.tensor from "
+            f"{mesh['tensor']} to {2 * mesh['tensor']}, which shards the activations"
+        )
+    return f"{said}; grow config.mesh.tensor from {mesh['tensor']} to {2 * mesh['tensor']}, or take more devices"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,200 @@
+"""Several processes of one run: joining them before anything touches a device, and ending together.
+
+On CPU the processes talk by gloo. There a process with several devices must not give its devices a step before the last
+one is finished: collectives of two steps can wait for each other for ever (`steps_in_flight`).
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+
+from sigmarep.errors import BadInput
+
+# A process that dies ends the others after this many seconds at the latest; on CPU and GPU their next collective fails
+# before that.
+HEARTBEAT_SECONDS = 60
+MODES = ("auto", "on", "off")
+
+
+def define_flags() -> None:
+    """Defines --distributed and what belongs to it."""
+    flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        MODES,
+        "Whether this process is one of several. auto: where a coordinator is named, or on a TPU slice of several hosts, "
+        "or under Slurm or MPI with several tasks.",
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS, or the cluster's.")
+    flags.DEFINE_integer("num_processes", None, "Processes; else JAX_NUM_PROCESSES, or the cluster's.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "From 0; else JAX_PROCESS_ID, or the cluster's.", lower_bound=0)
+    flags.DEFINE_integer("distributed_timeout", 25, "Seconds that the processes wait for each other.", lower_bound=1)
+
+
+def join_by_flags() -> None:
+    """`join` with what the flags and the standard variables of the environment say, and prints who this process is.
+
+    Raises:
+      BadInput: see `join`.
+    """
+    values = flags.FLAGS
+    line = join(
+        values.distributed,
+        coordinator=values.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        num_processes=_number(values.num_processes, "JAX_NUM_PROCESSES"),
+        process_id=_number(values.process_id, "JAX_PROCESS_ID"),
+        timeout=values.distributed_timeout,
+    )
+    if line:
+        print(line, flush=True)
+
+
+def _number(value: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    if value is not None or not text:
+        return value
+    if not text.isdecimal():
+        raise BadInput(f"{variable} = {text!r}: expected a number")
+    return int(text)
+
+
+def join(
+    mode: str, *, coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> str | None:
+    """Makes this process one of several; the first thing that a command does with JAX.
+
+    Args:
+      mode: one of `MODES`.
+      coordinator, num_processes, process_id: None for what JAX finds out from the cluster.
+      timeout: seconds that the processes wait for each other.
+
+    Returns:
+      "process i of n: its devices", None where there is one alone.
+
+    Raises:
+      BadInput: something is missing, the coordinator cannot be reached, or a process has not come.
+    """
+    if mode == "off" or (mode == "auto" and coordinator is None and not _in_cluster()):
+        return None
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given) and not _in_cluster():
+        raise BadInput(f"{', '.join(missing)}: missing, and no cluster says it")
+    if process_id is not None and num_processes is not None and process_id >= num_processes:
+        raise BadInput(f"--process_id = {process_id}: expected a number below --num_processes = {num_processes}")
+    start = time.monotonic()
+    if coordinator is not None:
+        if not coordinator.rpartition(":")[2].isdecimal() or not coordinator.rpartition(":")[0]:
+            raise BadInput(f"--coordinator = {coordinator!r}: expected HOST:PORT")
+        if process_id:
+            # JAX's own attempt would end the process without a word that helps.
+            _reach(coordinator, process_id, start + timeout)
+    left = max(int(start + timeout - time.monotonic()), 1)
+    # Where JAX ends the process itself, the reason has been said.
+    with _ended_by(time.monotonic() + left + 3, _not_all(num_processes, coordinator, timeout)):
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method=None if missing else "deactivate",
+                initialization_timeout=left,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            if isinstance(error, ValueError) and missing:
+                raise BadInput(f"{', '.join(missing)}: missing, and no cluster says it") from None
+            if "DEADLINE_EXCEEDED" in text:
+                raise BadInput(_not_all(num_processes, coordinator, timeout)) from None
+            raise BadInput(f"--distributed={mode}: the processes did not come together ({text[:200]})") from error
+    devices = jax.local_devices()
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}: {len(devices)} of {jax.device_count()} devices "
+        f"({devices[0].device_kind}, numbers {', '.join(str(each.id) for each in devices)})"
+    )
+
+
+def index() -> int:
+    """The number of this process."""
+    return jax.process_index()
+
+
+def steps_in_flight(most: int) -> int:
+    """How many steps the devices may be given before the host waits: `most`, but none among processes on CPU."""
+    return 0 if jax.process_count() > 1 and jax.default_backend() == "cpu" else most
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Where another process of the run has ended, says so on one line and ends this one with status 1.
+
+    Without waiting for the others: one that is gone would be waited for.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        text = " ".join(str(error).split())[:200]
+        print(
+            f"process {jax.process_index()}: another process of the run has ended ({text})", file=sys.stderr, flush=True
+        )
+        os._exit(1)
+
+
+def _in_cluster() -> bool:
+    """Whether the environment is that of one process of several, in the ways that JAX knows of."""
+    hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    tasks = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    return len(hosts) > 1 or any(number.isdecimal() and int(number) > 1 for number in tasks)
+
+
+def _reach(coordinator: str, process_id: int, deadline: float) -> None:
+    host, _, port = coordinator.rpartition(":")
+    reason = ""
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+            return
+        except (OSError, OverflowError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+        if time.monotonic() > deadline:
+            raise BadInput(
+                f"process {process_id}: the coordinator {coordinator} cannot be reached ({reason}); start process 0 there, "
+                "or correct --coordinator"
+            )
+        time.sleep(0.2)
+
+
+def _not_all(num_processes: int | None, coordinator: str | None, timeout: int) -> str:
+    count = num_processes or "all"
+    return (
+        f"not {count} processes came to the coordinator {coordinator or 'of the cluster'} within {timeout} s; start all of "
+        "them, or raise --distributed_timeout"
+    )
+
+
+@contextlib.contextmanager
+def _ended_by(deadline: float, message: str) -> Iterator[None]:
+    """Ends this process with `message` and the status of bad input if the block is not left by then."""
+    done = threading.Event()
+
+    def watch() -> None:
+        if not done.wait(deadline - time.monotonic()):
+            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+            os._exit(BadInput.exit_status)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

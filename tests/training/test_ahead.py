@@ -1,0 +1,175 @@
+"""Steps compiled from shapes alone, and what their programs do."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigmarep import tasks
+from sigmarep.errors import BadInput
+from sigmarep.training import ahead, program
+from sigmarep.training.config import default_config, validate
+from sigmarep.training.experiment import build
+
+
+def small(task="image_classification", **mesh):
+    config = default_config(task)
+    config.total_steps, config.batch_size = 10, 16
+    model = config.model
+    model.depth, model.width, model.num_heads, model.mlp_dim = 2, 64, 4, 256
+    config.mesh.update(mesh)
+    return config
+
+
+@functools.cache
+def gathered(data, fsdp, tensor, reparam, power_vectors=1, qkv="fused"):
+    """Shapes that all-gathers make in a step on eight devices, but for vectors: the smallest part of a kernel that could
+    be one has 32 x 64 elements, and four vectors of the power iteration have at most 4 x 256."""
+    config = small(data=data, fsdp=fsdp, tensor=tensor)
+    model = config.model
+    model.reparam, model.norm, model.power_vectors, model.qkv, model.scan = reparam, "none", power_vectors, qkv, False
+    config.optimizer.name = "sgd"
+    experiment = build(validate(config), abstract=True)
+    lowered = experiment.runner.lower(experiment.abstract_state, experiment.task.abstract_batches()[-1], panel=False)
+    shapes = program.shapes_of(lowered.compile().as_text(), "all-gather")
+    return sorted(shape for shape in shapes if math.prod(shape) >= 32 * 64)
+
+
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize("options", [{}, {"power_vectors": 4}, {"qkv": "separate"}])
+def test_no_kernel_is_gathered_for_sigma(mesh, options):
+    assert gathered(*mesh, "sigma", **options) == gathered(*mesh, "none", qkv=options.get("qkv", "fused"))
+
+
+def test_a_loop_is_counted_as_often_as_it_turns():
+    matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    def looped(x, w):
+        def inner(x, _):
+            return x @ w, None
+
+        def outer(x, _):
+            return jax.lax.scan(inner, x, None, length=3)[0] + 1.0, None
+
+        return jax.lax.scan(outer, x @ w, None, length=5)[0]
+
+    compiled = jax.jit(looped).lower(matrix, matrix).compile()
+    found = program.costs(compiled.as_text(), compiled.cost_analysis())
+    assert sorted(found.turns.values()) == [5, 15]
+    np.testing.assert_allclose(found.flops, (1 + 15) * 2 * 64**3, rtol=0.02)
+    assert found.flops > 5 * found.once[0]
+
+
+def test_collectives_in_a_loop_are_counted_as_often_as_it_turns():
+    text = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%condition (state.1: (s32[], f32[8,4])) -> pred[] {
+  %state.1 = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state.1), index=0
+  %n = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %state = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%state), index=1
+  %y = f32[8,4]{1,0} all-reduce(%x), to_apply=%add
+  ROOT %next = (s32[], f32[8,4]{1,0}) tuple(%i.1, %y)
+}
+
+ENTRY %main (p: (s32[], f32[8,4])) -> bf16[16,4] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %loop = (s32[], /*index=1*/f32[8,4]{1,0}) while(%p), condition=%condition, body=%body
+  %z = bf16[8,4]{1,0} constant({...})
+  %start = (bf16[8,4]{1,0}, bf16[16,4]{1,0:T(8,128)}) all-gather-start(%z), dimensions={0}
+  ROOT %done = bf16[16,4]{1,0} all-gather-done(%start)
+}
+"""
+    assert program.collectives(text) == [
+        program.Collective("all-reduce", 12, 12 * 8 * 4 * 4),
+        program.Collective("all-gather", 1, 16 * 4 * 2),
+    ]
+
+
+PAGE = "One line of text, and another.\nA second paragraph of it.\n" * 20
+PAIRS = "a sentence\tein Satz\nanother one\tnoch einer\n" * 20
+
+
+def with_data(task, folder):
+    """A small configuration of a task whose data need no package."""
+    config = small(task)
+    config.data.data_dir = str(folder)
+    if task in ("language_modeling", "translation"):
+        name, text = ("train.txt", PAGE) if task == "language_modeling" else ("train.tsv", PAIRS)
+        (folder / name).write_text(text)
+        config.data.name, config.data.folder = "text_folder", str(folder)
+        config.data.vocabulary.kind = "byte"
+    if task == "language_modeling":
+        config.data.sequence_length = 32
+    if task == "translation":
+        config.batch_size, config.data.buckets = 512, (32,)
+        config.data.max_source_length = config.data.max_target_length = 32
+        config.data.source_feature, config.data.target_feature = "source", "target"
+    return config
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_an_abstract_task_has_the_shapes_of_the_real_one(task, tmp_path):
+    config = with_data(task, tmp_path)
+    abstract = build(validate(config), abstract=True)
+    real = build(validate(config))
+    batch = next(real.task.train_stream(start=0, process_index=0, process_count=1))
+    found = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in abstract.task.abstract_batches()]
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} in found
+    assert [{name: (x.shape, x.dtype) for name, x in each.items()} for each in real.task.abstract_batches()] == found
+    assert abstract.task.batch_rows() == real.task.batch_rows()
+    same = jax.tree.map(
+        lambda a, b: a.shape == b.shape and a.dtype == b.dtype, abstract.abstract_state, real.abstract_state
+    )
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_step_is_compiled_for_the_devices_present(parallel):
+    config = small()
+    config.parallel = parallel
+    target = ahead.target("local")
+    found = ahead.compile_step(config, target)
+    assert found.mesh == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert found.batch["image"] == (16, 8, 8, 1)
+    assert 0 < found.memory.total < target.memory
+    assert found.costs.flops > 1e6
+    assert [each.kind for each in found.collectives] == ["all-reduce"]
+    parameters = sum(
+        math.prod(x.shape) for x in jax.tree.leaves(build(validate(config), abstract=True).abstract_state.params)
+    )
+    assert found.collectives[0].bytes >= 4 * parameters
+
+
+def test_what_does_not_fit_says_what_to_change():
+    target = ahead.target("local")._replace(memory=300_000)
+    config = small()
+    with pytest.raises(ahead.DoesNotFit, match=r"GiB a device of .*; grow config\.mesh\.fsdp from 1 to 2"):
+        ahead.compile_step(config, target)
+    config.mesh.fsdp = 8
+    with pytest.raises(ahead.DoesNotFit, match=r"set config\.model\.remat = 'full'"):
+        ahead.compile_step(config, target)
+    config.model.remat = "full"
+    with pytest.raises(ahead.DoesNotFit, match=r"double config\.accumulation \(1\), or grow config\.mesh\.tensor"):
+        ahead.compile_step(config, target)
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v9:2x2", "pod", ""])
+def test_an_unknown_topology_lists_those_that_there_are(name):
+    with pytest.raises(BadInput, match=r"expected local or one of v4:\{2x2x1,.*v5e:\{2x2,"):
+        ahead.target(name)
