@@ -2,8 +2,8 @@
 
     python scripts/deep_speech.py --workdir runs/deep_asr [--seeds 3] [--depth 36] [--steps 300]
 
-Loss in nats a label, error rates of the test split (held-out clauses in held-out voices, synthesised), and attention entropy
-by block after the last step. Runs that are finished are not repeated.
+Loss in nats a label, error rates of the test split (held-out clauses in held-out voices, synthesised), and attention
+entropy by block after the last step. Runs that are finished are not repeated.
 """
 
 import os
