@@ -38,6 +38,8 @@ RECIPES = (
     ("vit/imagenet_mae.py:variant=H/14", ("v5e:16x16",)),
     ("ssl/simclr_imagenet.py", ("v5e:16x16",)),
     ("ssl/mocov3_imagenet.py:arm=sigma_pre_ln", ("v5e:16x16",)),
+    ("asr/librispeech_100h.py", ("v5e:8x8",)),
+    ("asr/librispeech_100h.py:norm=none,disjoint=2,depth=72,conv=true", ("v5e:8x8",)),
     ("lm/wikitext103.py", ("v5e:2x4",)),
     ("mt/wmt17_en_de.py", ("v5e:8x8",)),
     ("mt/wmt17_en_de.py:depth=100", ("v5e:8x8", "v5e:16x16")),

@@ -86,7 +86,6 @@ def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
     Raises:
       BadInput: there is no such set, it is not prepared, or what is prepared cannot be read.
     """
-
     root = data_folder(data_dir)
     try:
         if _is_own(name) or name in FOLDERS:
