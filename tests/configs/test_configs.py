@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sigmarep.data import labels
 from sigmarep.errors import BadInput
 from sigmarep.tasks import contrastive, image_classification, language_modeling, speech_recognition, translation
 from sigmarep.training.config import arguments, default_config, validate
@@ -27,6 +28,8 @@ GOLDEN = Path(__file__).parent / "golden"
 ARMS = {
     "quickstart.py": [""],
     "asr/quickstart.py": ["", "reparam=none,norm=pre,disjoint=0"],
+    "asr/recordings.py": ["", "language=es"],
+    "asr/deep.py": ["", "arm=sigma_one", "arm=plain"],
     "asr/librispeech_100h.py": ["", "reparam=none,optimizer=adagrad", "norm=none,disjoint=2,depth=72,conv=true"],
     "asr/librispeech_960h.py": ["", "norm=pre,optimizer=adagrad"],
     "collapse.py": ["arm=sigma", "arm=pre_ln"],
@@ -77,8 +80,8 @@ def of_pairs(config):
 
 
 def of_speech(config):
-    labels = len(config.data.labels.characters) or 28
-    return speech_recognition.create_model(config, labels + 1), list(speech_recognition.example(config))
+    size = labels.planned_size(config.data.labels)
+    return speech_recognition.create_model(config, size), list(speech_recognition.example(config))
 
 
 # The model of each task and what it is applied to at the start, without touching any data.
