@@ -48,7 +48,7 @@ def get_config(text=""):
 
     config.model.update(variant(args["variant"]))
     config.total_epochs, config.model.drop_path, config.model.patch_gain = SIZES[size]
-    # Without it H needs more than the 16 GiB of a v5e chip at 16 pictures each (docs/compiled.md).
+    # Without it H needs more than the 16 GiB of a v5e chip at 16 pictures each (scripts/compile_check.py).
     config.model.remat = "full" if size == "H" else "none"
     config.model.reparam = args["reparam"]
     config.model.norm = args["norm"]
