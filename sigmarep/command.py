@@ -1,5 +1,6 @@
 """What the commands share: the --config flag with its overrides, one-line errors, exit statuses."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -65,10 +66,18 @@ def required(name: str, value: str | None) -> str:
     return value
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Parses the flags, runs `main` and ends the process with the status that its outcome has."""
+def run(main: Callable[..., Any], *, positional: bool = False) -> None:
+    """Parses the flags, runs `main` and ends the process with the status that its outcome has.
+
+    Args:
+      positional: `main` takes the list of the arguments that are no flags; without it they are refused.
+    """
     logging.set_verbosity(logging.ERROR)
-    app.run(lambda _: _finish(main), flags_parser=_parse)
+    flags.FLAGS.set_gnu_getopt(positional)
+    app.run(
+        lambda rest: _finish(functools.partial(main, rest[1:]) if positional else main),
+        flags_parser=functools.partial(_parse, positional=positional),
+    )
 
 
 def fail(error: SigmarepError) -> None:
@@ -84,10 +93,10 @@ def _finish(main: Callable[[], Any]) -> None:
         fail(error)
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
+def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     try:
         rest = flags.FLAGS(list(arguments))
-        _check(rest)
+        _check(rest[:1] if positional else rest)
         return rest
     except SigmarepError as error:
         fail(error)

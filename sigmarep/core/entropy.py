@@ -18,13 +18,15 @@ from jax import lax
 
 
 class AttentionStatistics(NamedTuple):
-    """Of every query: `entropy` in nats and `max_logit`, shape (B, N, T), and `visible` keys, broadcastable to it.
+    """Of every query: `entropy` in nats, `max_logit` and `logit_variance` over the keys that it sees, shape (B, N, T), and
+    `visible` keys, broadcastable to it.
 
-    A query with no visible key has entropy 0 and max_logit −inf.
+    A query with no visible key has entropy and variance 0, and max_logit −inf.
     """
 
     entropy: jax.Array
     max_logit: jax.Array
+    logit_variance: jax.Array
     visible: jax.Array
 
 
@@ -57,6 +59,22 @@ def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
+def sigmoid_weights(logits: jax.Array, visible: jax.Array) -> jax.Array:
+    """σ(a + b) with b = −ln n instead of a softmax (Ramapuram et al., 2024): weights that do not compete.
+
+    Args:
+      logits: a, (B, N, T, S).
+      visible: bool, broadcastable to it. n is the number of keys that a query sees: the paper's, that of all keys, where it
+        sees all, and the same whatever a sequence is padded to.
+
+    Returns:
+      The weights, 0 for keys that are not visible; they do not sum to 1.
+    """
+    count = jnp.sum(visible, axis=-1, keepdims=True)
+    bias = -jnp.log(jnp.maximum(count, 1).astype(jnp.float32))
+    return jnp.where(visible, jax.nn.sigmoid(logits + bias), 0.0)
+
+
 def attention_statistics(
     query: jax.Array,
     key: jax.Array,
@@ -67,9 +85,10 @@ def attention_statistics(
     is_causal: bool = False,
     scale: float | None = None,
     logit_cap: float | None = None,
+    sigmoid: bool = False,
     block_size: int = 128,
 ) -> AttentionStatistics:
-    """Entropy and largest logit of every query, by an online softmax over blocks of keys.
+    """Entropy, largest logit and variance of the logits of every query, by an online softmax over blocks of keys.
 
     Sums are taken relative to the running maximum, so that large logits cost no precision.
 
@@ -82,6 +101,7 @@ def attention_statistics(
       is_causal: query i sees keys up to i + S − T.
       scale: s, 1/√H if None.
       logit_cap: see `soft_capped`.
+      sigmoid: the weights are those of `sigmoid_weights`; entropy is that of the weights divided by their sum.
       block_size: keys a block.
     """
     b, t, n, h = query.shape
@@ -125,30 +145,46 @@ def attention_statistics(
         return visible
 
     def body(carry, part):
-        top, total, weighted, count = carry
+        top, total, weighted, largest, first, second, count = carry
         logits = soft_capped(scale * jnp.einsum("btnh,bsnh->bnts", query, part["key"]), logit_cap)
         visible = visible_keys(part)
-        logits = jnp.where(visible, logits, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+        scores = jax.nn.log_sigmoid(logits + sigmoid_bias) if sigmoid else logits
+        logits, scores = (jnp.where(visible, x, -jnp.inf) for x in (logits, scores))
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # Until a query has seen a key its maximum is −inf, and any finite reference will do.
         reference = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
-        relative = jnp.where(visible, logits - reference[..., None], 0.0)
+        relative = jnp.where(visible, scores - reference[..., None], 0.0)
         weight = jnp.where(visible, jnp.exp(relative), 0.0)
         shift = jnp.where(jnp.isfinite(top), top - reference, 0.0)
         decay = jnp.where(jnp.isfinite(top), jnp.exp(shift), 0.0)
         # Σ w·(a − m) re-centred on the new maximum m'.
         weighted = decay * (weighted + shift * total) + jnp.sum(weight * relative, axis=-1)
         total = decay * total + jnp.sum(weight, axis=-1)
+        # Σ (a − m) and Σ (a − m)² over visible keys, of the logits and their own maximum, re-centred in the same way.
+        new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        below = jnp.where(visible, logits - jnp.where(jnp.isfinite(new_largest), new_largest, 0.0)[..., None], 0.0)
+        shift = jnp.where(jnp.isfinite(largest), largest - new_largest, 0.0)
+        second = second + 2 * shift * first + shift**2 * count + jnp.sum(below * below, axis=-1)
+        first = first + shift * count + jnp.sum(below, axis=-1)
         count = count + jnp.sum(visible, axis=-1)
-        return (new_top, total, weighted, count), None
+        return (new_top, total, weighted, new_largest, first, second, count), None
 
     zeros = jnp.zeros((b, n, t), jnp.float32)
     count_shape = jax.eval_shape(lambda p: jnp.sum(visible_keys(p), axis=-1), _first(inputs)).shape
-    carry = (zeros - jnp.inf, zeros, zeros, jnp.zeros(count_shape, jnp.int32))
-    (top, total, weighted, count), _ = lax.scan(body, carry, inputs)
-    safe = jnp.where(total > 0, total, 1.0)
+    no_keys = jnp.zeros(count_shape, jnp.int32)
+    if sigmoid:
+        counts, _ = lax.scan(lambda seen, part: (seen + jnp.sum(visible_keys(part), axis=-1), None), no_keys, inputs)
+        sigmoid_bias = -jnp.log(jnp.maximum(counts, 1).astype(jnp.float32))[..., None]
+    carry = (zeros - jnp.inf, zeros, zeros, zeros - jnp.inf, zeros, zeros, no_keys)
+    (_, total, weighted, largest, first, second, count), _ = lax.scan(body, carry, inputs)
+    safe, keys = jnp.where(total > 0, total, 1.0), jnp.maximum(count, 1)
     entropy = jnp.where(total > 0, jnp.log(safe) - weighted / safe, 0.0)
-    return AttentionStatistics(entropy=jnp.maximum(entropy, 0.0), max_logit=top, visible=count)
+    return AttentionStatistics(
+        entropy=jnp.maximum(entropy, 0.0),
+        max_logit=largest,
+        logit_variance=jnp.maximum(second / keys - (first / keys) ** 2, 0.0),
+        visible=count,
+    )
 
 
 def _first(inputs):

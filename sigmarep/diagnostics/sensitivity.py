@@ -4,7 +4,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
@@ -18,10 +18,11 @@ WITHIN = 0.1
 
 class Outcome(NamedTuple):
     """Of one run: `loss`, the mean of the last tenth of the logged training losses, ∞ if it diverged; `lowest`, the lowest
-    layer's attention entropy of the run in nats, NaN if none was recorded."""
+    layer's attention entropy of the run in nats, NaN if none was recorded; `start`, the first logged loss, NaN without."""
 
     loss: float
     lowest: float
+    start: float = math.nan
 
 
 class Range(NamedTuple):
@@ -45,29 +46,47 @@ def read_sweep(workdir: str) -> Table:
     record = read_record(workdir)
     if not record:
         raise BadInput(f"--workdir {workdir}: holds no sweep (there is no sweep.json, or nothing in it)")
-    table: Table = {}
+    outcomes = []
     for name, run in record.items():
-        point = {key.rsplit(".", 1)[-1]: value for key, value in run["point"].items()}
-        if RATE not in point:
+        if place(run["point"]) is None:
             raise BadInput(f"--workdir {workdir}: its run {name} has no {RATE} of its own")
         if run["state"] in ("done", "diverged"):
-            arm = ",".join(str(value) for key, value in point.items() if key not in (RATE, SEED)) or "all"
-            outcomes = table.setdefault(arm, {}).setdefault(float(point[RATE]), [])
-            outcomes.append(outcome(os.path.join(workdir, name), diverged=run["state"] == "diverged"))
+            rows = _rows(os.path.join(workdir, name))
+            outcomes.append((run["point"], outcome(rows, diverged=run["state"] == "diverged")))
+    return tabulate(outcomes)
+
+
+def place(point: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The arm and the learning rate of a point; None if it has no learning rate."""
+    short = {key.rsplit(".", 1)[-1]: value for key, value in point.items()}
+    if RATE not in short:
+        return None
+    return ",".join(str(value) for key, value in short.items() if key not in (RATE, SEED)) or "all", float(short[RATE])
+
+
+def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], Outcome]]) -> Table:
+    """Outcomes by arm and rising learning rate; those of points without one are left out."""
+    table: Table = {}
+    for point, found in outcomes:
+        if (where := place(point)) is not None:
+            table.setdefault(where[0], {}).setdefault(where[1], []).append(found)
     return {arm: dict(sorted(by_rate.items())) for arm, by_rate in table.items()}
 
 
-def outcome(folder: str, *, diverged: bool) -> Outcome:
-    """See `Outcome`."""
+def _rows(folder: str) -> list[dict[str, Any]]:
     try:
-        rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
+        return read_metrics(os.path.join(folder, "metrics.jsonl"))
     except (OSError, json.JSONDecodeError) as error:
         raise BadInput(f"{folder}/metrics.jsonl: cannot be read ({error})") from None
+
+
+def outcome(rows: Sequence[Mapping[str, Any]], *, diverged: bool) -> Outcome:
+    """See `Outcome`."""
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     lowest = min((row["attention/entropy_min"] for row in rows if "attention/entropy_min" in row), default=math.nan)
     last = losses[-max(len(losses) // 10, 1) :]
     loss = math.inf if diverged or not last or not all(map(math.isfinite, last)) else statistics.mean(last)
-    return Outcome(loss, lowest)
+    return Outcome(loss, lowest, losses[0] if losses else math.nan)
 
 
 def medians(table: Table) -> dict[str, dict[float, float]]:
@@ -91,7 +110,7 @@ def trained_range(by_rate: Mapping[float, float], best: float, within: float = W
     found: Range | None = None
     low = None
     for rate, loss in sorted(by_rate.items()):
-        if loss > (1 + within) * best:
+        if not loss <= (1 + within) * best < math.inf:
             low = None
             continue
         low = rate if low is None else low
@@ -100,9 +119,24 @@ def trained_range(by_rate: Mapping[float, float], best: float, within: float = W
     return found
 
 
+def sensitivity(by_rate: Mapping[float, Sequence[Outcome]]) -> float:
+    """Learning-rate sensitivity of one arm (Wortsman et al., 2023): the mean over the rates that were tried of
+    min(loss, loss at the start) − the arm's best loss, of medians over seeds, in nats.
+
+    They take the mean over a range of rates; here a rate counts as often as it was tried, so the rates should be evenly
+    spaced in the logarithm. NaN if no run trained.
+    """
+    starts = [each.start for outcomes in by_rate.values() for each in outcomes if math.isfinite(each.start)]
+    losses = [statistics.median(each.loss for each in outcomes) for outcomes in by_rate.values()]
+    if not starts or not math.isfinite(min(losses, default=math.inf)):
+        return math.nan
+    start = statistics.median(starts)
+    return statistics.mean(min(loss, start) for loss in losses) - min(losses)
+
+
 def findings(table: Table) -> list[dict[str, Any]]:
-    """One row for each arm: its `arm`, its best median loss (`loss`, at `rate`), its `range`, and the lowest `entropy` of
-    its runs within that range, NaN without one."""
+    """One row for each arm: its `arm`, its best median loss (`loss`, at `rate`), its `range`, its `sensitivity`, and the
+    lowest `entropy` of its runs within that range, NaN without one."""
     losses = medians(table)
     best = best_loss(losses)
     rows = []
@@ -116,6 +150,20 @@ def findings(table: Table) -> list[dict[str, Any]]:
             for each in outcomes
         ]
         rows.append(
-            {"arm": arm, "loss": by_rate[rate], "rate": rate, "range": found, "entropy": min(inside, default=math.nan)}
+            {
+                "arm": arm,
+                "loss": by_rate[rate],
+                "rate": rate,
+                "range": found,
+                "sensitivity": sensitivity(table[arm]),
+                "entropy": min(inside, default=math.nan),
+            }
         )
     return rows
+
+
+def said(found: Range | None) -> str:
+    """A range in words."""
+    if found is None:
+        return "nowhere"
+    return f"{found.low:g} alone" if found.ratio == 1 else f"{found.low:g} to {found.high:g} ({found.ratio:.3g} times)"

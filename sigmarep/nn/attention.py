@@ -18,7 +18,18 @@ from sigmarep.nn.positions import rotated
 QKV = ("separate", "fused", "qk_v")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
 QK_NORMS = ("none", "layer", "rms")
+WEIGHTS = ("softmax", "sigmoid")
 DEFAULT_KERNEL_INIT = nn.initializers.lecun_normal()
+
+
+def _sequence_norms(x: jax.Array, real: jax.Array | None) -> jax.Array:
+    """‖X‖₂ of every sequence (…, B, T, D) without its padding, the tokens where `real` (B, T) is False."""
+    return spectral.norm_from_below(x if real is None else jnp.where(real[..., None], x, 0.0))
+
+
+def _with_ones(x: jax.Array) -> jax.Array:
+    """X with a column of ones, which biases are the weights of."""
+    return jnp.concatenate([x.astype(jnp.float32), jnp.ones((*x.shape[:-1], 1))], axis=-1)
 
 
 def slot_scaled(init: Callable, factors: tuple[float, ...]) -> Callable:
@@ -35,8 +46,10 @@ class MultiHeadAttention(nn.Module):
     """softmax(s·Q Kᵀ)·V over heads, with reparametrised projections.
 
     Apply with `mutable=["attention"]` to receive, in that collection: `entropy` (N,), the mean over real queries in
-    nats; `entropy_normalised` (N,), the same divided by ln(visible keys); `max_logit` (N,); `qk_norm` (N,), the
-    spectral norm of each head's W_q W_kᵀ. They are taken before dropout, and cost nothing when not asked for.
+    nats; `entropy_normalised` (N,), the same divided by ln(visible keys); `max_logit` (N,); `logit_variance` (N,), the
+    mean over queries of the variance over the keys each sees; `qk_norm` (N,), the spectral norm of each head's W_q W_kᵀ;
+    `bound` (N,), the mean over queries of the least entropy that Theorem 3.1 allows these inputs. They are taken before
+    dropout, and cost nothing when not asked for.
 
     Attributes:
       num_heads: N.
@@ -44,10 +57,16 @@ class MultiHeadAttention(nn.Module):
       qkv: "separate" projections with a γ each; "fused", one projection and one γ; "qk_v", one of queries and keys and
         one of values.
       implementation: "reference" keeps the attention matrix; "xla" and "cudnn" are `jax.nn.dot_product_attention`'s;
-        "auto" is the reference where attention dropout or a soft-cap needs it, else "xla".
+        "auto" is the reference where attention dropout, a soft-cap or sigmoid weights need it, else "xla".
+      weights: "softmax", or "sigmoid" (`sigmarep.core.entropy.sigmoid_weights`), whose entropy is that of the weights
+        divided by their sum.
       qk_norm: normalises queries and keys over H before their product ("layer" without bias, or "rms").
       logit_cap: soft-cap of the logits, off at 0.
       temperature: τ; the logits are divided by it, before the soft-cap.
+      entropy_target: not 0, the share of the largest possible entropy, from 0 to 1, to which a learned factor on the logits
+        drives the mean over queries and heads: the parameter `log_scale` () is that factor's logarithm, and receives no
+        gradient but that of (entropy/ln(visible keys) − entropy_target)², sown in the collection `losses`. The
+        temperature of maximum-entropy reinforcement learning (Haarnoja et al., 2018), one for each layer.
       rotary_base: base of rotary positions (10000 usually), which self-attention then has; off at 0.
       dropout: rate on the attention weights.
       value_scale: factor on the initial value and output kernels (DeepNorm's β).
@@ -59,9 +78,11 @@ class MultiHeadAttention(nn.Module):
     use_bias: bool = True
     dropout: float = 0.0
     implementation: str = "auto"
+    weights: str = "softmax"
     qk_norm: str = "none"
     logit_cap: float = 0.0
     temperature: float = 1.0
+    entropy_target: float = 0.0
     rotary_base: float = 0.0
     value_scale: float = 1.0
     reparam: str = "sigma"
@@ -126,11 +147,19 @@ class MultiHeadAttention(nn.Module):
             query, key = (rotated(each, positions, self.rotary_base) for each in (query, key))
         if self.temperature != 1.0:
             query = query / jnp.asarray(self.temperature, query.dtype)
+        visibility = (mask, key_padding, query_padding, segments, is_causal)
+        factor = jnp.float32(1.0 / self.temperature)
+        if self.entropy_target:
+            learned = self._learned_factor(query, key, visibility)
+            query, factor = query * learned.astype(query.dtype), factor * learned
         if cache_length and context is None:
             key, value, mask = self._cached(key, value, cache_length)
             is_causal = False
         elif self.is_mutable_collection("attention") and not self.is_initializing():
-            self._record(query, key, mask, key_padding, query_padding, segments, is_causal)
+            # The theorem's inputs: x where queries and keys are linear in it, else these themselves, with W = I.
+            linear = self.qk_norm == "none" and not (self.rotary_base and context is None)
+            inputs = (x, x if context is None else context) if linear else None
+            self._record(query, key, inputs, factor, visibility)
         if segments is not None:
             same = segments[:, None, :, None] == segments[:, None, None, :]
             mask = same if mask is None else mask & same
@@ -165,12 +194,15 @@ class MultiHeadAttention(nn.Module):
     def _check(self, width: int, deterministic: bool) -> None:
         if self.head_dim is None and width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide the width {width}")
-        for name, words in (("qkv", QKV), ("implementation", IMPLEMENTATIONS), ("qk_norm", QK_NORMS)):
+        named = {"qkv": QKV, "implementation": IMPLEMENTATIONS, "qk_norm": QK_NORMS, "weights": WEIGHTS}
+        for name, words in named.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(words)}")
-        if self.implementation in ("xla", "cudnn") and (self.logit_cap or (self.dropout and not deterministic)):
+        special = self.logit_cap or self.weights == "sigmoid" or (self.dropout and not deterministic)
+        if self.implementation in ("xla", "cudnn") and special:
             raise ValueError(
-                f"implementation = {self.implementation!r}: attention dropout and logit_cap need 'reference' or 'auto'"
+                f"implementation = {self.implementation!r}: attention dropout, logit_cap and sigmoid weights need "
+                "'reference' or 'auto'"
             )
 
     def _dense(self, features, name: str, **options):
@@ -213,7 +245,7 @@ class MultiHeadAttention(nn.Module):
             visible = key_padding[:, None, None, :]
             mask = visible if mask is None else mask & visible
         dropping = self.dropout > 0 and not deterministic
-        if self.implementation != "reference" and not (dropping or self.logit_cap):
+        if self.implementation != "reference" and not (dropping or self.logit_cap or self.weights == "sigmoid"):
             implementation: Any = "xla" if self.implementation == "auto" else self.implementation
             return jax.nn.dot_product_attention(
                 query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
@@ -224,14 +256,20 @@ class MultiHeadAttention(nn.Module):
             t, s = logits.shape[-2:]
             causal = jnp.tril(jnp.ones((t, s), bool), s - t)
             mask = causal if mask is None else mask & causal
-        if mask is not None:
-            logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-        weights = jax.nn.softmax(logits, axis=-1)
+        if self.weights == "sigmoid":
+            weights = entropy.sigmoid_weights(
+                logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask
+            )
+        else:
+            if mask is not None:
+                logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+            weights = jax.nn.softmax(logits, axis=-1)
         weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
         return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
 
-    def _record(self, query, key, mask, key_padding, query_padding, segments, is_causal):
-        query, key = jax.lax.stop_gradient((query, key))
+    def _statistics(self, query, key, visibility):
+        """The statistics of all queries, and what takes the mean of one over the real ones."""
+        mask, key_padding, query_padding, segments, is_causal = visibility
         found = entropy.attention_statistics(
             query,
             key,
@@ -240,22 +278,47 @@ class MultiHeadAttention(nn.Module):
             segments=segments,
             is_causal=is_causal,
             logit_cap=self.logit_cap or None,
+            sigmoid=self.weights == "sigmoid",
         )
         real = found.visible > 0
         if query_padding is not None:
             real = real & query_padding[:, None, :]
         real = jnp.broadcast_to(real, found.entropy.shape)
         count = jnp.maximum(jnp.sum(real, axis=(0, 2)), 1)
+        return found, real, lambda values: jnp.sum(jnp.where(real, values, 0.0), axis=(0, 2)) / count
 
-        def mean(values):
-            return jnp.sum(jnp.where(real, values, 0.0), axis=(0, 2)) / count
+    def _learned_factor(self, query, key, visibility):
+        """The factor on the logits, (); sows its loss. No gradient flows through either to anything but `log_scale`."""
+        log_scale = self.param("log_scale", nn.initializers.zeros_init(), (), jnp.float32)
+        if self.is_mutable_collection("losses"):
+            query, key = jax.lax.stop_gradient((query, key))
+            found, _, mean = self._statistics(query * jnp.exp(log_scale).astype(query.dtype), key, visibility)
+            share = jnp.mean(mean(entropy.normalised_entropy(found.entropy, found.visible)))
+            self._store("entropy_target", (share - self.entropy_target) ** 2, collection="losses")
+        return jax.lax.stop_gradient(jnp.exp(log_scale))
 
+    def _record(self, query, key, inputs, factor, visibility):
+        query, key, inputs = jax.lax.stop_gradient((query, key, inputs))
+        found, real, mean = self._statistics(query, key, visibility)
+        _, key_padding, query_padding, segments, _ = visibility
         self._store("entropy", mean(found.entropy))
         self._store("entropy_normalised", mean(entropy.normalised_entropy(found.entropy, found.visible)))
         self._store("max_logit", jnp.max(jnp.where(real, found.max_logit, -jnp.inf), axis=(0, 2)))
-        self._store("qk_norm", self._qk_norm())
+        self._store("logit_variance", mean(found.logit_variance))
+        kernels, biased = self._query_key_kernels()
+        self._store("qk_norm", spectral.product_norm(*kernels))
+        paddings = (query_padding, key_padding if segments is None else segments > 0)
+        if inputs is None:
+            norms = [_sequence_norms(jnp.moveaxis(x, 2, 0), p) for x, p in zip((query, key), paddings, strict=True)]
+            sigma = (norms[0] * norms[1]).T
+        else:
+            norms = [_sequence_norms(_with_ones(x), p) for x, p in zip(inputs, paddings, strict=True)]
+            sigma = (norms[0] * norms[1])[:, None] * spectral.product_norm(*biased) * factor
+        scaled = sigma[:, :, None] * query.shape[-1] ** -0.5
+        self._store("bound", mean(entropy.entropy_lower_bound(scaled, found.visible)))
 
-    def _qk_norm(self):
+    def _query_key_kernels(self):
+        """Of queries and of keys the effective kernels (N, D, H), and the same with the biases as one more row."""
         names = [name for name in ("query", "key", "qk", "qkv") if name in self.variables["params"]]
         state = self.variables.get("spectral", {})
         kernels = fold(
@@ -265,12 +328,15 @@ class MultiHeadAttention(nn.Module):
             }
         )
         if "query" in kernels:
-            query, key = kernels["query"]["kernel"], kernels["key"]["kernel"]
+            pair = [kernels[name] for name in ("query", "key")]
         else:
-            fused = kernels[names[0]]["kernel"]
-            query, key = fused[:, 0], fused[:, 1]
-        query, key = jax.lax.stop_gradient((query, key))
-        return spectral.product_norm(jnp.moveaxis(query, 1, 0), jnp.moveaxis(key, 1, 0))
+            fused = kernels[names[0]]
+            pair = [{name: x[:, slot] if name == "kernel" else x[slot] for name, x in fused.items()} for slot in (0, 1)]
+        plain = [jnp.moveaxis(jax.lax.stop_gradient(each["kernel"]), 1, 0) for each in pair]
+        if not self.use_bias:
+            return plain, plain
+        rows = [jax.lax.stop_gradient(each["bias"])[:, None] for each in pair]
+        return plain, [jnp.concatenate(both, axis=1) for both in zip(plain, rows, strict=True)]
 
-    def _store(self, name: str, value: jax.Array) -> None:
-        self.sow("attention", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    def _store(self, name: str, value: jax.Array, collection: str = "attention") -> None:
+        self.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sigmarep.nn.attention import IMPLEMENTATIONS, QK_NORMS, QKV, MultiHeadAttention
+from sigmarep.nn.attention import IMPLEMENTATIONS, QK_NORMS, QKV, WEIGHTS, MultiHeadAttention
 from sigmarep.nn.linear import REPARAMS, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTanh
+from sigmarep.nn.seq_vcr import seq_vcr
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -40,8 +41,10 @@ class TransformerConfig:
       norm_epsilon, norm_bias: of the norms that have one.
       branch_scale, layer_scale_init: see `sigmarep.nn.norms.BranchScale`.
       reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.Reparametrised`.
-      qkv, qk_norm, logit_cap, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`, whose
-        `temperature` is attention_temperature.
+      qkv, qk_norm, logit_cap, entropy_target, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`,
+        whose `temperature` is attention_temperature and whose `weights` are attention_weights.
+      seq_vcr: weight of the penalty of `sigmarep.nn.seq_vcr` on what the last block gives, sown in the collection `losses`;
+        off at 0.
       rotary_base: rotary positions in self-attention, off at 0.
       activation: of the MLP, one of `ACTIVATIONS`.
       dropout: rate after the MLP's activation and, with branch_dropout, on each branch; attention_dropout: on the
@@ -79,6 +82,9 @@ class TransformerConfig:
     qk_norm: str = "none"
     logit_cap: float = 0.0
     attention_temperature: float = 1.0
+    attention_weights: str = "softmax"
+    entropy_target: float = 0.0
+    seq_vcr: float = 0.0
     rotary_base: float = 0.0
     attention_implementation: str = "auto"
     use_bias: bool = True
@@ -105,6 +111,7 @@ class TransformerConfig:
             "reparam": REPARAMS,
             "qkv": QKV,
             "qk_norm": QK_NORMS,
+            "attention_weights": WEIGHTS,
             "attention_implementation": IMPLEMENTATIONS,
             "activation": ACTIVATIONS,
             "remat": REMATS,
@@ -119,6 +126,10 @@ class TransformerConfig:
         for name in ("dropout", "attention_dropout", "drop_path", "layer_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a rate from 0 to below 1")
+        if not 0 <= self.entropy_target <= 1:
+            raise ValueError(f"entropy_target = {self.entropy_target}: expected a share from 0 (off) to 1")
+        if not self.seq_vcr >= 0:
+            raise ValueError(f"seq_vcr = {self.seq_vcr}: expected a weight of at least 0")
         if not self.attention_temperature > 0:
             raise ValueError(f"attention_temperature = {self.attention_temperature}: expected a number above 0")
         if self.width % self.num_heads:
@@ -254,6 +265,8 @@ class TransformerBlock(nn.Module):
                 qk_norm=c.qk_norm,
                 logit_cap=c.logit_cap,
                 temperature=c.attention_temperature,
+                weights=c.attention_weights,
+                entropy_target=c.entropy_target,
                 rotary_base=c.rotary_base,
                 value_scale=c.beta,
                 kernel_init=c.initializer(),
@@ -297,7 +310,7 @@ class TransformerStack(nn.Module):
         if c.scan:
             scanned = nn.scan(
                 lambda block, carry, rate: (apply_block(block, carry, rate), None),
-                variable_axes={"params": 0, "spectral": 0, "attention": 0, "cache": 0},
+                variable_axes={"params": 0, "spectral": 0, "attention": 0, "losses": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.depth,
             )
@@ -305,5 +318,11 @@ class TransformerStack(nn.Module):
         else:
             for i in range(c.depth):
                 x = apply_block(TransformerBlock(c, self.cross_attention, name=f"block_{i}"), x, rates[i])
+        if c.seq_vcr and self.is_mutable_collection("losses"):
+            real = options.get("query_padding", options.get("key_padding"))
+            if (segments := options.get("segments")) is not None:
+                real = segments > 0
+            penalty = c.seq_vcr * seq_vcr(x, real)
+            self.sow("losses", "seq_vcr", penalty, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         last: Any = c.norm_layer("norm") if c.norm == "pre" else None
         return x if last is None else last(x)

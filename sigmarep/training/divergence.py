@@ -1,5 +1,6 @@
 """When a run counts as diverged, and what its metrics say about how it came to that."""
 
+import itertools
 import json
 import math
 import os
@@ -36,17 +37,14 @@ def diagnose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
       `COLLAPSED` (None if it never did); `fell`: the collapsed layers, first first; `summary`: one sentence.
     """
     layers: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if not name.startswith(PREFIX) or not math.isfinite(value):
-                continue
-            layer = layers.setdefault(
-                name.removeprefix(PREFIX), {"lowest": math.inf, "lowest_step": None, "collapsed_step": None}
-            )
-            if value < layer["lowest"]:
-                layer.update(lowest=value, lowest_step=row["step"])
-            if value < COLLAPSED and layer["collapsed_step"] is None:
-                layer["collapsed_step"] = row["step"]
+    for name in dict.fromkeys(itertools.chain.from_iterable(rows)):
+        if not name.startswith(PREFIX):
+            continue
+        found = [(row[name], row["step"]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        if found:
+            lowest, step = min(found)
+            collapsed = next((step for value, step in found if value < COLLAPSED), None)
+            layers[name.removeprefix(PREFIX)] = {"lowest": lowest, "lowest_step": step, "collapsed_step": collapsed}
     fell = sorted(
         (name for name, layer in layers.items() if layer["collapsed_step"] is not None),
         key=lambda name: layers[name]["collapsed_step"],

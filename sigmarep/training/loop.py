@@ -44,7 +44,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, folder: str) -> dict[s
       Stopped: SIGTERM arrived; the state is saved.
     """
     experiment = build(validate(config))
-    workdir.claim(folder, experiment.config, experiment.task.files())
+    workdir.claim(folder, experiment.config, experiment.task.files(), total_steps=experiment.total_steps)
     with Preemption(Stopped.exit_status) as preemption:
         run = _Run(experiment, folder, preemption)
         try:

@@ -33,6 +33,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"tokens/classes/kernel$", ("fsdp", None)),
     (r"(projector|predictor)/dense_\d+/kernel$", ("fsdp", "tensor")),
     (r"(positions/embedding|class_token)$", ()),
+    # The factor that drives entropy to its target, and the losses that modules sow.
+    (r"/(log_scale|entropy_target|seq_vcr)$", ()),
     (r"/(bias|scale|alpha|attention_shift|gamma|u|basis|sigma|mean|var)$", ()),
     # Counters, the key of the random numbers, and what an optimizer keeps that is no moment of a parameter.
     (r"(^|/)(step|rng|count|notfinite_count|last_finite|total_notfinite|ns_coeffs)$", ()),

@@ -10,8 +10,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from sigmarep.errors import BadInput
 
 FILE = "metrics.jsonl"
@@ -25,7 +23,8 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     # A finished line ends in a newline: what follows the last one is unfinished or empty.
-    return [_decoded(json.loads(line)) for line in lines[:-1] if line]
+    # Most lines have no number that is spelt out: those are taken as they are.
+    return [_decoded(json.loads(line)) if '": "' in line else json.loads(line) for line in lines[:-1] if line]
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +54,9 @@ class MetricWriter:
         wandb_project: str = "",
         run_config: Mapping[str, Any] | None = None,
     ):
+        # Here, not above: reading metrics needs no JAX.
+        import jax
+
         self._file = self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return

@@ -11,6 +11,7 @@ import optax
 
 from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.tasks.protocol import LossOutput, Task
+from sigmarep.training.panel import layer_statistics
 
 
 @flax.struct.dataclass
@@ -33,7 +34,7 @@ class TrainState:
 
 
 class StepOutput(NamedTuple):
-    """`scalars`: means over the step's global batch. `panel`: attention statistics and spectral state, {} if not asked."""
+    """`scalars`: means over the step's global batch. `panel`: what `sigmarep.training.panel` reads, {} if not asked."""
 
     scalars: dict[str, jax.Array]
     panel: dict[str, Any]
@@ -88,7 +89,9 @@ def make_train_step(
     def gradients(state: TrainState, batch, rng, attention: bool) -> tuple[Any, LossOutput]:
         def loss_sum(params):
             output = task.loss(params, state.model_state, batch, rng, attention=attention)
-            return output.loss[0], output
+            # What modules sow in the collection `losses` is a mean already; the reported loss is the task's alone.
+            sown = sum(map(jnp.sum, jax.tree.leaves(output.model_state.get("losses", {}))))
+            return output.loss[0] + output.loss[1] * sown, output
 
         grads, output = jax.grad(loss_sum, has_aux=True)(state.params)
         return grads, output
@@ -146,7 +149,8 @@ def make_train_step(
         recorded = {}
         if panel:
             spectral = output.model_state.get("spectral", {})
-            recorded = {"attention": attention, "spectral": spectral, "gamma": _gammas(state.params)}
+            layers = layer_statistics(state.params, grads, updates, spectral)
+            recorded = {"attention": attention, "spectral": spectral, "gamma": _gammas(state.params), "layers": layers}
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,

@@ -37,8 +37,13 @@ FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
 
 
-def claim(workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[str, bytes]) -> None:
+def claim(
+    workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[str, bytes], *, total_steps: int
+) -> None:
     """Makes `workdir` this configuration's and the task's `files`', or checks that it is.
+
+    Args:
+      total_steps: of the run, kept with what it runs on: a configuration may give epochs.
 
     Raises:
       BadInput: it cannot be written, or holds a run of another configuration, vocabulary or data set.
@@ -55,7 +60,7 @@ def claim(workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[
         for name, content in files.items():
             _write(os.path.join(workdir, name), content)
         _write(path, _json(json.loads(config.to_json())))
-        _write(os.path.join(workdir, "environment.json"), _json(_environment(workdir)))
+        _write(os.path.join(workdir, "environment.json"), _json({"total_steps": total_steps, **_environment(workdir)}))
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
 

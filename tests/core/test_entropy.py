@@ -128,3 +128,19 @@ def test_bound_holds_for_random_inputs_and_weights():
 
 def test_bound_of_one_key_is_zero():
     assert entropy.entropy_lower_bound(3.0, 1) == 0.0
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_the_variance_of_the_logits_is_exact_over_blocks_and_masks(offset):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 5, 3, 4)).astype(np.float32)
+    key = rng.normal(size=(2, 11, 3, 4)).astype(np.float32)
+    # The same large number for every key of a query: the variance must not see it.
+    query[..., 0], key[..., 0] = offset, 10.0
+    mask = rng.random((2, 1, 5, 11)) < 0.6
+    mask[0, :, 0] = False
+    found = entropy.attention_statistics(jnp.asarray(query), jnp.asarray(key), mask=jnp.asarray(mask), block_size=4)
+    logits = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), key.astype(np.float64)) / 2
+    for index in np.ndindex(2, 3, 5):
+        seen = logits[index][mask[index[0], 0, index[2]]]
+        np.testing.assert_allclose(found.logit_variance[index], seen.var() if seen.size else 0.0, rtol=1e-2, atol=1e-6)

@@ -203,3 +203,18 @@ def test_product_norm_equals_the_svd_of_the_product():
     expected = [np.linalg.norm(a.astype(np.float64) @ b.T, 2) for a, b in zip(first, second, strict=True)]
     np.testing.assert_allclose(spectral.product_norm(first, second), expected, rtol=1e-5)
     assert np.all(spectral.product_norm(0 * first, second) == 0)
+
+
+def test_the_norm_from_below_is_exact_with_a_gap_and_never_above():
+    rng = np.random.default_rng(0)
+    stack = rng.normal(size=(5, 40, 12)).astype(np.float32)
+    stack[0] += 3.0
+    stack[1] *= 1e20
+    stack[2] = 0.0
+    stack[3] *= 1e-25
+    exact = np.linalg.norm(stack.astype(np.float64), 2, axis=(1, 2))
+    found = np.asarray(spectral.norm_from_below(jnp.asarray(stack)), np.float64)
+    np.testing.assert_allclose(found[0], exact[0], rtol=1e-6)
+    assert found[2] == 0
+    assert np.all(found <= exact * (1 + 1e-6))
+    assert np.all(found >= exact * 0.93)

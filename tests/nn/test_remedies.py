@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sigmarep.core import entropy
 from sigmarep.nn import TransformerConfig, TransformerStack
+from sigmarep.nn.attention import MultiHeadAttention
 from sigmarep.nn.norms import BranchScale, DynamicTanh
 from sigmarep.nn.qk_clip import qk_clipped
+from sigmarep.nn.seq_vcr import seq_vcr
 
 CONFIG = TransformerConfig(depth=2, width=8, num_heads=2, mlp_dim=8, init_std=0.5)
 X = jax.random.normal(jax.random.key(0), (3, 5, 8))
@@ -82,3 +85,158 @@ def test_after_qk_clip_the_heads_that_were_above_the_threshold_are_at_it(qkv, sc
         path = ("blocks",) if scan else ("block_0",)
         kernels = [tree[path[0]]["attention"]["qkv"]["kernel"] for tree in (params, clipped)]
         np.testing.assert_array_equal(*(kernel[..., 2, :, :] for kernel in kernels))
+
+
+PADDING = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "padded"])
+def test_sigmoid_attention_is_its_formula_and_so_is_its_entropy(kind):
+    layer = MultiHeadAttention(2, weights="sigmoid", reparam="none", kernel_init=jax.nn.initializers.normal(1.0))
+    arguments = {"causal": {"is_causal": True}, "padded": {"key_padding": PADDING}}.get(kind, {})
+    variables = layer.init(jax.random.key(2), X)
+    found, changed = layer.apply(variables, X, mutable=["attention"], **arguments)
+    params = jax.tree.map(np.asarray, variables["params"])
+    query, key, value = (np.einsum("btd,dnh->bnth", X, params[name]["kernel"]) for name in ("query", "key", "value"))
+    visible = np.ones((3, 1, 5, 5), bool)
+    if kind == "causal":
+        visible = visible & np.tril(np.ones((5, 5), bool))
+    if kind == "padded":
+        visible = visible & np.asarray(PADDING)[:, None, None]
+    logits = query @ np.swapaxes(key, 2, 3) / 2
+    weights = np.where(visible, 1 / (1 + visible.sum(-1, keepdims=True) * np.exp(-logits)), 0.0)
+    expected = np.einsum("bnth,nhd->btd", weights @ value, params["out"]["kernel"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    share = weights / weights.sum(-1, keepdims=True)
+    rows = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1.0)), 0.0).sum(-1)
+    real = np.asarray(PADDING) if kind == "padded" else np.ones((3, 5), bool)
+    recorded = changed["attention"]
+    for h in range(2):
+        np.testing.assert_allclose(recorded["entropy"][h], rows[:, h][real].mean(), rtol=1e-4)
+        largest = np.where(visible, logits, -np.inf)[:, h][real].max()
+        np.testing.assert_allclose(recorded["max_logit"][h], largest, rtol=1e-4)
+    assert np.all(recorded["bound"] <= recorded["entropy"])
+
+
+def test_sigmoid_attention_needs_no_padding_to_be_the_same():
+    layer = MultiHeadAttention(2, weights="sigmoid", reparam="none")
+    variables = layer.init(jax.random.key(2), X)
+    padded = layer.apply(variables, X, key_padding=jnp.arange(5)[None] < jnp.asarray([[3]] * 3))
+    np.testing.assert_allclose(padded[:, :3], layer.apply(variables, X[:, :3]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="sigmoid weights need 'reference' or 'auto'"):
+        layer.clone(implementation="xla").apply(variables, X)
+
+
+def driven(scan, **fields):
+    config = dataclasses.replace(CONFIG, entropy_target=0.5, reparam="none", init_std=1.0, scan=scan, **fields)
+    stack = TransformerStack(config)
+    variables = stack.init(jax.random.key(3), X)
+    return stack, variables["params"], variables["losses"]
+
+
+def of_layer(tree, scan, i):
+    found = tree["blocks" if scan else f"block_{i}"]["attention"]
+    return jax.tree.map(lambda x: np.asarray(x[i] if scan else x), found)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_entropy_target_moves_the_factor_and_nothing_else(scan):
+    stack, params, losses = driven(scan)
+
+    def sown(params):
+        _, changed = stack.apply({"params": params, "losses": losses}, X, mutable=["losses"])
+        return sum(map(jnp.sum, jax.tree.leaves(changed["losses"])))
+
+    _, changed = stack.apply({"params": params, "losses": losses}, X, mutable=["losses", "attention"])
+    gradient = jax.grad(sown)(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.any(leaf != 0) == ("log_scale" in str(path)), path
+    for i in range(2):
+        recorded = of_layer(changed["attention"], scan, i)
+        share = recorded["entropy_normalised"].mean()
+        np.testing.assert_allclose(
+            of_layer(changed["losses"], scan, i)["entropy_target"], (share - 0.5) ** 2, rtol=1e-4
+        )
+
+        def moved(by, i=i):
+            def add(x):
+                return x.at[i].add(by) if scan else x + by
+
+            layer = params["blocks" if scan else f"block_{i}"]
+            layer = layer | {"attention": layer["attention"] | {"log_scale": add(layer["attention"]["log_scale"])}}
+            changed = stack.apply(
+                {"params": params | {"blocks" if scan else f"block_{i}": layer}, "losses": losses},
+                X,
+                mutable=["losses"],
+            )[1]["losses"]
+            return float(of_layer(changed, scan, i)["entropy_target"])
+
+        numeric = (moved(0.01) - moved(-0.01)) / 0.02
+        np.testing.assert_allclose(of_layer(gradient, scan, i)["log_scale"], numeric, rtol=2e-2, atol=1e-5)
+
+
+def test_the_factor_multiplies_the_logits_and_takes_no_gradient_from_the_task():
+    stack, params, losses = driven(False, depth=1)
+    attention = params["block_0"]["attention"] | {"log_scale": jnp.log(3.0)}
+    params = params | {"block_0": params["block_0"] | {"attention": attention}}
+    plain = TransformerStack(dataclasses.replace(stack.config, entropy_target=0.0, attention_temperature=1 / 3))
+    without = {name: x for name, x in attention.items() if name != "log_scale"}
+    expected = plain.apply({"params": params | {"block_0": params["block_0"] | {"attention": without}}}, X)
+    np.testing.assert_allclose(stack.apply({"params": params, "losses": losses}, X), expected, rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda p: jnp.sum(stack.apply({"params": p, "losses": losses}, X) ** 2))(params)
+    assert gradient["block_0"]["attention"]["log_scale"] == 0
+
+
+def test_gradient_descent_on_the_factor_reaches_the_target():
+    stack, params, losses = driven(True)
+
+    @jax.jit
+    def step(params):
+        def sown(params):
+            _, changed = stack.apply({"params": params, "losses": losses}, X, mutable=["losses"])
+            return sum(map(jnp.sum, jax.tree.leaves(changed["losses"])))
+
+        return jax.tree.map(lambda x, g: x - 3.0 * g, params, jax.grad(sown)(params))
+
+    for _ in range(60):
+        params = step(params)
+    _, changed = stack.apply({"params": params, "losses": losses}, X, mutable=["attention"])
+    found = changed["attention"]["blocks"]["attention"]["entropy_normalised"].mean(axis=1)
+    np.testing.assert_allclose(found, 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9), (9, 3, 4)])
+def test_seq_vcr_is_its_formula_with_few_and_with_many_sequences(shape):
+    states = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    b, t, d = shape
+    total = 0.0
+    for i in range(t):
+        covariance = np.cov(states[:, i], rowvar=False)
+        beside = (covariance**2).sum() - (np.diag(covariance) ** 2).sum()
+        total += np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-3)).sum() + 0.004 * beside
+    np.testing.assert_allclose(seq_vcr(jnp.asarray(states)), total / (t * d), rtol=1e-4)
+    # Padding changes nothing, whatever stands there; a position with one token alone is left out.
+    padded = np.concatenate([states, 100 * np.ones((b, 2, d), np.float32)], axis=1)
+    real = np.ones((b, t + 2), bool)
+    real[:, t:], real[0, t] = False, True
+    np.testing.assert_allclose(seq_vcr(jnp.asarray(padded), jnp.asarray(real)), total / (t * d), rtol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_stack_sows_seq_vcr_of_its_last_block(scan):
+    stack = TransformerStack(dataclasses.replace(CONFIG, seq_vcr=2.0, norm="none", scan=scan))
+    variables = stack.init(jax.random.key(3), X)
+    output, changed = stack.apply(variables, X, mutable=["losses"])
+    np.testing.assert_allclose(changed["losses"]["seq_vcr"], 2.0 * seq_vcr(output), rtol=1e-5)
+    assert "losses" not in TransformerStack(CONFIG).init(jax.random.key(3), X)
+
+
+def test_the_entropy_of_sigmoid_weights_is_that_of_the_matrix_over_blocks():
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(2, n, 3, 4)).astype(np.float32)) for n in (5, 11))
+    found = entropy.attention_statistics(query, key, sigmoid=True, block_size=4)
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key) / 2
+    weights = entropy.sigmoid_weights(logits, jnp.ones((1, 1, 5, 11), bool))
+    share = weights / weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found.entropy, entropy.entropy_of_weights(share), rtol=1e-4)
+    np.testing.assert_allclose(found.max_logit, logits.max(-1), rtol=1e-5)

@@ -112,16 +112,23 @@ def test_stacked_and_unrolled_layers_have_the_same_names():
                 "entropy_normalised": heads / 10,
                 "max_logit": heads * 2,
                 "qk_norm": heads * 3,
+                "bound": heads / 2,
+                "logit_variance": heads * 4,
             }
         }
 
     def spectral(value):
         return {"attention": {"query": {"u": np.ones(3, np.float32), "sigma": np.float32(value)}}}
 
+    def layer(value):
+        names = ("sigma", "norm", "stable_rank", "gradient", "update")
+        return {"up": {name: np.float32(value + i) for i, name in enumerate(names)}}
+
     apart = {
         "attention": {"encoder": {f"block_{i}": block(i + 1.0) for i in range(2)}},
         "spectral": {"encoder": {f"block_{i}": spectral(i + 5.0) for i in range(2)}},
         "gamma": {},
+        "layers": {"encoder": {f"block_{i}": layer(i + 7.0) for i in range(2)}, "head": layer(9.0)["up"]},
     }
 
     def stack(a, b):
@@ -131,6 +138,7 @@ def test_stacked_and_unrolled_layers_have_the_same_names():
         "attention": {"encoder": {"blocks": stack(block(1.0), block(2.0))}},
         "spectral": {"encoder": {"blocks": stack(spectral(5.0), spectral(6.0))}},
         "gamma": {},
+        "layers": {"encoder": {"blocks": stack(layer(7.0), layer(8.0))}, "head": layer(9.0)["up"]},
     }
     found = panel_metrics(together)
     assert found == panel_metrics(apart)
@@ -140,6 +148,14 @@ def test_stacked_and_unrolled_layers_have_the_same_names():
     assert found["attention/entropy_head_min"] == 1.0
     assert found["attention/max_logit/encoder/block_1"] == 6.0
     assert found["spectral/sigma/encoder/block_1/attention/query"] == 6.0
+    assert found["attention/bound/encoder/block_1"] == 1.25
+    assert found["attention/logit_variance/encoder/block_0"] == 6.0
+    path = "encoder/block_1/up"
+    assert [
+        found[f"{name}/{path}"]
+        for name in ("spectral/sigma", "spectral/norm", "spectral/stable_rank", "gradient/norm", "update/ratio")
+    ] == [8.0, 9.0, 10.0, 11.0, 12.0]
+    assert found["update/ratio/head"] == 13.0
 
 
 def test_divergence_is_a_loss_that_is_not_finite_or_far_above_its_start():

@@ -1,0 +1,28 @@
+"""What happened in a run, a sweep or a folder of runs: one HTML page that opens offline, and its pictures as PNG.
+
+    python scripts/report.py runs/stability_vit --output report.html
+    python scripts/report.py runs/a runs/b runs/c --output report.html [--plots 6]
+
+Loss against attention entropy of every layer and head, spectral norms and γ, sharpness with its threshold, sensitivity
+of sweeps to the learning rate, a table of all runs, the differences of their configurations, and findings in words.
+Runs may still be going on. Needs matplotlib: pip install "sigmarep[report]".
+"""
+
+from absl import flags
+
+from sigmarep import command
+
+OUTPUT = flags.DEFINE_string("output", None, "The page, FILE.html; pictures go into FILE_plots beside it.")
+PLOTS = flags.DEFINE_integer("plots", 6, "Runs that are drawn one by one.", lower_bound=0)
+
+
+def main(folders: list[str]) -> None:
+    output = command.required("output", OUTPUT.value)
+    from sigmarep.diagnostics import report
+
+    files = report.write(folders, output, most=PLOTS.value)
+    print(f"report: {files[0]}, {len(files) - 1} pictures beside it")
+
+
+if __name__ == "__main__":
+    command.run(main, positional=True)

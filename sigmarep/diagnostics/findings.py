@@ -1,0 +1,207 @@
+"""What happened in a run, as facts and in plain words."""
+
+import collections
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sigmarep.diagnostics import curves
+from sigmarep.diagnostics.runs import Run
+from sigmarep.training import divergence
+
+# By falling preference, the evaluation metric that says how well a run went.
+HEADLINES = ("accuracy", "bleu", "probe_accuracy", "wer", "perplexity", "loss")
+# Of so many runs together each is spoken of.
+FEW = 6
+SHARPNESS = {
+    "sharpness/preconditioned": "sharpness/preconditioned_threshold",
+    "sharpness/hessian": "sharpness/threshold",
+}
+
+
+class Facts(NamedTuple):
+    """Of a run, None or NaN where nothing is known.
+
+    `final`, name and value of its last evaluation; `loss`, the last logged training loss; `diverged` and `rose`, the steps
+    at which it diverged and its loss rose (`curves.rise`); `lowest`, the lowest layer's entropy in nats, the layer and the
+    step; `fell`, the layers below `divergence.COLLAPSED` and since when, first first; `layers`, how many were recorded;
+    `spikes` and `gradient_spikes`, spike scores of loss and gradient norm in per cent.
+    """
+
+    final: tuple[str, float] | None
+    loss: float
+    diverged: int | None
+    rose: int | None
+    lowest: tuple[float, str, int] | None
+    fell: list[tuple[str, int]]
+    layers: int
+    spikes: float
+    gradient_spikes: float
+
+
+def facts(run: Run) -> Facts:
+    """See `Facts`."""
+    losses = run.series("train/loss")
+    found = divergence.diagnose(run.rows)
+    layers = found["layers"]
+    lowest = min(layers, key=lambda name: layers[name]["lowest"]) if layers else None
+    diverged = _divergence_step(run) if run.state == "diverged" else None
+    rose = curves.rise(*losses)
+    return Facts(
+        final=_final(run),
+        loss=losses.values[-1] if losses.values else math.nan,
+        diverged=diverged,
+        rose=diverged if rose is None else rose,
+        lowest=(layers[lowest]["lowest"], lowest, layers[lowest]["lowest_step"]) if lowest else None,
+        fell=[(name, layers[name]["collapsed_step"]) for name in found["fell"]],
+        layers=len(layers),
+        spikes=curves.spike_score(losses.values),
+        gradient_spikes=curves.spike_score(run.series("train/gradient_norm").values),
+    )
+
+
+def _final(run: Run) -> tuple[str, float] | None:
+    evaluated = [name for name in run.names if name.startswith("eval/")]
+    for headline in HEADLINES:
+        for name in evaluated:
+            if name.rsplit("/", 1)[-1] == headline:
+                return name.removeprefix("eval/"), run.series(name).values[-1]
+    return None
+
+
+def _divergence_step(run: Run) -> int:
+    broken = [row["step"] for row in run.rows if not math.isfinite(row.get("train/loss", 0.0))]
+    return broken[0] if broken else run.last_step
+
+
+def sentences(run: Run, found: Facts) -> list[str]:
+    """What a reader should know of one run, most important first."""
+    said = [outcome(run, found)]
+    if not run.rows:
+        return said
+    said.append(_entropy(found))
+    change = run.config.get("intervention.at_steps")
+    if change is not None and run.last_step > change:
+        temperature = run.config.get("intervention.attention_temperature", 1.0)
+        rate = run.config.get("intervention.learning_rate_factor", 1.0)
+        said.append(
+            f"After step {change:g} the run was changed on purpose: attention temperature times {temperature:g}, learning "
+            f"rate times {rate:g}."
+        )
+    said += [text for name, limit in SHARPNESS.items() if (text := _sharpness(run, name, limit))]
+    if found.spikes > 0 or found.gradient_spikes > 0:
+        said.append(
+            f"Spike score (share of logged values 7 standard deviations off the running mean): {found.spikes:.2g} % of the "
+            f"loss, {found.gradient_spikes:.2g} % of the gradient norm."
+        )
+    negative = [name for name in run.names if name.startswith("spectral/gamma/") and min(run.series(name).values) < 0]
+    if negative:
+        names = ", ".join(name.removeprefix("spectral/gamma/") for name in negative[:3])
+        said.append(f"γ became negative in {len(negative)} layers, {names} among them.")
+    return said
+
+
+def outcome(run: Run, found: Facts) -> str:
+    """How a run ended, or how far it is."""
+    of_total = f" of {run.total_steps}" if run.total_steps else ""
+    why = f": {run.reason}" if run.reason else ""
+    if run.state == "diverged":
+        return f"Diverged at step {found.diverged}{of_total}{why}."
+    if run.state in ("failed", "bad input"):
+        return f"Ended as {run.state} after step {run.last_step}{why}."
+    if not run.rows:
+        return f"Nothing is logged yet{why}."
+    rose = f" The loss rose at step {found.rose}." if found.rose is not None else ""
+    if run.state == "unfinished":
+        ago = _duration(run.age or 0.0)
+        return f"Unfinished, at step {run.last_step}{of_total}; the last line was written {ago} ago.{rose}"
+    words = f" with {found.final[0]} {found.final[1]:.4g}" if found.final else ""
+    return f"Done after {run.last_step} steps{words}.{rose or ' The loss never rose.'}"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _entropy(found: Facts) -> str:
+    if found.lowest is None:
+        return "No attention entropy was recorded."
+    value, layer, step = found.lowest
+    if not found.fell:
+        return (
+            f"No layer's attention entropy fell below {divergence.COLLAPSED} nats: the lowest was {value:.3g} in {layer} "
+            f"at step {step}."
+        )
+    first, since = found.fell[0]
+    if found.rose is None:
+        when = "; the loss never rose"
+    elif found.rose == since:
+        when = ", the step at which the loss rose"
+    else:
+        steps = abs(found.rose - since)
+        when = f", {steps} steps {'before' if since < found.rose else 'after'} the loss rose"
+    others = len(found.fell) - 1
+    also = f" {others} more of {found.layers} layers followed." if others else ""
+    return (
+        f"{first} fell below {divergence.COLLAPSED} nats at step {since}{when}.{also} The lowest was {value:.3g} nats in "
+        f"{layer} at step {step}."
+    )
+
+
+def _sharpness(run: Run, name: str, limit: str) -> str | None:
+    pairs = [(row["step"], row[name], row[limit]) for row in run.rows if name in row and limit in row]
+    if not pairs:
+        return None
+    word = "Preconditioned sharpness" if name.endswith("preconditioned") else "Sharpness"
+    above = [step for step, value, threshold in pairs if value > threshold]
+    if not above:
+        return f"{word} stayed below its threshold at all {len(pairs)} measurements."
+    return f"{word} was above its threshold at {len(above)} of {len(pairs)} measurements, first at step {above[0]}."
+
+
+def overview(runs: Sequence[Run], found: Sequence[Facts]) -> list[str]:
+    """What a reader should know of several runs together."""
+    if len(runs) == 1:
+        return sentences(runs[0], found[0])
+    states = collections.Counter(run.state for run in runs)
+    said = [f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}."]
+    diverged = [(each.diverged, run.name) for run, each in zip(runs, found, strict=True) if each.diverged is not None]
+    if diverged:
+        step, name = min(diverged)
+        said.append(f"{_count(len(diverged), 'run')} diverged, {name} earliest, at step {step}.")
+    if len(runs) <= FEW:
+        return [*said, *(f"{run.name}: {_entropy(each)}" for run, each in zip(runs, found, strict=True) if run.rows)]
+    recorded = [each for each in found if each.lowest]
+    fallen = [each for each in recorded if each.fell]
+    if fallen:
+        layer, count = collections.Counter(each.fell[0][0] for each in fallen).most_common(1)[0]
+        before = sum(each.rose is not None and each.fell[0][1] < each.rose for each in fallen)
+        never = sum(each.rose is None for each in fallen)
+        said.append(
+            f"In {len(fallen)} of {_count(len(recorded), 'run')} with a record, a layer's attention entropy fell below "
+            f"{divergence.COLLAPSED} nats, most often {layer} first ({count} of {len(fallen)}). It fell before the "
+            f"loss rose in {before} of these; in {never} the loss never rose."
+        )
+    elif recorded:
+        said.append(f"No layer's attention entropy fell below {divergence.COLLAPSED} nats in any run.")
+    lowest = [(each.lowest, run.name) for run, each in zip(runs, found, strict=True) if each.lowest]
+    if lowest:
+        (value, layer, step), name = min(lowest)
+        said.append(f"The lowest entropy of all was {value:.3g} nats in {layer} at step {step} of {name}.")
+    return said
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Fields of the configurations that are not the same in all runs, with the value of every run; None where missing."""
+    configs = [run.config for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config)
+    values = {name: [config.get(name) for config in configs] for name in names}
+    return {name: each for name, each in values.items() if len({json.dumps(value) for value in each}) > 1}

@@ -1,0 +1,281 @@
+"""A report as one HTML page that needs nothing beside itself: text, tables and embedded pictures, no script."""
+
+import base64
+import html
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sigmarep.diagnostics import sensitivity
+from sigmarep.diagnostics.findings import Facts, differences
+from sigmarep.diagnostics.runs import Run
+
+# Up to so many runs the differences of their configurations are a table with a column a run.
+MOST_COLUMNS = 8
+
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; color: #1b1b1b; background: #fff;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.5rem; margin: 24px 0 4px; }
+h2 { font-size: 1.2rem; margin: 40px 0 8px; padding-top: 12px; border-top: 1px solid #ccc; }
+h3 { font-size: 1rem; margin: 28px 0 4px; overflow-wrap: anywhere; }
+p, ul { margin: 6px 0; max-width: 80ch; }
+ul { padding-left: 22px; }
+li { margin: 3px 0; overflow-wrap: anywhere; }
+.quiet { color: #595959; font-size: 0.875rem; overflow-wrap: anywhere; }
+.note { border-left: 4px solid #d55e00; padding: 4px 12px; background: #fdf3ec; }
+.table { overflow-x: auto; border: 1px solid #ccc; border-radius: 4px; margin: 10px 0; max-height: 80vh; }
+table { border-collapse: separate; border-spacing: 0; font-size: 0.8125rem; line-height: 1.35; width: 100%; }
+th, td { padding: 5px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid #e3e3e3; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+thead th { position: sticky; top: 0; background: #f1f1f1; z-index: 1; white-space: nowrap; }
+tbody th { position: sticky; left: 0; background: #fff; font-weight: 600; min-width: 120px; max-width: 260px;
+  overflow-wrap: anywhere; }
+thead th:first-child { left: 0; z-index: 2; }
+tr:last-child > * { border-bottom: 0; }
+.state { white-space: nowrap; padding: 1px 7px; border-radius: 9px; background: #e9e9e9; }
+.state.diverged, .state.failed, .state.bad { background: #f9d9c3; }
+.state.done { background: #d3ece3; }
+.pictures { display: grid; gap: 16px; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
+figure { margin: 8px 0; }
+figure img { width: 100%; max-width: 720px; height: auto; display: block; }
+figcaption { font-size: 0.8125rem; color: #595959; }
+@media (max-width: 480px) {
+  body { padding: 0 12px 32px; }
+  tbody th { min-width: 104px; max-width: 150px; }
+  th, td { padding: 5px 7px; }
+}
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+class Picture(NamedTuple):
+    """`name` of its file, `caption` of what it shows, and the `png`."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+class Sweep(NamedTuple):
+    """A sweep's `folder`, its `table`, how many of its runs are `missing` from that, and its `picture`."""
+
+    folder: str
+    table: sensitivity.Table
+    missing: int
+    picture: Picture
+
+
+class Detail(NamedTuple):
+    """One run that is shown by itself."""
+
+    run: Run
+    said: list[str]
+    pictures: list[Picture]
+
+
+def render(
+    *,
+    runs: Sequence[Run],
+    facts: Sequence[Facts],
+    said: Sequence[str],
+    notes: Sequence[str],
+    sweeps: Sequence[Sweep],
+    together: Picture | None,
+    details: Sequence[Detail],
+) -> str:
+    """The page. `said` are the findings of all runs together, `notes` what was wrong with the folders."""
+    title = f"Training stability: {runs[0].name}" if len(runs) == 1 else f"Training stability: {len(runs)} runs"
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="quiet">Read on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates.</p>',
+        *[f'<p class="note">{_text(note)}</p>' for note in notes],
+        "<h2>Findings</h2>",
+        _list(said),
+    ]
+    if len(runs) > 1 and together:
+        parts += ["<h2>All runs</h2>", '<div class="pictures">', _figure(together), "</div>"]
+    for sweep in sweeps:
+        parts += _sweep(sweep)
+    if len(runs) > 1:
+        parts += ["<h2>Runs</h2>", _runs_table(runs, facts)]
+        parts += _differences(runs)
+        if details:
+            parts.append("<h2>Run by run</h2>")
+        if len(details) < len(runs):
+            parts.append(
+                f'<p class="quiet">{len(details)} of {len(runs)} runs are drawn: of each arm the best, the lowest entropy, '
+                "then those that diverged. For others give their folders, or a larger --plots.</p>"
+            )
+    for detail in details:
+        parts += _detail(detail, alone=len(runs) == 1)
+    body = "\n".join(parts)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{_text(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _name(name: str) -> str:
+    """A run's name, which may be broken where its parts end."""
+    return _text(name).replace(",", ",<wbr>")
+
+
+def _list(items: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode()
+    return (
+        f'<figure><img alt="{_text(picture.caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """A table whose cells are HTML already; those that begin with a digit, a sign or nothing are numbers."""
+
+    def cell(content: str) -> str:
+        number = content[:1] in "-0123456789" and " " not in content.strip()
+        return f'<td class="number">{content}</td>' if number and content else f"<td>{content}</td>"
+
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
+    body = "\n".join(f'<tr><th scope="row">{row[0]}</th>{"".join(map(cell, row[1:]))}</tr>' for row in rows)
+    return (
+        f'<div class="table" tabindex="0" role="region" aria-label="{_text(caption)}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _state(run: Run) -> str:
+    return f'<span class="state {run.state.split()[0]}">{_text(run.state)}</span>'
+
+
+def _step(step: int | None) -> str:
+    return "" if step is None else str(step)
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def _runs_table(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
+    header = ["run", "state", "steps", "last evaluation", "last loss", "lowest entropy", "fell first"]
+    header += ["loss rose at", "diverged at", "spikes"]
+    rows = []
+    for run, each in zip(runs, facts, strict=True):
+        steps = f"{run.last_step}/{run.total_steps}" if run.total_steps else str(run.last_step)
+        rows.append(
+            [
+                _name(run.name),
+                _state(run),
+                steps,
+                _text(f"{each.final[0]} {each.final[1]:.4g}") if each.final else "",
+                _number(each.loss),
+                "<b>{:.3g}</b> in {} at {}".format(*each.lowest) if each.lowest else "",
+                "{} at {}".format(*each.fell[0]) if each.fell else "",
+                _step(each.rose),
+                _step(each.diverged),
+                "" if math.isnan(each.spikes) else f"{each.spikes:.2g}%",
+            ]
+        )
+    return _table(header, rows, "All runs")
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    fields = differences(runs)
+    parts = ["<h2>What differs between the configurations</h2>"]
+    if not fields:
+        return [*parts, "<p>Nothing: all runs have the same configuration.</p>"]
+    if len(runs) <= MOST_COLUMNS:
+        rows = [[_text(name), *(_text(_value(each)) for each in values)] for name, values in fields.items()]
+        return [*parts, _table(["field", *(run.name for run in runs)], rows, "Fields that differ, by run")]
+    rows = []
+    for name, values in fields.items():
+        counts = Counter(_value(value) for value in values)
+        most = [f"{_text(value)} <span class='quiet'>({count} runs)</span>" for value, count in counts.most_common(12)]
+        rest = len(counts) - len(most)
+        rows.append([_text(name), ", ".join(most) + (f" and {rest} more" if rest else "")])
+    return [*parts, _table(["field", "values"], rows, "Fields that differ")]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def _sweep(sweep: Sweep) -> list[str]:
+    rows = []
+    for row in sensitivity.findings(sweep.table):
+        loss = f"{row['loss']:.4g}" if math.isfinite(row["loss"]) else "diverged"
+        rows.append(
+            [
+                _text(row["arm"]),
+                loss,
+                f"{row['rate']:g}",
+                sensitivity.said(row["range"]),
+                _number(row["sensitivity"], 3),
+                _number(row["entropy"], 3),
+            ]
+        )
+    seeds = sorted({len(each) for by_rate in sweep.table.values() for each in by_rate.values()})
+    words = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    missing = f" {sweep.missing} of its runs have not ended, or failed, and are left out." if sweep.missing else ""
+    return [
+        f"<h2>Learning rates: {_text(sweep.folder)}</h2>",
+        f"<p>Loss is the mean of the last tenth of the logged training losses, the median over seeds ({words} a rate). "
+        f"An arm trains where that is within {sensitivity.WITHIN:.0%} of the best of any arm. Sensitivity is the mean over "
+        f"rates of what its loss, cut at that of the start, has above its own best (Wortsman et al., 2023).{missing}</p>",
+        '<div class="pictures">',
+        _figure(sweep.picture),
+        "<div>",
+        _table(
+            ("arm", "best loss", "at rate", "trains from … to", "sensitivity", "lowest entropy there"),
+            rows,
+            "Arms of the sweep",
+        ),
+        "</div></div>",
+    ]
+
+
+def _detail(detail: Detail, *, alone: bool) -> list[str]:
+    run = detail.run
+    versions = run.environment.get("packages", {})
+    devices = run.environment.get("devices", {})
+    facts = [run.folder, run.config.get("task")]
+    if devices:
+        facts.append(f"{devices.get('count')} x {devices.get('kind')}")
+    if versions.get("jax"):
+        facts.append(f"jax {versions['jax']}")
+    if run.environment.get("git_revision"):
+        facts.append(f"revision {run.environment['git_revision'][:12]}")
+    return [
+        "" if alone else f"<h3>{_text(run.name)} {_state(run)}</h3>",
+        f'<p class="quiet">{_text(" · ".join(str(fact) for fact in facts if fact))}</p>',
+        "" if alone else _list(detail.said),
+        '<div class="pictures">',
+        *map(_figure, detail.pictures),
+        "</div>",
+    ]

@@ -1,0 +1,278 @@
+"""Pictures of runs, as PNG. Colours are told apart by colour-blind readers, and never say anything alone."""
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sigmarep.diagnostics import sensitivity
+from sigmarep.diagnostics.findings import SHARPNESS, Facts
+from sigmarep.diagnostics.runs import Run
+from sigmarep.errors import BadInput
+from sigmarep.training import divergence
+
+# Okabe and Ito's palette, without its yellow, which is faint on white.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+DASHES = ("-", "--", ":")
+WIDTH = 4.8
+LEGEND_COLUMNS = 3
+DPI = 130
+# More points than pixels cost time and show nothing.
+MOST_POINTS = 600
+BLOCK = re.compile(r"block_(\d+)")
+
+
+def png(figure: Any) -> bytes:
+    """The bytes of a figure."""
+    _arrange(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _figure(heights: Sequence[float], *, share: bool = True) -> tuple[Any, list[Any]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput('a report needs matplotlib; pip install "sigmarep[report]"') from None
+    figure = Figure(figsize=(WIDTH, sum(heights)))
+    axes = figure.subplots(len(heights), 1, sharex=share, squeeze=False, height_ratios=heights)[:, 0]
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.25, linewidth=0.6)
+        each.tick_params(labelsize=8)
+        each.margins(x=0.02)
+        each.xaxis.label.set_size(9)
+        each.yaxis.label.set_size(9)
+    return figure, list(axes)
+
+
+def _arrange(figure: Any) -> None:
+    """Places the axes of a figure below each other, with room for what stands above each.
+
+    In half the time of matplotlib's own layouts, which draw everything twice.
+    """
+    legends = [axes.get_legend() for axes in figure.axes]
+    above = [0.12 + (0.14 * math.ceil(len(each.get_texts()) / LEGEND_COLUMNS) if each else 0.0) for each in legends]
+    heights = figure.axes[0].get_gridspec().get_height_ratios()
+    bottom = 0.45
+    total = sum(heights) + sum(above) + bottom
+    figure.set_size_inches(WIDTH, total)
+    top = total
+    for axes, height, room in zip(figure.axes, heights, above, strict=True):
+        top -= room + height
+        axes.set_position((0.15, top / total, 0.83, height / total))
+
+
+def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options: Any) -> None:
+    """Finite points alone, thinned evenly where there are very many."""
+    points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
+    stride = max(len(points) // MOST_POINTS, 1)
+    points = points[::stride] + (points[-1:] if stride > 1 else [])
+    # A line of one point is invisible.
+    marker = {"marker": "o", "markersize": 3} if len(points) < 3 else {}
+    axes.plot([x for x, _ in points], [y for _, y in points], **(marker | options))
+
+
+def _log_scale(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis if the values are positive and spread over more than a decade."""
+    found = [value for value in values if math.isfinite(value)]
+    if found and min(found) > 0 and max(found) > 10 * min(found):
+        axes.set_yscale("log")
+        axes.minorticks_off()
+
+
+def _legend(axes: Any, count: int) -> None:
+    if count > 1:
+        # Above the curves, never on them.
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1, "ncols": LEGEND_COLUMNS}
+        axes.legend(fontsize=7, frameon=False, handlelength=1.6, columnspacing=1.0, labelspacing=0.2, **place)
+
+
+def _events(axes: Sequence[Any], run: Run, found: Facts) -> None:
+    """Vertical lines where the loss rose, the run diverged or was changed on purpose."""
+    events = {"rise": (found.rose, ":"), "change": (run.config.get("intervention.at_steps"), "-")}
+    for step, dash in events.values():
+        if step is not None and step <= run.last_step:
+            for each in axes:
+                each.axvline(step, color="#666666", linewidth=0.9, linestyle=dash)
+
+
+def _groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Layers that differ in the number of their block alone, together: `encoder`, `decoder/cross_attention`, …"""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = "/".join(part for part in name.split("/") if not BLOCK.fullmatch(part)) or name
+        groups.setdefault(group, []).append(name)
+    return groups
+
+
+def _by_depth(layers: Sequence[str]) -> Mapping[str, Any]:
+    """A colour for every layer: from dark to light with depth, on a scale that is even to colour-blind eyes."""
+    from matplotlib import colormaps
+
+    shades = colormaps["viridis"]
+    return {layer: shades(0.9 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
+
+
+def _label(layer: str, layers: Sequence[str]) -> str | None:
+    """The block's number; with many layers only of the first, the middle and the last."""
+    shown = layers if len(layers) <= 6 else (layers[0], layers[len(layers) // 2], layers[-1])
+    found = BLOCK.search(layer)
+    return (f"block {found[1]}" if found else layer) if layer in shown else None
+
+
+def entropy(run: Run, found: Facts) -> Any | None:
+    """Loss above, the entropy of every layer below it, and of every head below that; None without entropies."""
+    prefix = "attention/entropy/"
+    groups = _groups([name.removeprefix(prefix) for name in run.names if name.startswith(prefix)])
+    if not groups:
+        return None
+    figure, axes = _figure([1.5, *[1.5, 1.5] * len(groups)])
+    losses = run.series("train/loss")
+    _line(axes[0], *losses, color="#333333", linewidth=1.2)
+    _log_scale(axes[0], losses.values)
+    axes[0].set_ylabel("training loss")
+    for (group, layers), above, below in zip(groups.items(), axes[1::2], axes[2::2], strict=True):
+        colours = _by_depth(layers)
+        for layer in layers:
+            style = {"color": colours[layer], "linewidth": 1.3}
+            _line(above, *run.series(prefix + layer), label=_label(layer, layers), **style)
+            for name in run.names:
+                if name.startswith(f"attention/entropy_head/{layer}/"):
+                    _line(below, *run.series(name), color=colours[layer], linewidth=0.6)
+        words = f"\n{group}" if len(groups) > 1 else ""
+        for each, what in ((above, "layers"), (below, "heads")):
+            each.axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
+            each.set_ylabel(f"entropy of {what},\nnats{words}")
+            each.set_ylim(bottom=0)
+        _legend(above, len(layers))
+    _events(axes, run, found)
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def spectra(run: Run, found: Facts) -> Any | None:
+    """Spectral norms σ, effective norms |γ| and the largest logits; None where nothing of it was recorded."""
+    panels = {
+        "spectral norm σ(W)": "spectral/sigma/",
+        "|γ|": "spectral/gamma/",
+        "largest logit": "attention/max_logit/",
+    }
+    shown = {
+        title: names
+        for title, prefix in panels.items()
+        if (names := {name.removeprefix(prefix): name for name in run.names if name.startswith(prefix)})
+    }
+    if not shown:
+        return None
+    figure, axes = _figure([1.7] * len(shown))
+    for (title, names), each in zip(shown.items(), axes, strict=True):
+        groups = _groups(list(names))
+        everything: list[float] = []
+        for i, (group, layers) in enumerate(groups.items()):
+            options = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
+            for k, layer in enumerate(layers):
+                steps, values = run.series(names[layer])
+                values = [abs(value) for value in values] if title == "|γ|" else values
+                everything += values
+                _line(each, steps, values, linewidth=0.9, label=group if k == 0 else None, **options)
+        _log_scale(each, everything)
+        each.set_ylabel(title)
+        _legend(each, len(groups))
+    _events(axes, run, found)
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def sharpness(run: Run, found: Facts) -> Any | None:
+    """Sharpness with its threshold; None if it was not measured."""
+    shown = [name for name in SHARPNESS if name in run.names]
+    if not shown:
+        return None
+    figure, axes = _figure([1.9] * len(shown))
+    for name, each in zip(shown, axes, strict=True):
+        values, limit = run.series(name), run.series(SHARPNESS[name])
+        _line(each, *values, color=PALETTE[0], label="measured")
+        _line(each, *limit, color=PALETTE[1], linestyle="--", label="threshold")
+        _log_scale(each, [*values.values, *limit.values])
+        each.set_ylabel("largest eigenvalue" + (",\npreconditioned Hessian" if "precond" in name else ",\nHessian"))
+        _legend(each, 2)
+    _events(axes, run, found)
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
+    """Loss and lowest layer's entropy of all runs, coloured by arm; None if nothing was logged."""
+    shown = [run for run in runs if run.series("train/loss").values]
+    if not shown:
+        return None
+    arms = list(dict.fromkeys(arm(run) for run in shown))
+    with_entropy = any("attention/entropy_min" in run.names for run in shown)
+    figure, axes = _figure([2.2, 2.0] if with_entropy else [2.4])
+    named = len(arms) <= len(PALETTE) * len(DASHES) and len(arms) <= 12
+    seen: set[str] = set()
+    everything: list[float] = []
+    for run in shown:
+        place = arms.index(arm(run))
+        options: dict[str, Any] = {"color": "#444444", "linewidth": 0.9, "alpha": max(0.25, min(1.0, 8 / len(shown)))}
+        if named:
+            dash = DASHES[place // len(PALETTE) % len(DASHES)]
+            options |= {"color": PALETTE[place % len(PALETTE)], "linestyle": dash}
+        losses = run.series("train/loss")
+        everything += losses.values
+        _line(axes[0], *losses, **options)
+        if with_entropy:
+            _line(axes[1], *run.series("attention/entropy_min"), **options)
+        if named and arm(run) not in seen:
+            seen.add(arm(run))
+            axes[0].plot([], [], label=_shortened(arm(run)), **(options | {"alpha": 1.0}))
+    _log_scale(axes[0], everything)
+    axes[0].set_ylabel("training loss")
+    if with_entropy:
+        axes[1].axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
+        axes[1].set_ylabel("entropy of the\nlowest layer, nats")
+        axes[1].set_ylim(bottom=0)
+    _legend(axes[0], len(seen))
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def _shortened(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-most // 2 + 1 :]}"
+
+
+def rates(table: sensitivity.Table) -> Any:
+    """Final loss against learning rate: the median over seeds, and from the lowest to the highest; entropy below it."""
+    figure, axes = _figure([2.4, 1.6])
+    losses = sensitivity.medians(table)
+    best = sensitivity.best_loss(losses)
+    starts = [each.start for by_rate in table.values() for tried in by_rate.values() for each in tried]
+    finite = [loss for by_rate in losses.values() for loss in by_rate.values() if math.isfinite(loss)]
+    top = max([*finite, *[start for start in starts if math.isfinite(start)]], default=1.0) * 1.15
+    for i, (arm, by_rate) in enumerate(table.items()):
+        colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
+        tried = list(by_rate)
+        ends = [[each.loss for each in by_rate[rate]] for rate in tried]
+        # A run that diverged stands at the top.
+        cut = [[min(loss, top) for loss in each] for each in ends]
+        axes[0].fill_between(tried, [min(c) for c in cut], [max(c) for c in cut], color=colour, alpha=0.15, linewidth=0)
+        middle = [statistics.median(each) for each in cut]
+        axes[0].plot(tried, middle, color=colour, linestyle=dash, marker="o", markersize=3, linewidth=1.4, label=arm)
+        lost = [rate for rate, each in zip(tried, ends, strict=True) if any(map(math.isinf, each))]
+        # Beside each other, where several arms diverge at one rate.
+        axes[0].plot([rate * 1.06**i for rate in lost], [top] * len(lost), "x", color=colour, markersize=6)
+        lowest = [[each.lowest for each in by_rate[rate] if math.isfinite(each.lowest)] for rate in tried]
+        kept = [(rate, statistics.median(each)) for rate, each in zip(tried, lowest, strict=True) if each]
+        _line(axes[1], *zip(*kept, strict=True), color=colour, linestyle=dash, linewidth=1.4) if kept else None
+    if math.isfinite(best):
+        axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)
+    axes[0].set(ylabel="training loss at the end", xscale="log")
+    axes[1].minorticks_off()
+    axes[1].axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
+    axes[1].set(ylabel="lowest entropy\nof the run, nats", xlabel="learning rate", ylim=(0, None))
+    _legend(axes[0], len(table))
+    return figure

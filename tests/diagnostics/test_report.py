@@ -1,0 +1,293 @@
+"""The report, on runs whose story is written here by hand."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sigmarep import tasks
+from sigmarep.diagnostics import findings, report, runs
+from sigmarep.errors import BadInput
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+
+
+def run_folder(folder, rows, *, end="\n", config=None, total=None, **files):
+    """A run with the metrics `rows`; `end` follows the last line."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"task": "image_classification", "seed": 0, **(config or {})}))
+    (folder / "environment.json").write_text(json.dumps({"total_steps": total, "packages": {"jax": "0.10"}}))
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + end)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def row(step, loss, *entropies, **more):
+    found = {f"attention/entropy/encoder/block_{i}": value for i, value in enumerate(entropies)}
+    heads = {
+        f"attention/entropy_head/encoder/block_{i}/{h}": value for i, value in enumerate(entropies) for h in range(2)
+    }
+    least = {"attention/entropy_min": min(entropies)} if entropies else {}
+    return {"step": step, "train/loss": loss, **found, **heads, **least, **more}
+
+
+def collapsing(rise=400):
+    """100 lines, five steps apart: block 1 falls below 0.1 nats at step 340, block 0 at 360; the loss rises at `rise`."""
+
+    def entropy(step, at):
+        return 2.0 if step < at else 0.05
+
+    return [
+        row(step, 1.0 if step < rise else 2.0, entropy(step, 360), entropy(step, 340) + step * 1e-6)
+        for step in range(5, 505, 5)
+    ]
+
+
+def read(folder):
+    (run,) = runs.find([str(folder)]).runs
+    return run, findings.facts(run)
+
+
+def page_of(tmp_path, *folders, most=6):
+    files = report.write([str(each) for each in folders], str(tmp_path / "out" / "page.html"), most=most)
+    return Path(files[0]).read_text(), [Path(each).name for each in files[1:]]
+
+
+def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
+    run, found = read(run_folder(tmp_path / "a", collapsing(), total=500))
+    assert found.fell == [("encoder/block_1", 340), ("encoder/block_0", 360)]
+    assert found.rose == 400
+    assert found.lowest == (0.05, "encoder/block_0", 360)
+    said = findings.sentences(run, found)
+    assert said[0] == "Done after 500 steps. The loss rose at step 400."
+    assert said[1] == (
+        "encoder/block_1 fell below 0.1 nats at step 340, 60 steps before the loss rose. 1 more of 2 layers followed. The "
+        "lowest was 0.05 nats in encoder/block_0 at step 360."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rise", "words"),
+    [
+        (200, "at step 340, 140 steps after the loss rose."),
+        (340, "at step 340, the step at which the loss rose."),
+        (9999, "at step 340; the loss never rose."),
+    ],
+)
+def test_collapse_before_with_after_and_without_a_rise(tmp_path, rise, words):
+    run, found = read(run_folder(tmp_path / "a", collapsing(rise), total=500))
+    assert words in findings.sentences(run, found)[1]
+
+
+def test_a_run_that_kept_its_entropy(tmp_path):
+    rows = [row(step, 2.0 - step / 100, 2.5, 1.5 - step / 100) for step in range(1, 51)]
+    rows.append({"step": 50, "eval/test/loss": 0.7, "eval/test/accuracy": 0.9125})
+    run, found = read(run_folder(tmp_path / "a", rows, total=50))
+    assert found.final == ("test/accuracy", 0.9125)
+    assert findings.sentences(run, found)[:2] == [
+        "Done after 50 steps with test/accuracy 0.9125. The loss never rose.",
+        "No layer's attention entropy fell below 0.1 nats: the lowest was 1 in encoder/block_1 at step 50.",
+    ]
+
+
+def test_sharpness_interventions_and_negative_gammas_are_spoken_of(tmp_path):
+    rows = [row(step, 1.0, 2.0) for step in range(1, 11)]
+    for each in rows:
+        each |= {"sharpness/hessian": each["step"] * 10.0, "sharpness/threshold": 75.0}
+        each["spectral/gamma/head"] = 1.0 - each["step"] / 5
+    config = {"intervention": {"at_steps": 4.0, "attention_temperature": 0.1, "learning_rate_factor": 1.0}}
+    said = " ".join(findings.sentences(*read(run_folder(tmp_path / "a", rows, config=config, total=10))))
+    assert "Sharpness was above its threshold at 3 of 10 measurements, first at step 8." in said
+    assert (
+        "After step 4 the run was changed on purpose: attention temperature times 0.1, learning rate times 1." in said
+    )
+    assert "γ became negative in 1 layers, head among them." in said
+
+
+def test_a_run_still_going_has_half_a_line_at_its_end(tmp_path):
+    folder = run_folder(tmp_path / "a", [row(step, 1.0, 2.0) for step in (1, 50)], total=100, end='\n{"step": 75, "tr')
+    run, found = read(folder)
+    assert (run.state, run.last_step) == ("unfinished", 50)
+    said = findings.sentences(run, found)[0]
+    assert re.fullmatch(r"Unfinished, at step 50 of 100; the last line was written \d+ seconds ago\.", said)
+    page, pictures = page_of(tmp_path, folder)
+    assert "Unfinished, at step 50 of 100" in page
+    assert pictures == ["a-entropy.png"]
+
+
+@pytest.mark.parametrize("rows", [[{"step": 0, "train/loss": "nan"}], [row(1, "inf", 2.0)], [row(1, "nan", "nan")]])
+def test_a_run_that_diverged_at_once(tmp_path, rows):
+    folder = run_folder(tmp_path / "a", rows, total=100, diagnosis={"step": rows[0]["step"], "reason": "it broke"})
+    run, found = read(folder)
+    assert found.diverged == found.rose == rows[0]["step"]
+    assert findings.sentences(run, found)[0] == f"Diverged at step {rows[0]['step']} of 100: it broke."
+    page, _ = page_of(tmp_path, folder)
+    assert f"Diverged at step {rows[0]['step']} of 100" in page
+
+
+def test_without_a_diagnosis_a_broken_loss_says_it(tmp_path):
+    run, found = read(run_folder(tmp_path / "a", [row(1, 2.0), row(2, "nan"), row(3, "nan")]))
+    assert findings.outcome(run, found) == "Diverged at step 2: the loss became nan."
+
+
+def test_a_run_that_has_just_started(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").write_text("{}")
+    page, pictures = page_of(tmp_path, tmp_path / "a")
+    assert "Nothing is logged yet." in page
+    assert pictures == []
+
+
+def test_folders_without_a_run_are_refused_alone_and_named_among_others(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(BadInput, match=r"no run found; a run's folder has a config\.json or a metrics\.jsonl"):
+        runs.find([str(empty)])
+    with pytest.raises(BadInput, match="there is no such folder"):
+        runs.find([str(tmp_path / "missing")])
+    page, _ = page_of(tmp_path, empty, run_folder(tmp_path / "a", [row(1, 1.0)]))
+    assert f"{empty} holds no run." in page
+
+
+def test_a_damaged_file_is_said_and_costs_no_other_run(tmp_path):
+    broken = run_folder(tmp_path / "runs/broken", [row(1, 1.0)])
+    (broken / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    run_folder(tmp_path / "runs/good", collapsing())
+    page, _ = page_of(tmp_path, tmp_path / "runs")
+    assert "2 unfinished" in page
+    assert findings.sentences(*read(broken))[0].startswith("Nothing is logged yet: metrics.jsonl cannot be read (")
+
+
+def sweep(tmp_path, arms=("pre_ln", "sigma"), rates=(0.001, 0.01, 0.1), seeds=2):
+    """`sigma` trains at all rates; `pre_ln` collapses at 0.01 and diverges at 0.1."""
+    record = {}
+    for arm in arms:
+        for rate in rates:
+            for seed in range(seeds):
+                name = f"arm={arm},learning_rate={rate},seed={seed}"
+                bad = arm == "pre_ln" and rate > 0.001
+                rows = [
+                    row(step, 3.0 if bad or step < 15 else 1.0 + seed / 100, 0.01 if bad else 2.0)
+                    for step in range(1, 21)
+                ]
+                if diverged := arm == "pre_ln" and rate == 0.1:
+                    rows.append(row(21, "nan", 0.01))
+                config = {"optimizer": {"learning_rate": rate}, "seed": seed}
+                run_folder(tmp_path / "sweep" / name, rows, config=config, total=20)
+                point = {"arm": arm, "learning_rate": rate, "config.seed": seed}
+                record[name] = {"point": point, "state": "diverged" if diverged else "done", "status": 0}
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
+    return tmp_path / "sweep"
+
+
+def test_a_sweeps_ranges_and_sensitivities(tmp_path):
+    page, pictures = page_of(tmp_path, sweep(tmp_path), most=3)
+    assert "12 runs: 10 done, 2 diverged." in page
+    assert "In 4 of 12 runs with a record, a layer&#x27;s attention entropy fell below 0.1 nats" in page
+    # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
+    assert (
+        "sweep: pre_ln trains at learning rates 0.001 alone; its best loss is 1.005 at 0.001, its sensitivity 1.33."
+        in page
+    )
+    assert "sweep: sigma trains at learning rates 0.001 to 0.1 (100 times)" in page
+    assert "its best loss is 1.005 at 0.001, its sensitivity 0." in page
+    assert pictures[:2] == ["all.png", "sweep-rates.png"]
+    assert len({name.rsplit("-", 1)[0] for name in pictures[2:]}) == 3
+    assert "3 of 12 runs are drawn" in page
+
+
+def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
+    folder = sweep(tmp_path)
+    record = json.loads((folder / "sweep.json").read_text())
+    del record["arm=sigma,learning_rate=0.1,seed=1"]
+    record["arm=sigma,learning_rate=0.01,seed=1"]["state"] = "failed"
+    (folder / "sweep.json").write_text(json.dumps(record))
+    (folder / "arm=sigma,learning_rate=0.01,seed=1/log.txt").write_text("first\nout of memory\n")
+    found = runs.find([str(folder)])
+    states = {run.name: run.state for run in found.runs}
+    assert len(states) == 12
+    assert states["arm=sigma,learning_rate=0.01,seed=1"] == "failed"
+    assert states["arm=sigma,learning_rate=0.1,seed=1"] == "done"
+    page, _ = page_of(tmp_path, folder)
+    assert "2 of its runs have not ended, or failed, and are left out." in page
+
+
+def test_only_fields_that_differ_are_shown(tmp_path):
+    run_folder(tmp_path / "runs/a", [row(1, 1.0)], config={"model": {"norm": "pre", "depth": 2}})
+    run_folder(tmp_path / "runs/b", [row(1, 1.0)], config={"model": {"norm": "post", "depth": 2}, "new": 0.5})
+    found = runs.find([str(tmp_path / "runs")]).runs
+    assert findings.differences(found) == {"model.norm": ["pre", "post"], "new": [None, 0.5]}
+
+
+def test_the_page_needs_nothing_else_and_escapes_names(tmp_path):
+    folder = run_folder(tmp_path / "a<b>&", collapsing(), total=500)
+    page, pictures = page_of(tmp_path, folder, run_folder(tmp_path / "c", collapsing(9999)))
+    assert "a&lt;b&gt;&amp;" in page
+    assert "a<b>" not in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:image/png;base64,)", page)
+    assert "<script" not in page
+    assert "url(" not in page
+    assert page.count("<img alt=") == len(pictures)
+    for name in pictures:
+        assert (tmp_path / "out/page_plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_tell_runs_of_one_name_apart(tmp_path):
+    for folder in ("x/run", "y/run"):
+        run_folder(tmp_path / folder, [row(1, 1.0)])
+    found = runs.find([str(tmp_path / "x"), str(tmp_path / "y")]).runs
+    assert [run.name for run in found] == ["x/run", "y/run"]
+
+
+def test_two_hundred_runs_are_all_in_the_table_and_a_few_are_drawn(tmp_path):
+    folder = sweep(tmp_path, arms=[f"arm_{i}" for i in range(10)], rates=(1e-4, 1e-3, 1e-2, 0.1), seeds=5)
+    page, pictures = page_of(tmp_path, folder, most=2)
+    assert page.count('<th scope="row">arm=arm_') == 200
+    assert len(pictures) == 4
+
+
+def test_every_tasks_headline_is_known_to_the_report():
+    headlines = {
+        vars(each).get("headline")
+        for name in tasks.TASKS
+        for each in vars(tasks.get(name)).values()
+        if isinstance(each, type)
+    }
+    assert headlines - {None} <= set(findings.HEADLINES)
+
+
+def test_the_command_starts_no_jax_and_refuses_in_one_line(tmp_path):
+    folder = run_folder(tmp_path / "a", collapsing(), total=500)
+    code = "import sys; sys.argv = sys.argv[1:]; import runpy\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally: print('jax' in sys.modules)"
+    command = [sys.executable, "-c", code, str(SCRIPT)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+
+    def call(*arguments):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+        return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+    output = str(tmp_path / "page.html")
+    status, out, _ = call(str(folder), "--output", output)
+    assert (status, out) == (0, [f"report: {output}, 1 pictures beside it", "False"])
+    status, _, err = call("--output", output)
+    assert status == 2
+    assert len(err) == 1
+    assert err[0].startswith("report.py: no folder was given: no run found")
+    status, _, err = call(str(folder), "--output", str(folder / "metrics.jsonl" / "page.html"))
+    assert status == 2
+    assert len(err) == 1
+    assert "cannot be written" in err[0]
+
+
+def test_infinities_do_not_reach_the_pictures(tmp_path):
+    rows = [row(step, 1.0, 2.0, **{"sharpness/hessian": 1.0, "sharpness/threshold": "inf"}) for step in (1, 2)]
+    _, pictures = page_of(tmp_path, run_folder(tmp_path / "a", rows))
+    assert "a-sharpness.png" in pictures
+    assert math.isinf(read(tmp_path / "a")[0].rows[0]["sharpness/threshold"])
