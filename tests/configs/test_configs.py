@@ -31,7 +31,10 @@ ARMS = {
     "stability/vit.py": [
         "",
         *(f"arm={arm}" for arm in ("pre_ln", "qk_norm", "qk_clip", "dyt", "rezero", "bounded", "muon")),
+        *(f"arm={arm}" for arm in ("sigmoid", "target_entropy", "seq_vcr", "sigma_start")),
     ],
+    "stability/lm.py": ["", "arm=pre_ln", "arm=target_entropy"],
+    "stability/translation.py": ["", "arm=pre_ln", "arm=sigmoid"],
     "ssl/quickstart.py": ["", "arm=pre_ln", "arm=frozen_patch", "arm=sigma"],
     "ssl/cifar10.py": ["", "method=moco_v3"],
     "ssl/simclr_imagenet.py": ["arm=pre_ln", "arm=frozen_patch", "arm=sigma,warmup=10", "arm=sigma_pre_ln"],
