@@ -3,38 +3,17 @@
     python scripts/train.py --config configs/stability/vit.py:arm=sigma,learning_rate=0.03 --workdir runs/one
     python scripts/sweep.py --config configs/stability/vit.py --workdir runs/stability_vit      # three arms, three seeds
 
-Arguments: arm (see ARMS), learning_rate (0.003), steps (150).
+Arguments: arm (one of sigmarep.training.remedies.ARMS), learning_rate (0.003), steps (150).
 Everything else is the same in all arms. sweep() has the arms of SWEPT at six learning rates over two and a half decades.
 """
 
-from sigmarep.errors import BadInput
 from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, default_config
-
-PRE_LN = {"model.norm": "pre", "model.reparam": "none"}
-ARMS = {
-    "pre_ln": PRE_LN,
-    "sigma": {"model.norm": "post", "model.reparam": "sigma"},
-    "sigma_pre_ln": {"model.norm": "pre", "model.reparam": "sigma"},
-    "spectral": {"model.norm": "post", "model.reparam": "spectral"},
-    "weight": {"model.norm": "pre", "model.reparam": "weight"},
-    "qk_norm": PRE_LN | {"model.qk_norm": "layer"},
-    "soft_cap": PRE_LN | {"model.logit_cap": 10.0},
-    "qk_clip": PRE_LN | {"optimizer.qk_clip": 10.0},
-    "deepnorm": {"model.norm": "deepnorm", "model.reparam": "none"},
-    "layer_scale": PRE_LN | {"model.branch_scale": "layer_scale"},
-    "rezero": PRE_LN | {"model.branch_scale": "rezero"},
-    "dyt": PRE_LN | {"model.norm_type": "dyt"},
-    "bounded": PRE_LN | {"optimizer.spectral_bound": 0.05},
-    "muon": PRE_LN | {"optimizer.name": "muon"},
-}
-SWEPT = ("pre_ln", "sigma", "qk_norm")
+from sigmarep.training.remedies import SWEPT, set_arm
 
 
 def get_config(text=""):
     args = arguments(text, arm="sigma", learning_rate=3e-3, steps=150)
-    if args["arm"] not in ARMS:
-        raise BadInput(f"config argument arm = {args['arm']!r}: expected one of {', '.join(ARMS)}")
     config = default_config("image_classification")
     config.batch_size = 64
     config.total_steps = args["steps"]
@@ -51,7 +30,7 @@ def get_config(text=""):
     config.data.num_threads = 1
     config.data.augment.crop = "resized"
     config.data.augment.crop_scale = (0.6, 1.0)
-    config.update_from_flattened_dict(ARMS[args["arm"]])
+    set_arm(config, args["arm"])
     return config
 
 

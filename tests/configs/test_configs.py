@@ -37,7 +37,11 @@ ARMS = {
     "stability/vit.py": [
         "",
         *(f"arm={arm}" for arm in ("pre_ln", "qk_norm", "qk_clip", "dyt", "rezero", "bounded", "muon")),
+        *(f"arm={arm}" for arm in ("sigmoid", "target_entropy", "seq_vcr", "sigma_start")),
     ],
+    "stability/lm.py": ["", "arm=pre_ln", "arm=target_entropy"],
+    "stability/translation.py": ["", "arm=pre_ln", "arm=sigmoid"],
+    "stability/speech.py": ["", "arm=pre_ln"],
     "ssl/quickstart.py": ["", "arm=pre_ln", "arm=frozen_patch", "arm=sigma"],
     "ssl/cifar10.py": ["", "method=moco_v3"],
     "ssl/simclr_imagenet.py": ["arm=pre_ln", "arm=frozen_patch", "arm=sigma,warmup=10", "arm=sigma_pre_ln"],
@@ -161,7 +165,8 @@ def test_its_optimizer_can_be_built(name, text):
 def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
     doc = load(name).__doc__
     assert f"python scripts/train.py --config configs/{name}" in doc
-    if name.startswith("vit/") or (name.startswith("ssl/") and name != "ssl/quickstart.py"):
+    full_scale = name.startswith(("vit/", "asr/librispeech")) or name.startswith("ssl/") and name != "ssl/quickstart.py"
+    if full_scale:
         assert "Not run" in doc
 
 

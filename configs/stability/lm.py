@@ -1,0 +1,39 @@
+"""At which learning rates does a small language model still train? On the reference prose of Python's own help.
+
+    python scripts/train.py --config configs/stability/lm.py:arm=sigma,learning_rate=0.03 --workdir runs/one
+    python scripts/sweep.py --config configs/stability/lm.py --workdir runs/stability_lm      # three arms, three seeds
+
+Arguments: arm (one of sigmarep.training.remedies.ARMS), learning_rate (0.003), steps (120).
+Everything else is the same in all arms. sweep() has the arms of SWEPT at six learning rates over two and a half decades.
+"""
+
+from sigmarep.sweeps import product, seeds, values
+from sigmarep.training.config import arguments, default_config
+from sigmarep.training.remedies import SWEPT, set_arm
+
+
+def get_config(text=""):
+    args = arguments(text, arm="sigma", learning_rate=3e-3, steps=120)
+    config = default_config("language_modeling")
+    config.batch_size = 16
+    config.total_steps = args["steps"]
+    # Every step: the program with the panel is then the only one to compile.
+    config.log_every_steps = 1
+    # Every run reaches its end unless its loss is no number: what a raised rate does to it is the question.
+    config.divergence_factor = 0.0
+
+    config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 4, 64, 4, 128
+    config.model.init_std = 0.1
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = args["learning_rate"]
+    config.optimizer.warmup_steps = 10
+
+    config.data.sequence_length = 64
+    config.data.vocabulary.size = 1000
+    config.data.num_threads = 1
+    set_arm(config, args["arm"])
+    return config
+
+
+def sweep():
+    return product(values("arm", *SWEPT), values("learning_rate", 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), seeds(3))

@@ -1,0 +1,48 @@
+"""The remedies against unstable training, as the fields of a configuration that make each: arms to compare like with like.
+
+`set_arm` makes a configuration one of them. What an arm does not name stays as the configuration has it: two arms of one
+file differ in the remedy alone.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from sigmarep.errors import BadInput
+
+PLAIN = {"model.norm": "pre", "model.reparam": "none"}
+ARMS: dict[str, dict[str, Any]] = {
+    "pre_ln": PLAIN,
+    "sigma": {"model.norm": "post", "model.reparam": "sigma"},
+    "sigma_pre_ln": {"model.norm": "pre", "model.reparam": "sigma"},
+    # γ starts at σ(W₀): the network at the start is the plain one.
+    "sigma_start": {"model.norm": "pre", "model.reparam": "sigma", "model.gamma_init": "sigma"},
+    "sigma_only": {"model.norm": "none", "model.reparam": "sigma"},
+    "spectral": {"model.norm": "post", "model.reparam": "spectral"},
+    "weight": {"model.norm": "pre", "model.reparam": "weight"},
+    "qk_norm": PLAIN | {"model.qk_norm": "layer"},
+    "soft_cap": PLAIN | {"model.logit_cap": 10.0},
+    "qk_clip": PLAIN | {"optimizer.qk_clip": 10.0},
+    "sigmoid": PLAIN | {"model.attention_weights": "sigmoid"},
+    "target_entropy": PLAIN | {"model.entropy_target": 0.8},
+    "seq_vcr": PLAIN | {"model.seq_vcr": 0.1},
+    "deepnorm": {"model.norm": "deepnorm", "model.reparam": "none"},
+    "layer_scale": PLAIN | {"model.branch_scale": "layer_scale"},
+    "rezero": PLAIN | {"model.branch_scale": "rezero"},
+    "dyt": PLAIN | {"model.norm_type": "dyt"},
+    "bounded": PLAIN | {"optimizer.spectral_bound": 0.05},
+    "muon": PLAIN | {"optimizer.name": "muon"},
+}
+# Those that the sweeps of configs/stability compare unless they are told otherwise.
+SWEPT = ("pre_ln", "sigma", "qk_norm")
+
+
+def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
+    """Makes `config` the arm `name` of `ARMS`.
+
+    Raises:
+      BadInput: there is no such arm.
+    """
+    if name not in ARMS:
+        raise BadInput(f"config argument arm = {name!r}: expected one of {', '.join(ARMS)}")
+    config.update_from_flattened_dict(ARMS[name])
