@@ -1,7 +1,7 @@
 """At which learning rates does a small speech Transformer still train? On the packaged synthesised speech.
 
     python scripts/train.py --config configs/stability/speech.py:arm=sigma,learning_rate=0.03 --workdir runs/one
-    python scripts/sweep.py --config configs/stability/speech.py --workdir runs/stability_speech    # three arms, three seeds
+    python scripts/sweep.py --config configs/stability/speech.py --workdir runs/stability_speech  # 3 arms, 3 seeds
 
 Arguments: arm (one of sigmarep.training.remedies.ARMS), learning_rate (0.003), steps (120).
 Everything else is the same in all arms. sweep() has the arms of SWEPT at six learning rates over two and a half decades.

@@ -16,8 +16,26 @@ import numpy as np
 from sigmarep.errors import BadInput
 
 Batch = dict[str, np.ndarray]
-# Batches made ahead of the one that is trained on.
+# Batches made ahead of the one that is trained on, at least.
 AHEAD = 4
+
+
+def checked(boundaries: Sequence[float]) -> tuple[float, ...]:
+    """The boundaries of buckets.
+
+    Raises:
+      BadInput: they are not rising numbers.
+    """
+    found = tuple(boundaries)
+    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in found)
+    if not found or not numbers or list(found) != sorted(set(found)) or found[0] <= 0:
+        raise BadInput(f"config.data.buckets = {found}: expected rising lengths above 0")
+    return found
+
+
+def planned_rows(boundaries: Sequence[float], batch_size: float, rows_multiple: int) -> list[int]:
+    """Rows that a batch of each bucket has, 0 where a batch does not hold one."""
+    return [int(batch_size // size) // rows_multiple * rows_multiple for size in boundaries]
 
 
 class Share(NamedTuple):
@@ -71,9 +89,7 @@ class Buckets:
         Raises:
           BadInput: a field is wrong, or a bucket's rows do not fit into a batch.
         """
-        boundaries = tuple(boundaries)
-        if not boundaries or list(boundaries) != sorted(set(boundaries)) or boundaries[0] <= 0:
-            raise BadInput(f"config.data.buckets = {boundaries}: expected rising lengths above 0")
+        boundaries = checked(boundaries)
         if seed < 0:
             raise BadInput(f"config.seed = {seed}: expected 0 or more")
         if rows_multiple < 1:
@@ -82,11 +98,12 @@ class Buckets:
         of_example = np.searchsorted(boundaries, sizes)
         self.shapes: list[tuple[int, float]] = []
         self.members: list[np.ndarray] = []
-        for bucket, size in enumerate(boundaries):
+        for bucket, (size, rows) in enumerate(
+            zip(boundaries, planned_rows(boundaries, batch_size, rows_multiple), strict=True)
+        ):
             members = np.flatnonzero(of_example == bucket)
             if not len(members):
                 continue
-            rows = int(batch_size // size) // rows_multiple * rows_multiple
             if not rows:
                 raise BadInput(
                     f"config.batch_size = {batch_size}: {unit}, too few for {rows_multiple} rows "
@@ -116,7 +133,7 @@ class Buckets:
             number = start
             try:
                 while True:
-                    while len(waiting) < AHEAD:
+                    while len(waiting) < max(AHEAD, 2 * self._num_threads):
                         waiting.append(pool.submit(self._training_batch, make, number, process_index, process_count))
                         number += 1
                     yield waiting.popleft().result()

@@ -129,14 +129,21 @@ def obtain(
     if config.kind == "subword":
         normalise = _Normalising(lowercase).normalised
         settings = ml_collections.ConfigDict({**dict(config), "kind": "subword"})
-        found = vocabulary.obtain(
-            settings,
-            lambda: (normalise(text) for text in texts()),
-            cache_dir=cache_dir,
-            key=f"{key}|{lowercase}",
-        )
-        if not isinstance(found, SubwordVocabulary):
-            raise BadInput(f"config.data.labels.file = {config.file!r}: is no SentencePiece model")
+        try:
+            found = vocabulary.obtain(
+                settings,
+                lambda: (normalise(text) for text in texts()),
+                cache_dir=cache_dir,
+                key=f"{key}|{lowercase}",
+            )
+        except BadInput as error:
+            raise BadInput(str(error).replace("config.data.vocabulary.", "config.data.labels.")) from None
+        if not isinstance(found, SubwordVocabulary) or not found.spells_everything():
+            raise BadInput(
+                f"config.data.labels.file = {config.file!r}: expected a SentencePiece model with the special tokens "
+                "padding, begin, end and unknown as 0 to 3 and with bytes for what it does not know "
+                "(scripts/train_vocabulary.py)"
+            )
         return SubwordLabels(found, lowercase=lowercase)
     characters = config.characters
     if len(set(characters)) != len(characters):

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -54,13 +55,15 @@ NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 # File formats of TFDS with random access.
 RANDOM_ACCESS = {"array_record", "parquet"}
+# Those of TFDS whose audio files are decoded when they are prepared.
+SPOKEN = ("librispeech", "tedlium")
 # Sets of TFDS that the configurations name; any other name of TFDS works as well.
 KNOWN = (
     *OWN,
     *FOLDERS,
     *("cifar10", "cifar100", "imagenette", "imagenet2012", "mnist", "fashion_mnist"),
     *("wmt17_translate", "lm1b", "c4"),
-    *("librispeech", "tedlium"),
+    *SPOKEN,
 )
 
 
@@ -126,6 +129,11 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
     # Some sets would notice only after hours of downloading.
     if not found.is_prepared() and importlib.util.find_spec("tensorflow") is None:
         raise BadInput(f'--name {name}: preparing it needs TensorFlow; pip install "sigmarep[tf]"')
+    if name.split("/")[0] in SPOKEN and not found.is_prepared():
+        if importlib.util.find_spec("pydub") is None:
+            raise BadInput(f'--name {name}: preparing it needs pydub; pip install "sigmarep[tf]"')
+        if shutil.which("ffmpeg") is None:
+            raise BadInput(f"--name {name}: preparing it needs the program ffmpeg; apt-get install ffmpeg")
     try:
         found.download_and_prepare()
     except Exception as error:
@@ -169,6 +177,20 @@ def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: s
     info = builder(name, data_dir=data_dir, folder=folder).info
     sizes = {each: (details.num_examples, details.num_bytes) for each, details in info.splits.items()}
     return hashlib.sha256(f"{info.full_name}|{split}|{sorted(sizes.items())}".encode()).hexdigest()
+
+
+def sample_rate(name: str, feature: str, *, data_dir: str | None = None, folder: str = "") -> int | None:
+    """Samples a second of a data set's audio, as far as it says so; this project's own sets have 16,000.
+
+    Raises:
+      BadInput: see `builder`.
+    """
+    if _is_own(name) or name in FOLDERS:
+        return 16_000
+    directory = str(builder(name, data_dir=data_dir, folder=folder).data_dir)
+    with open(os.path.join(directory, "features.json")) as file:
+        features = json.load(file).get("featuresDict", {}).get("features", {})
+    return int(features.get(feature, {}).get("audio", {}).get("sampleRate", 0)) or None
 
 
 def describe(name: str, *, data_dir: str | None = None) -> Description:

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from sigmarep.data import labels as label_sets
 from sigmarep.data import sources, tokenised
 from sigmarep.data.audio import LogMel, spec_augment
-from sigmarep.data.buckets import Buckets, Share
+from sigmarep.data.buckets import Buckets, Share, checked, planned_rows
 from sigmarep.data.labels import Labels
 from sigmarep.data.speech_folder import problems
 from sigmarep.data.vocabulary import locked, write
@@ -149,6 +149,8 @@ def _audio(data, example) -> np.ndarray:
             f"{', '.join(example)}"
         )
     samples = np.asarray(example[data.audio_feature])
+    if samples.ndim != 1:
+        raise BadInput(f"config.data.audio_feature = {data.audio_feature!r}: expected one channel of samples")
     return samples.astype(np.float32) / 32768 if samples.dtype.kind in "iu" else samples.astype(np.float32)
 
 
@@ -156,11 +158,12 @@ class SpeechCorpus:
     """The utterances of a split with their labels.
 
     Training leaves out utterances with unknown characters, those that are longer than the last bucket, and those whose
-    labels CTC cannot align to so few frames. Evaluation keeps all; the loss leaves out what it cannot align.
+    labels CTC cannot align to so few frames. Evaluation scores all; its loss leaves out those with unknown characters and
+    those that cannot be aligned.
 
     Attributes:
       frames: (n,) int64, filterbank frames of each utterance. seconds: (n,).
-      labels_of: the labels of each.
+      labels_of: the labels of each. scored: (n,) bool, whether all its characters have one.
       report: what was left out or is odd, counted and named.
       fingerprint: names the content.
     """
@@ -171,6 +174,10 @@ class SpeechCorpus:
         Raises:
           BadInput: a field is wrong, nothing is left, or an utterance to be evaluated is longer than the last bucket.
         """
+        checked(data.buckets)
+        rate = sources.sample_rate(data.name, data.audio_feature, data_dir=data.data_dir, folder=data.folder)
+        if rate not in (None, data.sample_rate):
+            raise BadInput(f"config.data.sample_rate = {data.sample_rate}: the audio of {data.name} has {rate} Hz")
         self.data, self.labels = data, labels
         self._filterbank = filterbank(data)
         self._source = _open(data, split)
@@ -251,7 +258,7 @@ def run_files(labels: Labels, corpus: SpeechCorpus) -> dict[str, bytes]:
 
 
 class SpeechBatches:
-    """Batches of a corpus by bucket; `config.batch_size` is a number of seconds, padding among them.
+    """Batches of a corpus by bucket; `config.batch_size` is the most seconds that one has, padding among them.
 
     A batch has `features` (B, T, F) float32; `frames` (B,) int32, how many of T are real; `labels` (B, U) int32, padded
     with the blank 0; `label_lengths` (B,) int32; `index` (B,) int32, the number of each utterance, −1 for the empty rows
@@ -259,7 +266,7 @@ class SpeechBatches:
 
     Attributes:
       shapes: (B, T, U) of each bucket that has utterances.
-      batches_per_epoch: the same in every epoch.
+      batches_per_epoch: the same in every epoch. seconds_per_batch: their mean, padding among them.
     """
 
     def __init__(self, corpus: SpeechCorpus, *, batch_seconds: float, seed: int, stride: int):
@@ -280,11 +287,20 @@ class SpeechBatches:
             (
                 rows,
                 _length(data, seconds, stride),
-                max(max(len(corpus.labels_of[member]) for member in members), 1),
+                # A multiple of 16: splits of about the same transcripts share their programs.
+                -(-max(max(len(corpus.labels_of[member]) for member in members), 1) // 16) * 16,
             )
             for (rows, seconds), members in zip(self._buckets.shapes, self._buckets.members, strict=True)
         ]
         self.batches_per_epoch = self._buckets.batches_per_epoch
+        counts = [
+            -(-len(members) // rows)
+            for (rows, _), members in zip(self._buckets.shapes, self._buckets.members, strict=True)
+        ]
+        padded = sum(
+            count * rows * seconds for count, (rows, seconds) in zip(counts, self._buckets.shapes, strict=True)
+        )
+        self.seconds_per_batch = padded / self.batches_per_epoch
 
     def stream(self, *, start: int, process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """See `sigmarep.data.buckets.Buckets.stream`."""
@@ -328,14 +344,10 @@ def _length(data: ml_collections.ConfigDict, seconds: float, stride: int) -> int
 
 def planned_shapes(data: ml_collections.ConfigDict, *, batch_seconds: float, stride: int) -> list[tuple[int, int, int]]:
     """`SpeechBatches.shapes` as the configuration alone has them, every bucket with fast speech in it."""
-    multiple = data.rows_multiple
+    rows = planned_rows(checked(data.buckets), batch_seconds, data.rows_multiple)
     return [
-        (
-            int(batch_seconds // seconds) // multiple * multiple,
-            _length(data, seconds, stride),
-            math.ceil(seconds * LABELS_PER_SECOND),
-        )
-        for seconds in data.buckets
+        (count, _length(data, seconds, stride), math.ceil(seconds * LABELS_PER_SECOND))
+        for count, seconds in zip(rows, data.buckets, strict=True)
     ]
 
 

@@ -15,9 +15,9 @@ The split is by transcript, an eighth for testing by its hash: all recordings of
 variant "latin" across languages too. Shared are the speakers, the words, and phrases that differ in a word.
 """
 
-import collections
 import glob
 import hashlib
+import json
 import os
 import re
 import unicodedata
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sigmarep.data import audio, splitting
+from sigmarep.data import audio, speech_folder, splitting
 from sigmarep.errors import BadInput
 
 RATE = 16000
@@ -83,13 +83,15 @@ class StampRecordings(tfds.core.GeneratorBasedBuilder):
             [language for language in LANGUAGES if language not in CYRILLIC] if variant == "latin" else [variant]
         )
         root = find_stamps([INSTALLED, self._unpacked])
-        rows = [row for language in languages for row in recordings(root, language)[0]] if root else []
+        found = [recordings(root, language) for language in languages] if root else []
+        rows = [row for kept, _ in found for row in kept]
         if not rows:
             raise BadInput(
                 f"config.data.name = 'stamp_recordings/{variant}': has no recordings in {INSTALLED} nor under "
                 f"{self._unpacked}; run: apt-get install tuxpaint-stamps-default, or: apt-get download "
                 f"tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb {self._unpacked}"
             )
+        self._left_out = {language: names for language, (_, names) in zip(languages, found, strict=True)}
         sides: dict[str, list[Recording]] = {"train": [], "test": []}
         for row in rows:
             sides["test" if splitting.fraction(row.text) < HELD_OUT else "train"].append(row)
@@ -102,6 +104,9 @@ class StampRecordings(tfds.core.GeneratorBasedBuilder):
             samples = audio.to_int16(audio.resampled(read.samples, read.rate, RATE))
             example = {"audio": samples, "text": row.text, "speaker": row.language, "language": row.language}
             yield name, {**example, "id": name}
+        # Beside the records, where `speech_folder.problems` looks for it.
+        with open(os.path.join(str(self.data_dir), speech_folder.REPORT), "w", encoding="utf-8") as file:
+            json.dump(self._left_out, file, indent=1, ensure_ascii=False)
 
 
 def find_stamps(roots: list[str]) -> str | None:
@@ -114,10 +119,10 @@ def find_stamps(roots: list[str]) -> str | None:
     return None
 
 
-def recordings(root: str, language: str) -> tuple[list[Recording], dict[str, int]]:
-    """The recordings of a language that are kept, in the order of their names, and how many were left out by reason."""
+def recordings(root: str, language: str) -> tuple[list[Recording], dict[str, list[str]]]:
+    """The recordings of a language that are kept, in the order of their names, and those left out, by reason."""
     found: list[Recording] = []
-    left_out: collections.Counter[str] = collections.Counter()
+    left_out: dict[str, list[str]] = {"transcript": [], "repeated": [], "unreadable": [], "length": []}
     contents: set[bytes] = set()
     ending = f"_desc_{language}.ogg"
     for path in sorted(glob.glob(os.path.join(glob.escape(root), "**", f"*{ending}"), recursive=True)):
@@ -125,20 +130,21 @@ def recordings(root: str, language: str) -> tuple[list[Recording], dict[str, int
             digest = hashlib.sha256(file.read()).digest()
         text = transcript(description(path.removesuffix(ending) + ".txt", language), language)
         if not text:
-            left_out["transcript"] += 1
+            left_out["transcript"].append(os.path.relpath(path, root))
         elif digest in contents:
-            left_out["repeated"] += 1
+            left_out["repeated"].append(os.path.relpath(path, root))
         else:
             contents.add(digest)
             try:
                 read = audio.read(path)
             except audio.AudioError:
-                left_out["unreadable"] += 1
+                left_out["unreadable"].append(os.path.relpath(path, root))
                 continue
             found.append(Recording(path, text, language, len(read.samples) / read.rate))
     kept = fitting(found)
-    left_out["length"] = len(found) - len(kept)
-    return kept, dict(left_out)
+    fits = {row.path for row in kept}
+    left_out["length"] = [os.path.relpath(row.path, root) for row in found if row.path not in fits]
+    return kept, left_out
 
 
 def description(path: str, language: str) -> str:

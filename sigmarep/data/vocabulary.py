@@ -92,6 +92,12 @@ class SubwordVocabulary:
         self._processor = _sentencepiece().SentencePieceProcessor(model_proto=model)
         self.size = self._processor.vocab_size()
 
+    def spells_everything(self) -> bool:
+        """Whether its special tokens are this package's, and unknown characters fall back to bytes."""
+        p = self._processor
+        special = (p.pad_id(), p.bos_id(), p.eos_id(), p.unk_id()) == (PAD, BOS, EOS, UNK)
+        return special and any(p.is_byte(i) for i in range(self.size))
+
     def encode(self, text):
         return np.array(self._processor.encode(text), np.int32)
 

@@ -77,6 +77,7 @@ def prefix_beam_search(
     *,
     beam_size: int,
     label_log_probability: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+    end_log_probability: Callable[[tuple[int, ...]], float] | None = None,
     language_weight: float = 0.0,
     insertion_bonus: float = 0.0,
     prune: float = 0.0,
@@ -90,6 +91,7 @@ def prefix_beam_search(
       log_probabilities: (T, V), ln p of every label at every frame.
       beam_size: prefixes kept at a frame.
       label_log_probability: ln p (V,) of what follows a prefix, under a language model.
+      end_log_probability: ln p that nothing does; counts once all frames are heard.
       prune: labels below this probability at a frame are passed over there.
     """
     rows = np.asarray(log_probabilities, np.float64)
@@ -126,10 +128,10 @@ def prefix_beam_search(
             for i in best.tolist()
         ]
     totals = np.logaddexp(blank, label)
-    return [
-        Hypothesis(prefix, float(total), float(total + added))
-        for prefix, total, added in zip(prefixes, totals, prior, strict=True)
-    ]
+    if end_log_probability is not None and language_weight:
+        prior = prior + language_weight * np.array([end_log_probability(prefix) for prefix in prefixes])
+    order = np.argsort(-(totals + prior), kind="stable")
+    return [Hypothesis(prefixes[i], float(totals[i]), float(totals[i] + prior[i])) for i in order.tolist()]
 
 
 def _merge(prefixes: list[tuple[int, ...]], usable: np.ndarray, longer: np.ndarray, label: np.ndarray) -> None:

@@ -74,6 +74,8 @@ class MaskedNorm(nn.Module):
         x = jnp.where(real, x.astype(jnp.float32), 0.0)
         count = jnp.maximum(jnp.sum(padding, axis=1), 1)[:, None, None] * x.shape[-1]
         centred = jnp.where(real, x - jnp.sum(x, axis=(1, 2), keepdims=True) / count, 0.0)
-        std = jnp.sqrt(jnp.sum(centred**2, axis=(1, 2), keepdims=True) / count)
+        # The root of 0 has no derivative.
+        variance = jnp.sum(centred**2, axis=(1, 2), keepdims=True) / count
+        std = jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))
         normalised = scale * centred / (std + self.epsilon) + bias
         return jnp.where(real, normalised, 0.0).astype(self.dtype or x.dtype)

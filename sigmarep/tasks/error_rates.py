@@ -26,6 +26,11 @@ class GroupRates(NamedTuple):
     characters: ErrorRates
 
 
+def check_installed() -> None:
+    """Raises BadInput where jiwer is missing."""
+    _jiwer()
+
+
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
     """Of words between white space.
 

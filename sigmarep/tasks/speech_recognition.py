@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from sigmarep.data import labels, speech, speech_baselines
+from sigmarep.data.buckets import planned_rows
 from sigmarep.data.ngram import NGram
 from sigmarep.errors import BadInput
 from sigmarep.models import ctc
@@ -94,6 +95,7 @@ def create_model(config: ml_collections.ConfigDict, num_labels: int) -> SpeechTr
     Raises:
       BadInput: a field has an unknown word or an impossible value.
     """
+    speech.filterbank(config.data)
     try:
         model = SpeechTransformer(
             create_transformer(config),
@@ -123,7 +125,7 @@ class Decoded(NamedTuple):
 
 
 class SpeechRecognition(Task):
-    """See `sigmarep.tasks.protocol.Task`. `config.batch_size` is a number of seconds, padding among them."""
+    """See `sigmarep.tasks.protocol.Task`. `config.batch_size` is the most seconds of a batch, padding among them."""
 
     headline = "wer"
     unit = "seconds"
@@ -138,6 +140,7 @@ class SpeechRecognition(Task):
             )
             self.num_train_examples = UNKNOWN_EXAMPLES
             return
+        error_rates.check_installed()
         self.labels = speech.open_labels(config.data)
         self.model = create_model(config, self.labels.size)
         self.corpus = self._corpus(config.data.train_split)
@@ -153,7 +156,13 @@ class SpeechRecognition(Task):
         return speech.SpeechBatches(corpus, batch_seconds=c.batch_size, seed=c.seed, stride=c.model.conv_stride)
 
     def batch_rows(self):
-        return tuple(rows for rows, _, _ in self._shapes)
+        # Of the buckets that only an evaluation fills too.
+        c = self.config
+        rows = planned_rows(c.data.buckets, c.batch_size, c.data.rows_multiple)
+        return tuple(count for count in rows if count)
+
+    def units_per_step(self):
+        return self.train_batches.seconds_per_batch
 
     def files(self):
         return speech.run_files(self.labels, self.corpus)
@@ -226,7 +235,8 @@ class SpeechRecognition(Task):
                 **_rates(references, found.texts),
                 **self._greedy_rates(references, found.greedy),
                 **of_baselines(),
-                "impossible": float(np.sum([result["impossible"] for result in results])),
+                "impossible": float(np.sum([result["impossible"] for result in results])) / len(corpus),
+                "unknown_characters": float(np.mean(~corpus.scored)),
             }
 
         def outputs(results):
@@ -269,8 +279,9 @@ class SpeechRecognition(Task):
         hypotheses = ctc.prefix_beam_search(
             result["log_probabilities"][row][:frames],
             beam_size=c.beam_size,
-            label_log_probability=self._language_model,
+            label_log_probability=None if self._language_model is None else self._language_model.log_probabilities,
             language_weight=c.language_weight,
+            end_log_probability=None if self._language_model is None else self._language_model.log_end,
             insertion_bonus=c.insertion_bonus,
             prune=c.prune,
         )
@@ -281,8 +292,7 @@ class SpeechRecognition(Task):
         c = self.config.decoding
         if c.language_model == "none":
             return None
-        model = NGram.train(self.corpus.labels_of, order=c.ngram_order, vocabulary_size=self.labels.size)
-        return model.log_probabilities
+        return NGram.train(self.corpus.labels_of, order=c.ngram_order, vocabulary_size=self.labels.size)
 
     def _greedy_rates(self, references, greedy) -> dict[str, float]:
         """Beside those of a beam search."""
@@ -307,7 +317,20 @@ class SpeechRecognition(Task):
         }
 
     def transcribe(self, variables: Any, utterances: Sequence[np.ndarray], *, rows: int = 8) -> list[str]:
-        """What is said in each of `utterances`, arrays (n,) of samples in [−1, 1] at `config.data.sample_rate`."""
+        """What is said in each of `utterances`, arrays (n,) of samples in [−1, 1] at `config.data.sample_rate`.
+
+        Raises:
+          BadInput: one is longer than the last of `config.data.buckets`.
+        """
+        longest = self.config.data.buckets[-1]
+        for number, samples in enumerate(utterances, 1):
+            seconds = len(samples) / self.config.data.sample_rate
+            if seconds > longest:
+                raise BadInput(
+                    f"utterance {number}: lasts {seconds:.1f} s; the model was given at most {longest} s "
+                    "(config.data.buckets)"
+                )
+        rows = max(min(rows, len(utterances)), 1)
         log_mel, stride = speech.filterbank(self.config.data), self.config.model.conv_stride
         features = [log_mel(samples) for samples in utterances]
         order = sorted(range(len(features)), key=lambda i: len(features[i]))
@@ -316,8 +339,8 @@ class SpeechRecognition(Task):
         for first in range(0, len(order), rows):
             members = order[first : first + rows]
             # Powers of two: few programs for any lengths.
-            longest = max(len(features[members[-1]]), 32 * stride)
-            length = stride * 2 ** math.ceil(math.log2(longest / stride))
+            frames = max(len(features[members[-1]]), 32 * stride)
+            length = stride * 2 ** math.ceil(math.log2(frames / stride))
             batch = {
                 "features": np.zeros((rows, length, log_mel.num_filters), np.float32),
                 "frames": np.zeros(rows, np.int32),

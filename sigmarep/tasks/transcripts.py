@@ -1,5 +1,6 @@
 """What was heard of a split, written out: every transcript, the worst, and tables by speaker and by duration."""
 
+import json
 from collections.abc import Sequence
 
 from sigmarep.data.speech import SpeechCorpus
@@ -13,7 +14,8 @@ DURATIONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def outputs(corpus: SpeechCorpus, index: Sequence[int], texts: Sequence[str]) -> Outputs:
-    """Files `transcripts.tsv`, `worst.tsv`, `by_speaker.tsv` and `by_duration.tsv`, and a few lines to look at.
+    """Files `transcripts.tsv`, `worst.tsv`, `by_speaker.tsv`, `by_duration.tsv` and `report.json`, which counts and names
+    what is odd, and a few lines to look at.
 
     Args:
       index: utterances of the corpus. texts: what was heard in each.
@@ -35,6 +37,7 @@ def outputs(corpus: SpeechCorpus, index: Sequence[int], texts: Sequence[str]) ->
         ),
     }
     spread = [i * len(rows) // SAMPLES for i in range(min(SAMPLES, len(rows)))]
+    files["report.json"] = json.dumps(corpus.report, indent=2, ensure_ascii=False) + "\n"
     return Outputs(files, [f"{references[i]} → {texts[i]}" for i in spread])
 
 

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from sigmarep.data import baselines, parallel_text, vocabulary
+from sigmarep.data.buckets import planned_rows
 from sigmarep.data.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.models import decoding
@@ -107,9 +108,8 @@ class Translation(Task):
         _check_decoding(config.decoding)
         if abstract:
             self.model = create_model(config, vocabulary.planned_size(data.vocabulary))
-            multiple = data.rows_multiple
-            rows = {length: config.batch_size // length // multiple * multiple for length in data.buckets}
-            self._shapes = [(count, length, length) for length, count in rows.items()]
+            rows = planned_rows(data.buckets, config.batch_size, data.rows_multiple)
+            self._shapes = [(count, length, length) for length, count in zip(data.buckets, rows, strict=True)]
             self.num_train_examples = UNKNOWN_EXAMPLES
             return
         self.vocabulary = parallel_text.open_vocabulary(data)
@@ -123,7 +123,9 @@ class Translation(Task):
         return parallel_text.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
 
     def batch_rows(self):
-        return tuple(rows for rows, _, _ in self._shapes)
+        # Of the buckets that only an evaluation fills too.
+        data = self.config.data
+        return tuple(rows for rows in planned_rows(data.buckets, self.config.batch_size, data.rows_multiple) if rows)
 
     def files(self):
         return parallel_text.run_files(self.vocabulary, self.corpus)

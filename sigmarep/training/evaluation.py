@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from sigmarep.errors import BadInput
 from sigmarep.tasks.protocol import Evaluation, Outputs
 from sigmarep.training import mesh as meshes
 from sigmarep.training.experiment import Experiment
@@ -25,8 +26,13 @@ class Evaluator:
     """
 
     def __init__(self, experiment: Experiment):
+        """Raises BadInput where a split cannot be evaluated."""
         self._mesh = experiment.runner.mesh
         self._evaluations: list[Evaluation] = experiment.task.evaluations()
+        names = [evaluation.name for evaluation in self._evaluations]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise BadInput(f"config.data.eval_splits: has two parts of the split {twice[0]!r}; keep one")
         self.outputs: dict[str, Outputs] = {}
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 

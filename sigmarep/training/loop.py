@@ -44,9 +44,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, folder: str) -> dict[s
       Stopped: SIGTERM arrived; the state is saved.
     """
     experiment = build(validate(config))
+    # What is wrong with a split to be evaluated shows now, before anything is written.
+    evaluator = Evaluator(experiment)
     workdir.claim(folder, experiment.config, experiment.task.files(), total_steps=experiment.total_steps)
     with Preemption(Stopped.exit_status) as preemption:
-        run = _Run(experiment, folder, preemption)
+        run = _Run(experiment, evaluator, folder, preemption)
         try:
             # Closing waits for all processes: not where one is gone.
             with ending_together():
@@ -76,7 +78,7 @@ def restore(config: ml_collections.ConfigDict | None, folder: str) -> tuple[Expe
       config: the run's configuration, the stored one if None.
 
     Raises:
-      BadInput: the folder holds no run or no checkpoint.
+      BadInput: the folder holds no run or no checkpoint, or its run had another vocabulary than the data give now.
     """
     stored = restored_config(folder) if config is None else config
     if config is None and not fits(stored.mesh):
@@ -90,6 +92,7 @@ def restore(config: ml_collections.ConfigDict | None, folder: str) -> tuple[Expe
         checkpoints.close()
     if restored is None:
         raise BadInput(f"--workdir {folder}: holds no checkpoint yet")
+    workdir.check_vocabulary(folder, experiment.task.files())
     step, state, _ = restored
     return experiment, step, state
 
@@ -135,7 +138,7 @@ def summary(folder: str) -> dict[str, Any]:
 class _Run:
     """One call of `train_and_evaluate`: the state between steps, and what is written when."""
 
-    def __init__(self, experiment: Experiment, folder: str, preemption: Preemption):
+    def __init__(self, experiment: Experiment, evaluator: Evaluator, folder: str, preemption: Preemption):
         config = experiment.config
         self.experiment, self.folder, self.preemption = experiment, folder, preemption
         self.clock = Clock()
@@ -158,8 +161,10 @@ class _Run:
             self.progress.message(f"resumed from the checkpoint of step {self.start}")
         self.saved_step = self.start
         self.state = experiment.runner.put_state(state)
-        self.evaluator = Evaluator(experiment)
+        self.evaluator = evaluator
         self.sharpness = Sharpness(experiment)
+        # Shapes of batches, with and without the panel, whose programs are compiled.
+        self.programs: set[Any] = set()
         self.writer = MetricWriter(
             folder,
             resume_step=self.start,
@@ -191,7 +196,10 @@ class _Run:
                 first = True
             experiment = self.experiment
             logging = step == 1 or experiment.due("log", step)
-            with self.clock.measure("compiling" if first else "training"):
+            program = (logging, *(array.shape for array in batch.values()))
+            known = program in self.programs and not first
+            self.programs.add(program)
+            with self.clock.measure("training" if known else "compiling"):
                 self.preemption.nothing_to_save = first
                 self.state, output = experiment.runner.step(self.state, batch, panel=logging)
                 in_flight.append(output.scalars["loss"])
@@ -223,6 +231,7 @@ class _Run:
     def intervene(self) -> None:
         """Goes on with the experiment that `config.intervention` makes of this one."""
         self.experiment = self.experiment.intervened()
+        self.programs.clear()
         self.evaluator, self.sharpness = Evaluator(self.experiment), Sharpness(self.experiment)
         changes = self.experiment.config.intervention
         self.progress.message(

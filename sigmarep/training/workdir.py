@@ -114,6 +114,17 @@ def _check_file(workdir: str, name: str, content: bytes) -> None:
         )
 
 
+def check_vocabulary(workdir: str, files: Mapping[str, bytes]) -> None:
+    """Checks that what a model's outputs stand for is what it was when the run was made.
+
+    Raises:
+      BadInput: it is not.
+    """
+    for name, content in files.items():
+        if name.endswith(".model"):
+            _check_file(workdir, name, content)
+
+
 def write_outputs(workdir: str, outputs: Mapping[str, Outputs]) -> None:
     """Keeps what the model made of each split below `outputs/`."""
     for split, found in outputs.items():

@@ -165,7 +165,9 @@ def test_its_optimizer_can_be_built(name, text):
 def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
     doc = load(name).__doc__
     assert f"python scripts/train.py --config configs/{name}" in doc
-    full_scale = name.startswith(("vit/", "asr/librispeech")) or name.startswith("ssl/") and name != "ssl/quickstart.py"
+    full_scale = name.startswith(("vit/", "asr/librispeech")) or (
+        name.startswith("ssl/") and name != "ssl/quickstart.py"
+    )
     if full_scale:
         assert "Not run" in doc
 

@@ -11,6 +11,7 @@ import soundfile
 from sigmarep.errors import BadInput
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
+from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import build
 from sigmarep.training.loop import restore
 from sigmarep.training.metrics import read_metrics
@@ -204,11 +205,13 @@ def test_no_program_is_compiled_after_every_shape_was_seen(config):
     stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
     epoch = experiment.task.train_batches.batches_per_epoch
     sizes = []
-    for step, batch in zip(range(2 * epoch), stream, strict=False):
-        state, _ = experiment.runner.step(state, batch, panel=False)
-        if (step + 1) % epoch == 0:
-            sizes.append(experiment.runner._step._cache_size())
-    assert sizes == [len(experiment.task.train_batches.shapes)] * 2
+    for epoch_number in range(4):
+        for _, batch in zip(range(epoch), stream, strict=False):
+            # Both programs of every shape in the first two epochs.
+            state, _ = experiment.runner.step(state, batch, panel=epoch_number % 2 == 1)
+        sizes.append(experiment.runner._step._cache_size())
+    shapes = len(experiment.task.train_batches.shapes)
+    assert sizes == [shapes, 2 * shapes, 2 * shapes, 2 * shapes]
 
 
 def test_what_is_odd_is_counted_and_named(config, tmp_path):
@@ -275,6 +278,36 @@ def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
     assert evaluate(config, str(path))["eval/test/cer"] < 0.35
 
 
+def test_a_bucket_that_only_an_evaluation_fills_must_divide_over_the_devices_too(config):
+    # 8 devices: 16 rows of a second, 4 of three.
+    config.data.buckets, config.data.rows_multiple = (2.0, 3.0), 4
+    with pytest.raises(BadInput, match="a batch of 4 rows among it, does not divide over 8"):
+        build(validate(config))
+
+
+def test_a_model_of_subwords_must_be_this_packages(config, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc cab", "bad cab", "dab"] * 20),
+        model_prefix=str(tmp_path / "foreign"),
+        vocab_size=12,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    config.data.labels.kind, config.data.labels.file = "subword", str(tmp_path / "foreign.model")
+    with pytest.raises(BadInput, match="expected a SentencePiece model with the special tokens"):
+        build(validate(config))
+
+
+def test_subwords_are_learned_and_written(folder, tmp_path):
+    config = small(folder)
+    config.data.labels.kind, config.data.labels.size, config.data.labels.model = "subword", 300, "bpe"
+    result = train_and_evaluate(config, str(tmp_path / "run"))
+    assert np.isfinite(result["eval/test/loss"])
+    assert len((tmp_path / "run/outputs/test/transcripts.tsv").read_text().splitlines()) == 12
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -287,6 +320,10 @@ def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
         ("data.buckets", (2.0, 1.0), "config.data.buckets = (2.0, 1.0): expected rising lengths"),
         ("data.buckets", (0.5,), "the last bucket must hold it"),
         ("batch_size", 8, "config.batch_size = 8: seconds, too few for 8 rows"),
+        ("data.buckets", (), "config.data.buckets = (): expected rising lengths"),
+        ("data.num_filters", 0, "config.data.num_filters = 0"),
+        ("data.sample_rate", 8000, "config.data.sample_rate = 8000: the audio of speech_folder has 16000 Hz"),
+        ("data.eval_splits", ("test[:5]", "test[5:]"), "config.data.eval_splits: has two parts of the split 'test'"),
         ("data.spec_augment.freq_width", 21, "config.data.spec_augment.freq_width = 21: expected at most"),
         ("data.spec_augment.time_fraction", 2.0, "config.data.spec_augment.time_fraction = 2.0"),
         ("data.audio_feature", "sound", "config.data.audio_feature = 'sound': the data set has no such feature"),
@@ -296,6 +333,6 @@ def test_what_is_refused(config, field, value, message):
     config.data.spec_augment.freq_masks = 1 if field == "data.spec_augment.freq_width" else 0
     config.update_from_flattened_dict({field: value})
     with pytest.raises(BadInput) as error:
-        build(validate(config)).task.evaluations()
+        Evaluator(build(validate(config)))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
