@@ -264,20 +264,21 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
     matrix = matrix.astype(jnp.float32)
     scale = _over_matrix(jnp.max, jnp.abs(matrix))
     matrix = matrix / jnp.where(scale > 0, scale, 1.0)
-    # Four fixed mixes of the rows, of which the best counts: one alone may have next to nothing of the leading vector. None
-    # is a row picked by its length: after a LayerNorm rows of one length would be told apart by their rounding.
-    mixes = jnp.cos(jnp.arange(4.0)[:, None] * jnp.arange(matrix.shape[-2], dtype=jnp.float32))
+    # A fixed mix of the rows, with something of their mean and some waves in it. It is no row picked by its length: after
+    # a LayerNorm rows of one length would be told apart by their rounding. Several starts would cost products of matrices.
+    waves = jnp.cos(jnp.arange(4.0)[:, None] * jnp.arange(matrix.shape[-2], dtype=jnp.float32))
+    start = jnp.sum(waves, axis=0) @ matrix
 
-    def unit(rows):
-        norm = jnp.sqrt(jnp.sum(rows * rows, axis=-1, keepdims=True))
-        return rows / jnp.where(norm > 0, norm, 1.0)
+    def unit(row):
+        norm = jnp.sqrt(jnp.sum(row * row, axis=-1, keepdims=True))
+        return row / jnp.where(norm > 0, norm, 1.0)
 
-    def step(_, rows):
-        return unit((rows @ jnp.swapaxes(matrix, -1, -2)) @ matrix)
+    def step(_, row):
+        return unit((row @ jnp.swapaxes(matrix, -1, -2)) @ matrix)
 
-    rows = lax.fori_loop(0, iterations, step, unit(mixes @ matrix))
-    images = rows @ jnp.swapaxes(matrix, -1, -2)
-    return jnp.max(jnp.sqrt(jnp.sum(images * images, axis=-1)), axis=-1) * scale[..., 0, 0]
+    row = lax.fori_loop(0, iterations, step, unit(start[..., None, :]))
+    image = row @ jnp.swapaxes(matrix, -1, -2)
+    return jnp.sqrt(jnp.sum(image * image, axis=(-2, -1))) * scale[..., 0, 0]
 
 
 def _over_matrix(function, x):
