@@ -1,7 +1,7 @@
 """What happened in a run, a sweep or a folder of runs: one HTML page that opens offline, and its pictures as PNG.
 
     python scripts/report.py runs/stability_vit --output report.html
-    python scripts/report.py runs/a runs/b runs/c --output report.html [--plots 6]
+    python scripts/report.py runs/a runs/b runs/c --output report.html [--plots 4]
 
 Loss against attention entropy of every layer and head, spectral norms and γ, sharpness with its threshold, sensitivity
 of sweeps to the learning rate, a table of all runs, the differences of their configurations, and findings in words.
@@ -13,7 +13,7 @@ from absl import flags
 from sigmarep import command
 
 OUTPUT = flags.DEFINE_string("output", None, "The page, FILE.html; pictures go into FILE_plots beside it.")
-PLOTS = flags.DEFINE_integer("plots", 6, "Runs that are drawn one by one.", lower_bound=0)
+PLOTS = flags.DEFINE_integer("plots", 4, "Runs that are drawn one by one.", lower_bound=0)
 
 
 def main(folders: list[str]) -> None:

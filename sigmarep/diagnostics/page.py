@@ -153,12 +153,12 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """A table whose cells are HTML already; those that begin with a digit, a sign or nothing are numbers."""
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *, numbers: bool = True) -> str:
+    """A table whose cells are HTML already; with `numbers`, single words that begin with a digit or a sign stand right."""
 
     def cell(content: str) -> str:
-        number = content[:1] in "-0123456789" and " " not in content.strip()
-        return f'<td class="number">{content}</td>' if number and content else f"<td>{content}</td>"
+        number = numbers and content[:1] in tuple("-0123456789") and " " not in content
+        return f'<td class="number">{content}</td>' if number else f"<td>{content}</td>"
 
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
     body = "\n".join(f'<tr><th scope="row">{row[0]}</th>{"".join(map(cell, row[1:]))}</tr>' for row in rows)
@@ -210,14 +210,17 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         return [*parts, "<p>Nothing: all runs have the same configuration.</p>"]
     if len(runs) <= MOST_COLUMNS:
         rows = [[_text(name), *(_text(_value(each)) for each in values)] for name, values in fields.items()]
-        return [*parts, _table(["field", *(run.name for run in runs)], rows, "Fields that differ, by run")]
+        return [
+            *parts,
+            _table(["field", *(run.name for run in runs)], rows, "Fields that differ, by run", numbers=False),
+        ]
     rows = []
     for name, values in fields.items():
         counts = Counter(_value(value) for value in values)
         most = [f"{_text(value)} <span class='quiet'>({count} runs)</span>" for value, count in counts.most_common(12)]
         rest = len(counts) - len(most)
         rows.append([_text(name), ", ".join(most) + (f" and {rest} more" if rest else "")])
-    return [*parts, _table(["field", "values"], rows, "Fields that differ")]
+    return [*parts, _table(["field", "values"], rows, "Fields that differ", numbers=False)]
 
 
 def _value(value: Any) -> str:

@@ -13,8 +13,8 @@ from sigmarep.diagnostics.runs import Run
 from sigmarep.errors import BadInput
 from sigmarep.training import divergence
 
-# Okabe and Ito's palette, without its yellow, which is faint on white.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# Okabe and Ito's palette, without its yellow, which is faint on white, and three more for what has many kinds.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#882255", "#6b8e23")
 DASHES = ("-", "--", ":")
 WIDTH = 4.8
 LEGEND_COLUMNS = 3
@@ -67,8 +67,10 @@ def _arrange(figure: Any) -> None:
 
 
 def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options: Any) -> None:
-    """Finite points alone, thinned evenly where there are very many."""
+    """Finite points alone, thinned evenly where there are very many; nothing where there are none."""
     points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
+    if not points:
+        return
     stride = max(len(points) // MOST_POINTS, 1)
     points = points[::stride] + (points[-1:] if stride > 1 else [])
     # A line of one point is invisible.
@@ -140,13 +142,15 @@ def entropy(run: Run, found: Facts) -> Any | None:
         for layer in layers:
             style = {"color": colours[layer], "linewidth": 1.3}
             _line(above, *run.series(prefix + layer), label=_label(layer, layers), **style)
+            _line(above, *run.series(f"attention/bound/{layer}"), **(style | {"linewidth": 0.8, "linestyle": ":"}))
             for name in run.names:
                 if name.startswith(f"attention/entropy_head/{layer}/"):
                     _line(below, *run.series(name), color=colours[layer], linewidth=0.6)
-        words = f"\n{group}" if len(groups) > 1 else ""
         for each, what in ((above, "layers"), (below, "heads")):
             each.axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
-            each.set_ylabel(f"entropy of {what},\nnats{words}")
+            each.set_ylabel(f"entropy of {what},\nnats")
+            if len(groups) > 1:
+                each.text(0.99, 0.96, group, transform=each.transAxes, ha="right", va="top", fontsize=7)
             each.set_ylim(bottom=0)
         _legend(above, len(layers))
     _events(axes, run, found)
@@ -155,12 +159,29 @@ def entropy(run: Run, found: Facts) -> Any | None:
 
 
 def spectra(run: Run, found: Facts) -> Any | None:
-    """Spectral norms σ, effective norms |γ| and the largest logits; None where nothing of it was recorded."""
+    """Spectral norms σ, effective norms, stable ranks and the largest logits; None where nothing of it was recorded."""
     panels = {
         "spectral norm σ(W)": "spectral/sigma/",
         "|γ|": "spectral/gamma/",
+        "stable rank": "spectral/stable_rank/",
         "largest logit": "attention/max_logit/",
     }
+    return _by_kind(run, found, panels)
+
+
+def updates(run: Run, found: Facts) -> Any | None:
+    """Gradient norm and update-to-weight ratio of every layer; None where neither was recorded."""
+    return _by_kind(run, found, {"gradient norm": "gradient/norm/", "update / weight": "update/ratio/"})
+
+
+def _place(layer: str) -> tuple[str, str]:
+    """What a layer is, its last name without blocks, and the stack that it stands in."""
+    *stack, kind = [part for part in layer.split("/") if not BLOCK.fullmatch(part)] or [layer]
+    return kind, "/".join(stack)
+
+
+def _by_kind(run: Run, found: Facts, panels: Mapping[str, str]) -> Any | None:
+    """One panel for each prefix of metrics that was recorded, coloured by what a layer is, dashed by its stack."""
     shown = {
         title: names
         for title, prefix in panels.items()
@@ -168,20 +189,27 @@ def spectra(run: Run, found: Facts) -> Any | None:
     }
     if not shown:
         return None
-    figure, axes = _figure([1.7] * len(shown))
+    figure, axes = _figure([1.5] * len(shown))
+    # One colour for one kind of layer and one dash for one stack, in all panels.
+    places = {name: _place(name) for names in shown.values() for name in names}
+    kinds, stacks = (list(dict.fromkeys(each)) for each in zip(*places.values(), strict=True))
+    named: set[str] = set()
     for (title, names), each in zip(shown.items(), axes, strict=True):
-        groups = _groups(list(names))
         everything: list[float] = []
-        for i, (group, layers) in enumerate(groups.items()):
-            options = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
-            for k, layer in enumerate(layers):
-                steps, values = run.series(names[layer])
-                values = [abs(value) for value in values] if title == "|γ|" else values
-                everything += values
-                _line(each, steps, values, linewidth=0.9, label=group if k == 0 else None, **options)
+        for layer, name in names.items():
+            kind, stack = places[layer]
+            options = {
+                "color": PALETTE[kinds.index(kind) % len(PALETTE)],
+                "linestyle": DASHES[stacks.index(stack) % len(DASHES)],
+            }
+            steps, values = run.series(name)
+            values = [abs(value) for value in values] if title == "|γ|" else values
+            everything += values
+            _line(each, steps, values, linewidth=0.9, label=None if kind in named else kind, **options)
+            named.add(kind)
         _log_scale(each, everything)
         each.set_ylabel(title)
-        _legend(each, len(groups))
+        _legend(each, len(each.get_legend_handles_labels()[1]))
     _events(axes, run, found)
     axes[-1].set_xlabel("step")
     return figure

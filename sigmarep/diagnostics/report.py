@@ -14,10 +14,16 @@ from sigmarep.errors import BadInput
 PICTURES: tuple[tuple[str, str, Callable[[Run, Facts], Any]], ...] = (
     (
         "entropy",
-        "Training loss, and attention entropy of every layer and head. Dashed: 0.1 nats. Dotted: the loss rose.",
+        "Training loss, and attention entropy of every layer and head. Dashed: 0.1 nats. Dotted: the least that Theorem "
+        "3.1 allows, and upright where the loss rose.",
         plots.entropy,
     ),
-    ("spectra", "Spectral norms, effective norms and the largest attention logits.", plots.spectra),
+    (
+        "spectra",
+        "Spectral norms, γ, stable ranks and largest attention logits; dashes tell stacks apart.",
+        plots.spectra,
+    ),
+    ("updates", "Gradient norms and update-to-weight ratios of all layers.", plots.updates),
     ("sharpness", "Sharpness, and the threshold beyond which a step no longer descends.", plots.sharpness),
 )
 

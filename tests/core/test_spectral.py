@@ -218,3 +218,13 @@ def test_the_norm_from_below_is_exact_with_a_gap_and_never_above():
     assert found[2] == 0
     assert np.all(found <= exact * (1 + 1e-6))
     assert np.all(found >= exact * 0.93)
+
+
+@pytest.mark.parametrize("wave", [0.0, 1.0, 2.0])
+def test_the_norm_from_below_finds_a_direction_that_most_of_its_starts_miss(wave):
+    rows = np.arange(1000.0)
+    rng = np.random.default_rng(0)
+    left = np.cos(wave * rows) / np.linalg.norm(np.cos(wave * rows))
+    matrix = 8.0 * left[:, None] * np.eye(16)[0] + 0.15 * rng.normal(size=(1000, 16))
+    found = spectral.norm_from_below(jnp.asarray(matrix, jnp.float32), iterations=5)
+    np.testing.assert_allclose(found, np.linalg.norm(matrix, 2), rtol=1e-2)
