@@ -16,9 +16,9 @@ def get_config(text=""):
     args = arguments(text, reparam="sigma", norm="post", disjoint=1)
     config = default_config("speech_recognition")
     config.batch_size = 64
-    config.total_steps = 500
+    config.total_steps = 450
     config.log_every_steps = 25
-    config.checkpoint_every_steps = 250
+    config.checkpoint_every_steps = 150
     config.baselines = True
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 3, 144, 4, 432
@@ -37,6 +37,6 @@ def get_config(text=""):
     config.decoding.insertion_bonus = 1.5
 
     config.data.eval_splits = ("test", "test_sentences")
-    config.data.buckets = (1.5, 2.5, 4.1)
+    config.data.buckets = (1.5, 2.5, 5.0)
     config.data.in_memory = True
     return config

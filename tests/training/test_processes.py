@@ -156,7 +156,8 @@ def test_a_run_that_loses_a_process_goes_on_with_one_and_then_with_four(tmp_path
     assert time.monotonic() - killed < processes.HEARTBEAT_SECONDS + 10
     assert status not in (0, 2, 3), err
     assert "process 0 of 2: 2 of 4 devices (cpu" in out
-    assert "another process of the run has ended" in err
+    # Whoever notices first ends it: a collective that fails, or JAX's own watch over the processes.
+    assert "another process of the run has ended" in err or "coordination service" in err.lower()
 
     # With one process, told to stop in the midst; then with four.
     alone = start(tmp_path, "broken", 0, 1, 0)
