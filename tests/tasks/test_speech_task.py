@@ -278,6 +278,18 @@ def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
     assert evaluate(config, str(path))["eval/test/cer"] < 0.35
 
 
+def test_a_task_without_its_data_has_the_shapes_of_the_real_one_but_for_the_labels(config):
+    abstract, real = (build(validate(config), abstract=each) for each in (True, False))
+    batch = next(real.task.train_stream(start=0, process_index=0, process_count=1))
+    found = abstract.task.abstract_batches()
+    assert {name: x.dtype for name, x in batch.items()} == {name: x.dtype for name, x in found[0].items()}
+    assert batch["features"].shape in [each["features"].shape for each in found]
+    assert abstract.task.batch_rows() == real.task.batch_rows()
+    assert jax.tree.map(lambda x: x.shape, abstract.abstract_state) == jax.tree.map(
+        lambda x: x.shape, real.abstract_state
+    )
+
+
 def test_a_bucket_that_only_an_evaluation_fills_must_divide_over_the_devices_too(config):
     # 8 devices: 16 rows of a second, 4 of three.
     config.data.buckets, config.data.rows_multiple = (2.0, 3.0), 4
