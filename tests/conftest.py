@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, and one compilation cache for all runs of the suite."""
 
+import gc
 import os
 import tempfile
 
@@ -9,6 +10,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(
@@ -16,6 +18,21 @@ jax.config.update(
     os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Every compiled program takes memory maps, of which Linux allows a process 65,530: one that has more is aborted.
+MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_maps():
+    yield
+    if not os.path.exists("/proc/self/maps"):
+        return
+    with open("/proc/self/maps", "rb") as file:
+        maps = sum(1 for _ in file)
+    if maps > MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser):

@@ -268,14 +268,7 @@ def product_norm(first: jax.Array, second: jax.Array) -> jax.Array:
     first, second = first / scales[0], second / scales[1]
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     grams = [product(jnp.swapaxes(x, -1, -2), x) for x in (first, second)]
-
-    def normalised(x):
-        norm = jnp.sqrt(_over_matrix(jnp.sum, x * x))
-        return x / jnp.where(norm > 0, norm, 1.0)
-
-    power = lax.fori_loop(0, 12, lambda _, x: normalised(product(x, x)), normalised(product(*grams)))
-    largest = jnp.argmax(jnp.sum(power * power, axis=-2, keepdims=True), axis=-1, keepdims=True)
-    y = jnp.take_along_axis(power, largest, axis=-1)
+    y = _leading_vector(product(*grams))
     lengths = [
         jnp.sqrt(_over_matrix(jnp.sum, product(a, x) ** 2)) for a, x in ((first, product(grams[1], y)), (second, y))
     ]
@@ -283,11 +276,27 @@ def product_norm(first: jax.Array, second: jax.Array) -> jax.Array:
     return norm[..., 0, 0]
 
 
-def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
-    """‖A‖₂ by power iteration on AᵀA: forms no product of matrices, never above the norm.
+def _leading_vector(matrix: jax.Array) -> jax.Array:
+    """What twelve squarings of (..., d, d) leave of its leading eigenvector, (..., d, 1), of any length."""
 
-    A large gap between the first singular values, as sequences of tokens have it, makes it exact; for a random matrix it
-    is a few per cent low.
+    def normalised(x):
+        norm = jnp.sqrt(_over_matrix(jnp.sum, x * x))
+        return x / jnp.where(norm > 0, norm, 1.0)
+
+    def squared(_, x):
+        return normalised(jnp.matmul(x, x, precision=lax.Precision.HIGHEST))
+
+    power = lax.fori_loop(0, 12, squared, normalised(matrix))
+    largest = jnp.argmax(jnp.sum(power * power, axis=-2, keepdims=True), axis=-1, keepdims=True)
+    return jnp.take_along_axis(power, largest, axis=-1)
+
+
+def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
+    """‖A‖₂ by the Lanczos iteration on AᵀA (Golub and Kahan, 1965): forms no product of matrices, never above the norm.
+
+    A large gap between the first singular values, as sequences of tokens have it, makes it exact; so does a rank of at
+    most `iterations`. For a large random matrix, which has no gap, it is up to five per cent low after five and two after
+    eight. It takes 2·iterations − 1 reads of A. Products only, for the reason that `product_norm` gives.
 
     Args:
       matrix: shape (..., m, n).
@@ -298,21 +307,39 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
     matrix = matrix.astype(jnp.float32)
     scale = _over_matrix(jnp.max, jnp.abs(matrix))
     matrix = matrix / jnp.where(scale > 0, scale, 1.0)
+    transposed = jnp.swapaxes(matrix, -1, -2)
     # A fixed mix of the rows, with something of their mean and some waves in it. It is no row picked by its length: after
     # a LayerNorm rows of one length would be told apart by their rounding. Several starts would cost products of matrices.
     waves = jnp.cos(jnp.arange(4.0)[:, None] * jnp.arange(matrix.shape[-2], dtype=jnp.float32))
-    start = jnp.sum(waves, axis=0) @ matrix
+    start = (jnp.sum(waves, axis=0) @ matrix)[..., None, :]
 
-    def unit(row):
+    def unit(row, least):
         norm = jnp.sqrt(jnp.sum(row * row, axis=-1, keepdims=True))
-        return row / jnp.where(norm > 0, norm, 1.0)
+        return jnp.where(norm > least, row / jnp.where(norm > 0, norm, 1.0), 0.0), norm
 
-    def step(_, row):
-        return unit((row @ jnp.swapaxes(matrix, -1, -2)) @ matrix)
+    def placed(rows, i, row):
+        return lax.dynamic_update_slice_in_dim(rows, row, i, axis=-2)
 
-    row = lax.fori_loop(0, iterations, step, unit(start[..., None, :]))
-    image = row @ jnp.swapaxes(matrix, -1, -2)
-    return jnp.sqrt(jnp.sum(image * image, axis=(-2, -1))) * scale[..., 0, 0]
+    def step(i, carry):
+        basis, images, row = carry
+        basis, image = placed(basis, i, row), row @ transposed
+        new = image @ matrix
+        _, before = unit(new, 0.0)
+        # Twice, because rounding leaves something of them the first time.
+        for _ in range(2):
+            new = new - (new @ jnp.swapaxes(basis, -1, -2)) @ basis
+        # What is only rounding is no direction: the basis then spans all that A does to the start.
+        row, _ = unit(new, 1e-6 * before)
+        return basis, placed(images, i, image), row
+
+    first, _ = unit(start, 0.0)
+    empty = [jnp.zeros((*matrix.shape[:-2], iterations, size), jnp.float32) for size in matrix.shape[:-3:-1]]
+    basis, images, last = lax.fori_loop(0, iterations - 1, step, (*empty, first))
+    basis, images = placed(basis, iterations - 1, last), placed(images, iterations - 1, last @ transposed)
+    gram = jnp.matmul(images, jnp.swapaxes(images, -1, -2), precision=lax.Precision.HIGHEST)
+    y = jnp.swapaxes(_leading_vector(gram), -1, -2)
+    norm, length = (jnp.sqrt(jnp.sum((y @ x) ** 2, axis=(-2, -1))) for x in (images, basis))
+    return norm / jnp.where(length > 0, length, 1.0) * scale[..., 0, 0]
 
 
 def _over_matrix(function, x):

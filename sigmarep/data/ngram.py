@@ -22,7 +22,7 @@ class NGram:
         self._of_context = functools.lru_cache(maxsize=100_000)(self._distribution)
 
     @classmethod
-    def train(cls, sequences: Iterable[Sequence[int]], *, order: int, vocabulary_size: int) -> "NGram":
+    def train(cls, sequences: Iterable[Sequence[int] | np.ndarray], *, order: int, vocabulary_size: int) -> "NGram":
         """Counts the labels of `sequences`, 0 to vocabulary_size − 1.
 
         Raises:

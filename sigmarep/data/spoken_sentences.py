@@ -8,11 +8,12 @@ of espeak-ng; rate and pitch of every utterance follow from a hash of its name, 
 on one build of the library.
 
 - train: phrases spoken by training voices.
+- dev: other phrases spoken by training voices, for choosing how to decode.
 - test_sentences: held-out phrases spoken by training voices.
-- test: held-out phrases spoken by held-out speakers.
+- test: the same held-out phrases spoken by held-out speakers.
 
-No held-out phrase is spoken in training, stands within a phrase of training or holds one. Shared are words, pairs of
-words, the synthesiser, and the accents: a held-out speaker has them too.
+No phrase of one of these three sets of phrases is one of another, stands within one or holds one. Shared are words,
+pairs of words, the synthesiser, and the accents: a held-out speaker has them too.
 
 The wheel `espeakng-loader` (GPL 3, part of the extra "packaged") brings the library; the text is of the PSF licence.
 """
@@ -61,7 +62,8 @@ class SpokenSentences(tfds.core.GeneratorBasedBuilder):
 
     Args:
       sentences: how many distinct phrases to take at most.
-      held_out: how many of them to hold out.
+      held_out: how many of them to hold out for testing.
+      chosen_on: how many of them to hold out for "dev"; some are dropped, see the module docstring.
       repeats: how many voices speak each phrase of training.
     """
 
@@ -70,8 +72,10 @@ class SpokenSentences(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(".".join(str(part) for part in sys.version_info[:3]))
     RELEASE_NOTES = {str(VERSION): "The help of this Python."}  # noqa: RUF012
 
-    def __init__(self, *, sentences: int = 2500, held_out: int = 300, repeats: int = 2, **options):
-        self._sizes = (sentences, held_out, repeats)
+    def __init__(
+        self, *, sentences: int = 2500, held_out: int = 300, chosen_on: int = 150, repeats: int = 2, **options
+    ):
+        self._sizes = (sentences, held_out, chosen_on, repeats)
         super().__init__(**options)
 
     def _info(self):
@@ -90,12 +94,13 @@ class SpokenSentences(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         from pydoc_data.topics import topics
 
-        count, held_out, repeats = self._sizes
-        training, testing = split(phrases(topics.values(), count), held_out)
+        count, held_out, chosen_on, repeats = self._sizes
+        training, development, testing = split(phrases(topics.values(), count), held_out, chosen_on)
         voices = [f"{accent}+{speaker}" for accent in ACCENTS for speaker in SPEAKERS]
         others = [f"{accent}+{speaker}" for accent in ACCENTS for speaker in HELD_OUT_SPEAKERS]
         return {
             "train": self._generate_examples("train", cast(training, voices, repeats)),
+            "dev": self._generate_examples("dev", cast(development, voices, 1)),
             "test_sentences": self._generate_examples("test_sentences", cast(testing, voices, 1)),
             "test": self._generate_examples("test", cast(testing, others, 1)),
         }
@@ -125,13 +130,21 @@ def phrases(pages: Iterable[str], count: int) -> list[str]:
     return sorted(kept)
 
 
-def split(found: list[str], held_out: int) -> tuple[list[str], list[str]]:
-    """Phrases for training and `held_out` for testing, of which none holds one of the other side."""
-    testing = sorted(found, key=splitting.fraction)[:held_out]
-    runs = {run for phrase in testing for run in _runs(phrase)}
-    chosen = set(testing)
-    training = [phrase for phrase in found if phrase not in runs and not chosen & _runs(phrase)]
-    return training, sorted(testing)
+def split(found: list[str], held_out: int, chosen_on: int) -> tuple[list[str], list[str], list[str]]:
+    """Phrases for training, for choosing and for testing: `held_out` for testing; of the next `chosen_on` for choosing
+    those that hold none of them and stand in none of them; of the others for training those of which the same holds.
+    """
+    order = sorted(found, key=splitting.fraction)
+    testing = order[:held_out]
+    development = apart(order[held_out : held_out + chosen_on], testing)
+    training = apart(order[held_out + chosen_on :], [*testing, *development])
+    return sorted(training), sorted(development), sorted(testing)
+
+
+def apart(found: list[str], others: list[str]) -> list[str]:
+    """The phrases that are none of the others, hold none of them and stand in none of them."""
+    runs, chosen = {run for phrase in others for run in _runs(phrase)}, set(others)
+    return [phrase for phrase in found if phrase not in runs and not chosen & _runs(phrase)]
 
 
 def cast(texts: list[str], voices: list[str], repeats: int) -> list[Utterance]:

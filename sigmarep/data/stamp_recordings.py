@@ -11,8 +11,9 @@ may be read in several ways; recordings without a transcript; files of equal con
 whose length does not fit: outside 0.55 to 1.8 times the line through length and letters of the language's recordings
 (Theil and Sen's fit), which are cut off or say something else.
 
-The split is by transcript, an eighth for testing by its hash: all recordings of a transcript are on one side, in the
-variant "latin" across languages too. Shared are the speakers, the words, and phrases that differ in a word.
+The split is by transcript, by its hash an eighth for "test" and a sixteenth for "dev", on which to choose how to decode:
+all recordings of a transcript are in one split, in the variant "latin" across languages too. Shared are the speakers,
+the words, and phrases that differ in a word.
 """
 
 import glob
@@ -31,7 +32,8 @@ from sigmarep.errors import BadInput
 
 RATE = 16000
 INSTALLED = "/usr/share/tuxpaint/stamps"
-HELD_OUT = 1 / 8
+# Of the transcripts, the parts below these hashes that are no other split's.
+SPLITS = {"test": 1 / 8, "dev": 3 / 16, "train": 1.0}
 LANGUAGES = ("fr", "es", "ro", "ca", "ru", "bg")
 CYRILLIC = ("ru", "bg")
 # Lengths that fit, as multiples of what the letters let expect.
@@ -92,10 +94,11 @@ class StampRecordings(tfds.core.GeneratorBasedBuilder):
                 f"tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb {self._unpacked}"
             )
         self._left_out = {language: names for language, (_, names) in zip(languages, found, strict=True)}
-        sides: dict[str, list[Recording]] = {"train": [], "test": []}
+        sides: dict[str, list[Recording]] = {split: [] for split in SPLITS}
         for row in rows:
-            sides["test" if splitting.fraction(row.text) < HELD_OUT else "train"].append(row)
-        return {split: self._generate_examples(root, found) for split, found in sides.items()}
+            hashed = splitting.fraction(row.text)
+            sides[next(split for split, end in SPLITS.items() if hashed < end)].append(row)
+        return {split: self._generate_examples(root, sides[split]) for split in ("train", "dev", "test")}
 
     def _generate_examples(self, root, rows):
         for row in rows:

@@ -143,12 +143,13 @@ class SpeechRecognition(Task):
         error_rates.check_installed()
         self.labels = speech.open_labels(config.data)
         self.model = create_model(config, self.labels.size)
-        self.corpus = self._corpus(config.data.train_split)
+        self.corpus = self.open_corpus(config.data.train_split)
         self.train_batches = self._batches(self.corpus)
         self._shapes = self.train_batches.shapes
         self.num_train_examples = self.train_batches.batches_per_epoch * config.batch_size
 
-    def _corpus(self, split):
+    def open_corpus(self, split: str) -> speech.SpeechCorpus:
+        """The utterances of a split."""
         return speech.SpeechCorpus(self.config.data, self.labels, split, stride=self.config.model.conv_stride)
 
     def _batches(self, corpus):
@@ -209,16 +210,17 @@ class SpeechRecognition(Task):
         )
 
     def evaluations(self):
-        return [self._evaluation(split) for split in self.config.data.eval_splits]
+        return [self.evaluation(split) for split in self.config.data.eval_splits]
 
-    def _evaluation(self, split):
-        corpus = self._corpus(split)
+    def evaluation(self, split: str) -> Evaluation:
+        """Of one split, also one that `config.data.eval_splits` does not name."""
+        corpus = self.open_corpus(split)
         last: list[tuple[Any, Decoded]] = []
 
         def decoded(results):
             # `finish` and `outputs` are given the same results; a beam search is made once.
             if not last or last[0][0] is not results:
-                last[:] = [(results, self._decoded(results))]
+                last[:] = [(results, self.decoded(results))]
             return last[0][1]
 
         @functools.cache
@@ -261,18 +263,26 @@ class SpeechRecognition(Task):
             results["log_probabilities"] = jax.nn.log_softmax(output.logits)
         return results
 
-    def _decoded(self, results) -> Decoded:
+    def word_error_rate(
+        self, corpus: speech.SpeechCorpus, results: list[Any], decoding: ml_collections.ConfigDict
+    ) -> float:
+        """Of a split, from the results of its evaluation's step, decoded as `decoding` says: a `config.decoding`."""
+        found = self.decoded(results, decoding)
+        return _rates([corpus.texts[i] for i in found.utterances], found.texts)["wer"]
+
+    def decoded(self, results: list[Any], decoding: ml_collections.ConfigDict | None = None) -> Decoded:
+        """What is heard in the results of an evaluation, decoded as `decoding` says, else as `config.decoding` does."""
         best, greedy = {}, {}
         for result in results:
             for row, index in enumerate(result["index"]):
                 if index >= 0:
-                    best[int(index)], greedy[int(index)] = self._texts(result, row)
+                    best[int(index)], greedy[int(index)] = self._texts(result, row, decoding)
         order = sorted(best)
         return Decoded(order, [best[index] for index in order], [greedy[index] for index in order])
 
-    def _texts(self, result, row: int) -> tuple[str, str]:
-        """What `config.decoding` hears in an utterance, and what greedy decoding does."""
-        frames, c = int(result["frames"][row]), self.config.decoding
+    def _texts(self, result, row: int, decoding=None) -> tuple[str, str]:
+        """What is heard in an utterance, and what greedy decoding hears."""
+        frames, c = int(result["frames"][row]), decoding or self.config.decoding
         greedy = self.labels.decode(ctc.collapse(result["best"][row][:frames]))
         if not c.beam_size:
             return greedy, greedy

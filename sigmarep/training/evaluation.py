@@ -41,14 +41,15 @@ class Evaluator:
         variables = evaluation_variables(state)
         metrics = {}
         for evaluation in self._evaluations:
-            results = self._results(evaluation, variables)
+            results = self.results(evaluation, variables)
             for name, value in evaluation.finish(results).items():
                 metrics[f"eval/{evaluation.name}/{name}"] = value
             if evaluation.outputs is not None:
                 self.outputs[evaluation.name] = evaluation.outputs(results)
         return metrics
 
-    def _results(self, evaluation: Evaluation, variables: dict[str, Any]) -> list[Any]:
+    def results(self, evaluation: Evaluation, variables: dict[str, Any]) -> list[Any]:
+        """What the evaluation's step makes of each of its batches, on the host."""
         results: list[Any] = []
         in_flight: collections.deque[Any] = collections.deque()
         share, most = meshes.input_share(self._mesh), steps_in_flight(BATCHES_IN_FLIGHT)

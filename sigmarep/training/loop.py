@@ -62,10 +62,10 @@ def evaluate(config: ml_collections.ConfigDict | None, folder: str) -> dict[str,
     """Evaluates the newest checkpoint of a workdir on the task's splits; changes nothing there.
 
     Args:
-      config: the run's configuration, the stored one if None.
+      config: the stored one if None; else one of the same model, with other splits or ways to decode.
 
     Raises:
-      BadInput: the folder holds no run or no checkpoint.
+      BadInput: the folder holds no run or no checkpoint, or `config` is of another model.
     """
     experiment, step, state = restore(config, folder)
     return {"step": step, **Evaluator(experiment)(state)}
@@ -75,16 +75,20 @@ def restore(config: ml_collections.ConfigDict | None, folder: str) -> tuple[Expe
     """The experiment of a workdir, and the step and state of its newest checkpoint, on the devices of this machine.
 
     Args:
-      config: the run's configuration, the stored one if None.
+      config: the stored one if None; else one of the same model.
 
     Raises:
-      BadInput: the folder holds no run or no checkpoint, or its run had another vocabulary than the data give now.
+      BadInput: the folder holds no run or no checkpoint, `config` is of another model, or its run had another vocabulary
+        than the data give now.
     """
     stored = restored_config(folder) if config is None else config
     if config is None and not fits(stored.mesh):
         # The run had other devices; evaluation gives the same numbers on these.
         stored.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-    experiment = build(validate(stored))
+    checked = validate(stored)
+    if config is not None:
+        workdir.check_same_model(folder, checked)
+    experiment = build(checked)
     checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), keep=stored.keep_checkpoints)
     try:
         restored = checkpoints.restore(experiment.abstract_state)

@@ -52,7 +52,7 @@ def claim(
     try:
         os.makedirs(workdir, exist_ok=True)
         if os.path.exists(path):
-            _check_same(path, config)
+            _check_same(workdir, config)
         for name, content in files.items():
             _check_file(workdir, name, content)
         if jax.process_index() != 0:
@@ -81,12 +81,20 @@ def stored_config(workdir: str) -> dict[str, Any]:
         raise BadInput(f"--workdir {workdir}: config.json cannot be read ({error})") from None
 
 
-def _check_same(path: str, config: ml_collections.FrozenConfigDict) -> None:
-    workdir = os.path.dirname(path)
+def check_same_model(workdir: str, config: ml_collections.FrozenConfigDict) -> None:
+    """Checks that checkpoints of the workdir hold the model, and its optimizer's state, of this configuration.
+
+    Raises:
+      BadInput: they do not, or there is no run.
+    """
+    _check_same(workdir, config, only=("task", "method", "model.", "projector.", "predictor.", "optimizer."))
+
+
+def _check_same(workdir: str, config: ml_collections.FrozenConfigDict, only: tuple[str, ...] = ("",)) -> None:
     there = flatten(ml_collections.ConfigDict(stored_config(workdir)))
     here = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
     for name in sorted(there.keys() | here.keys()):
-        if name.startswith(FREE) or name.rsplit(".", 1)[-1] in FREE_LEAVES:
+        if not name.startswith(only) or name.startswith(FREE) or name.rsplit(".", 1)[-1] in FREE_LEAVES:
             continue
         old, new = (_plain(side.get(name)) for side in (there, here))
         if old != new:

@@ -1,5 +1,6 @@
 """The speech data sets: what each split holds, what is kept apart, and what becomes of unusable files."""
 
+import itertools
 import os
 import re
 import shutil
@@ -31,25 +32,24 @@ def spoken(tmp_path_factory):
     """The splits of a small set of synthesised speech."""
     folder = str(tmp_path_factory.mktemp("tfds"))
     builder = spoken_sentences.SpokenSentences(
-        sentences=150, held_out=25, repeats=1, data_dir=folder, file_format="array_record"
+        sentences=150, held_out=25, chosen_on=15, repeats=1, data_dir=folder, file_format="array_record"
     )
     builder.download_and_prepare()
     return {split: rows(builder.as_data_source(split)) for split in builder.info.splits}
 
 
 def test_no_sentence_and_no_voice_of_the_test_is_in_training(spoken):
-    assert {split: len(found) for split, found in spoken.items() if split != "train"} == {
-        "test": 25,
-        "test_sentences": 25,
-    }
-    assert len(spoken["train"]) > 60
+    assert len(spoken["test"]) == len(spoken["test_sentences"]) == 25
+    assert 5 < len(spoken["dev"]) <= 15
+    assert len(spoken["train"]) > 50
     said = {split: {row["text"] for row in found} for split, found in spoken.items()}
     assert said["test"] == said["test_sentences"]
     assert len(said["test"]) == 25
-    for held_out in said["test"]:
-        assert not [text for text in said["train"] if f" {held_out} " in f" {text} " or f" {text} " in f" {held_out} "]
+    for one, other in (("train", "test"), ("train", "dev"), ("dev", "test")):
+        for held_out in said[other]:
+            assert not [t for t in said[one] if f" {held_out} " in f" {t} " or f" {t} " in f" {held_out} "]
     speakers = {split: {row["speaker"].split("+")[1] for row in found} for split, found in spoken.items()}
-    assert not speakers["test"] & (speakers["train"] | speakers["test_sentences"])
+    assert not speakers["test"] & (speakers["train"] | speakers["dev"] | speakers["test_sentences"])
     assert len({row["id"] for found in spoken.values() for row in found}) == sum(map(len, spoken.values()))
 
 
@@ -142,9 +142,9 @@ def not_installed(monkeypatch, tmp_path):
 def test_recordings_come_with_the_description_they_speak(stamps, tmp_path):
     found = {
         split: rows(sources.open_source("stamp_recordings/es", split, data_dir=str(tmp_path / "data")))
-        for split in ("train", "test")
+        for split in ("train", "dev", "test")
     }
-    everything = found["train"] + found["test"]
+    everything = [row for split in found.values() for row in split]
     # 40 pictures and two of the others, each twice.
     assert len(everything) == 2 * 42
     by_name = {row["id"]: row for row in everything}
@@ -154,10 +154,12 @@ def test_recordings_come_with_the_description_they_speak(stamps, tmp_path):
     word = by_name["animals/word_desc_es"]["audio"]
     assert word.dtype == np.int16
     assert abs(len(word) / 16000 - (0.2 + 0.07 * 11)) < 0.06
-    texts = [{row["text"] for row in found[split]} for split in ("train", "test")]
-    assert not texts[0] & texts[1]
-    assert texts[1] == {text for text in texts[0] | texts[1] if splitting.fraction(text) < 1 / 8}
-    assert texts[1]
+    texts = {split: {row["text"] for row in rows} for split, rows in found.items()}
+    every = set().union(*texts.values())
+    assert texts["test"] == {text for text in every if splitting.fraction(text) < 1 / 8}
+    assert texts["dev"] == {text for text in every if 1 / 8 <= splitting.fraction(text) < 3 / 16}
+    assert texts["train"] == every - texts["test"] - texts["dev"]
+    assert all(texts.values())
 
 
 @pytest.mark.usefixtures("not_installed")
@@ -188,10 +190,11 @@ def test_a_transcript_is_on_one_side_in_all_languages(stamps, tmp_path):
         )
     sides = [
         rows(sources.open_source("stamp_recordings/latin", split, data_dir=str(tmp_path / "data")))
-        for split in ("train", "test")
+        for split in ("train", "dev", "test")
     ]
     assert {row["language"] for side in sides for row in side} == {"es", "ro"}
-    assert not {row["text"] for row in sides[0]} & {row["text"] for row in sides[1]}
+    for one, other in itertools.combinations(sides, 2):
+        assert not {row["text"] for row in one} & {row["text"] for row in other}
 
 
 @pytest.mark.usefixtures("not_installed")

@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,9 +19,10 @@ from sigmarep.training.config import default_config, validate
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import build
 from sigmarep.training.loop import restore
-from sigmarep.training.metrics import read_metrics
 from sigmarep.training.step import evaluation_variables
+from tests.interruption import run_whole_and_in_parts
 
+ROOT = Path(__file__).parents[2]
 RATE = 8000
 LETTERS = " abcde"
 
@@ -147,36 +153,12 @@ def test_an_epoch_has_every_utterance_once(config):
     assert sorted(found[found >= 0]) == list(range(60))
 
 
-def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_losses(config, tmp_path, monkeypatch):
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_losses(config, tmp_path):
     config = with_masks(config)
     config.checkpoint_every_steps = 3
     config.model.dropout = config.model.layer_drop = 0.1
-    train_and_evaluate(config, str(tmp_path / "whole"))
-
-    class Crash(Exception):
-        pass
-
-    from sigmarep.training import loop
-
-    log = loop._Run.log
-
-    def crash(self):
-        if self.unlogged is not None and self.unlogged[0] == 5:
-            self.checkpoints.wait()
-            raise Crash
-        log(self)
-
-    monkeypatch.setattr(loop._Run, "log", crash)
-    with pytest.raises(Crash):
-        train_and_evaluate(config, str(tmp_path / "parts"))
-    monkeypatch.setattr(loop._Run, "log", log)
-    train_and_evaluate(config, str(tmp_path / "parts"))
-
-    def rows(name):
-        found = read_metrics(str(tmp_path / name / "metrics.jsonl"))
-        return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in found]
-
-    assert rows("whole") == rows("parts")
+    whole, parts = run_whole_and_in_parts(config, tmp_path, crash_at=5)
+    assert whole == parts
 
 
 def test_the_loss_of_an_utterance_does_not_depend_on_its_bucket(config):
@@ -192,7 +174,7 @@ def test_the_loss_of_an_utterance_does_not_depend_on_its_bucket(config):
             jax.device_get(jax.jit(evaluation.step)(variables, batch))
             for batch in evaluation.batches(process_index=0, process_count=1)
         ]
-        return evaluation.finish(results), experiment.task._decoded(results)
+        return evaluation.finish(results), experiment.task.decoded(results)
 
     (first, heard), (second, again) = found(narrow), found(wide)
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
@@ -265,8 +247,39 @@ def test_given_utterances_are_transcribed_as_in_the_evaluation(run, folder):
     experiment, _, state = restore(None, str(path))
     rows = [line.split("\t") for line in (path / "outputs/test/transcripts.tsv").read_text().splitlines()[1:]]
     task = experiment.task
-    audio = [np.asarray(task._corpus("test")._source[i]["audio"], np.float32) / 32768 for i in range(len(rows))]
+    audio = [np.asarray(task.open_corpus("test")._source[i]["audio"], np.float32) / 32768 for i in range(len(rows))]
     assert task.transcribe(evaluation_variables(state), audio, rows=4) == [row[4] for row in rows]
+
+
+def script(name, *arguments):
+    """Status and both outputs of a command."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_files_are_transcribed_by_command(run, folder, tmp_path):
+    path, _ = run
+    lines = [line.split("\t") for line in (path / "outputs/test/transcripts.tsv").read_text().splitlines()[1:]]
+    heard = {line[0]: line[4] for line in lines[:3]}
+    # Stereo of another rate beside those that the model was evaluated on.
+    samples, rate = soundfile.read(folder / lines[0][0])
+    stereo = tmp_path / "stereo.flac"
+    soundfile.write(stereo, np.stack([np.repeat(samples, 2)] * 2, axis=1), 2 * rate)
+    names = [stereo, *(folder / name for name in heard)]
+    status, out, err = script("transcribe.py", "--workdir", path, *(f"--audio={name}" for name in names))
+    assert status == 0, err
+    first, *others = [line.split("\t") for line in out.splitlines()]
+    assert others == [[str(folder / name), text] for name, text in heard.items()]
+    assert first[0] == str(stereo)
+    (tmp_path / "broken.flac").write_bytes(b"fLaC, but not really")
+    status, _, err = script("transcribe.py", "--workdir", path, "--audio", tmp_path / "broken.flac")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "broken.flac" in err
 
 
 def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
@@ -276,6 +289,33 @@ def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
     assert evaluate(config, str(path))["eval/test/cer"] <= greedy["eval/test/cer"] + 0.02
     config.decoding.language_model, config.decoding.language_weight = "ngram", 0.2
     assert evaluate(config, str(path))["eval/test/cer"] < 0.35
+    config.model.norm = "pre"
+    with pytest.raises(BadInput, match=r"another configuration \(config.model.norm is 'post' there and 'pre' here\)"):
+        evaluate(config, str(path))
+
+
+def test_the_best_way_to_decode_is_found_and_printed(run, folder, tmp_path):
+    path, _ = run
+    shutil.copytree(path, tmp_path / "run")
+    stored = json.loads((path / "config.json").read_text())
+    stored["decoding"] |= {"beam_size": 4, "language_model": "ngram"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    choices = ["--language_weight", "0,5", "--insertion_bonus", "0,1"]
+    status, out, err = script("choose_decoding.py", "--workdir", tmp_path / "run", "--split", "test", *choices)
+    assert status == 0, err
+    lines = out.splitlines()
+    table = [[float(cell.split()[0]) for cell in line.split("|")[2:-1]] for line in lines if line[:3] in ("| 0", "| 5")]
+    config = learned(folder)
+    config.decoding.beam_size, config.decoding.language_model = 4, "ngram"
+    config.decoding.language_weight, config.decoding.insertion_bonus = 0.0, 1.0
+    assert table[0][1] == pytest.approx(100 * evaluate(config, str(path))["eval/test/wer"], abs=0.05)
+    # A language model of five times the weight hears little.
+    assert min(table[0]) < min(table[1])
+    assert lines[-2] == "config.decoding.language_weight = 0"
+    assert lines[-1] == f"config.decoding.insertion_bonus = {table[0].index(min(table[0])):g}"
+    status, _, err = script("choose_decoding.py", "--workdir", path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "config.decoding.beam_size is 0" in err
 
 
 def test_a_task_without_its_data_has_the_shapes_of_the_real_one_but_for_the_labels(config):

@@ -16,8 +16,8 @@ from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
 from sigmarep.training.loop import restore
-from sigmarep.training.metrics import read_metrics
 from sigmarep.training.step import evaluation_variables
+from tests.interruption import run_whole_and_in_parts
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 GERMAN = dict(
@@ -116,35 +116,11 @@ def test_losses_do_not_depend_on_devices_or_microbatches(config, monkeypatch):
     np.testing.assert_allclose(accumulated, one, rtol=1e-5)
 
 
-def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_losses(config, folder, monkeypatch):
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_losses(config, folder):
     config.checkpoint_every_steps = 3
     config.model.dropout = 0.1
-    train_and_evaluate(config, str(folder / "whole"))
-
-    class Crash(Exception):
-        pass
-
-    from sigmarep.training import loop
-
-    log = loop._Run.log
-
-    def crash(self):
-        if self.unlogged is not None and self.unlogged[0] == 5:
-            self.checkpoints.wait()
-            raise Crash
-        log(self)
-
-    monkeypatch.setattr(loop._Run, "log", crash)
-    with pytest.raises(Crash):
-        train_and_evaluate(config, str(folder / "parts"))
-    monkeypatch.setattr(loop._Run, "log", log)
-    train_and_evaluate(config, str(folder / "parts"))
-
-    def rows(name):
-        found = read_metrics(str(folder / name / "metrics.jsonl"))
-        return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in found]
-
-    assert rows("whole") == rows("parts")
+    whole, parts = run_whole_and_in_parts(config, folder, crash_at=5)
+    assert whole == parts
 
 
 def test_changed_data_or_vocabulary_is_refused(config, folder):

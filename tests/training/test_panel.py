@@ -49,8 +49,8 @@ def test_every_layer_against_numpy(reparam, scan, path):
     weights = matrix(layer["kernel"])
     name = f"block_1/{path}"
     sigma = np.linalg.norm(weights, 2)
-    # Random matrices without a gap: power iteration may be some per cent low.
-    tolerance = 1e-4 if reparam in ("sigma", "spectral") else 0.07
+    # Random matrices without a gap: five Lanczos iterations may be a little low.
+    tolerance = 1e-4 if reparam in ("sigma", "spectral") else 0.02
     np.testing.assert_allclose(found[f"spectral/sigma/{name}"], sigma, rtol=tolerance)
     np.testing.assert_allclose(found[f"spectral/stable_rank/{name}"], (weights**2).sum() / sigma**2, rtol=2 * tolerance)
     of_layer = np.sqrt(sum((x**2).sum() for x in gradient.values()))
