@@ -41,7 +41,7 @@ def get_config(text=""):
 
     config.decoding.beam_size = 16
     config.decoding.language_model = "ngram"
-    config.decoding.insertion_bonus = 1.5
+    config.decoding.insertion_bonus = 2.0
 
     config.data.buckets = (2.0, 4.1)
     config.data.in_memory = True

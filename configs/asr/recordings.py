@@ -7,14 +7,14 @@ Prints word and character error rates on held-out phrases, beside those of the m
 transcript of the most similar recording. Training and test share their speakers, not their phrases.
 
 Arguments: language (latin: French, Spanish, Romanian and Catalan together; or one of fr, es, ro, ca, ru, bg), reparam
-(sigma), norm (post), steps (1000).
+(sigma), norm (post), steps (1500).
 """
 
 from sigmarep.training.config import arguments, default_config
 
 
 def get_config(text=""):
-    args = arguments(text, language="latin", reparam="sigma", norm="post", steps=1000)
+    args = arguments(text, language="latin", reparam="sigma", norm="post", steps=1500)
     config = default_config("speech_recognition")
     config.batch_size = 64
     config.total_steps = args["steps"]
@@ -34,6 +34,8 @@ def get_config(text=""):
 
     config.decoding.beam_size = 16
     config.decoding.language_model = "ngram"
+    # Chosen on the split dev: scripts/choose_decoding.py.
+    config.decoding.language_weight = 0.8
     config.decoding.insertion_bonus = 1.5
 
     config.data.name = f"stamp_recordings/{args['language']}"

@@ -50,6 +50,7 @@ RANGES = {
     "optimizer.learning_rate": _at_least(0),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
+    "optimizer.gain_factor": _at_least(0),
     "optimizer.spectral_bound": _at_least(0),
     "optimizer.qk_clip": _at_least(0),
     "optimizer.momentum": _rate(),
@@ -115,6 +116,9 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.0
     # Regular expressions over parameter paths left out of weight decay and of LARS/LAMB trust ratios.
     config.optimizer.no_decay = ("gamma$", "bias$", "scale$", "alpha$", "shift$", "position", "class_token")
+    # Multiplies the learning rate of the parameters that the expressions find: γ, biases, scales and offsets of norms.
+    config.optimizer.gains = ("gamma$", "bias$", "scale$", "alpha$", "shift$")
+    config.optimizer.gain_factor = 1.0
     config.optimizer.clip_norm = 0.0
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = False

@@ -7,9 +7,14 @@ Where weight decay λ enters, with learning rate η:
 
 `no_decay` names the parameters left out of it, and of the trust ratios of LARS and LAMB: γ, biases, norms' scales,
 positions and the class token, unless configured otherwise.
+
+`gain_factor` multiplies the learning rate of `gains`. Under σReparam kernels are scale-invariant, so that a large learning
+rate makes them grow and their steps relatively smaller; γ, biases and the scales of norms are not, and are what a large
+learning rate harms.
 """
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,19 +30,24 @@ from sigmarep.training.mesh import path_name
 from sigmarep.training.panel import STACKED
 
 
-def decay_mask(params: Any, rules: Sequence[str]) -> Any:
-    """True for every parameter whose '/'-joined path none of the regular expressions `rules` is found in.
+def matching(params: Any, rules: Sequence[str], field: str) -> Any:
+    """True for every parameter whose '/'-joined path one of the regular expressions `rules` is found in.
 
     Raises:
-      BadInput: a rule is no regular expression.
+      BadInput: a rule is no regular expression; `field` is where it stands.
     """
     try:
         patterns = [re.compile(rule) for rule in rules]
     except re.error as error:
-        raise BadInput(f"config.optimizer.no_decay = {tuple(rules)!r}: {error}") from error
+        raise BadInput(f"config.optimizer.{field} = {tuple(rules)!r}: {error}") from error
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(pattern.search(path_name(path)) for pattern in patterns), params
+        lambda path, _: any(pattern.search(path_name(path)) for pattern in patterns), params
     )
+
+
+def decay_mask(params: Any, rules: Sequence[str]) -> Any:
+    """True for every parameter that weight decay applies to: none of `rules` (`config.optimizer.no_decay`) finds it."""
+    return jax.tree.map(operator.not_, matching(params, rules, "no_decay"))
 
 
 def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
@@ -64,7 +74,8 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
     }
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
     bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
-    return optax.chain(*clip, *chains[config.name], *bound)
+    gains = optax.masked(optax.scale(config.gain_factor), matching(params, config.gains, "gains"))
+    return optax.chain(*clip, *chains[config.name], *bound, *([gains] if config.gain_factor != 1 else []))
 
 
 class SpectralBoundState(NamedTuple):

@@ -269,3 +269,21 @@ def test_every_update_of_a_bounded_optimizer_is_within_the_bound():
         # Both norms are found from below, by some power steps.
         assert 0.8 < change / (0.01 * norm) < 1.1
         params = jax.tree.map(jnp.add, params, updates)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
+def test_gains_learn_at_their_part_of_the_rate(name):
+    params, gradients = tree(), [tree(seed) for seed in range(1, 4)]
+    # Without decay the update of a parameter does not depend on where it is.
+    made = config(name, weight_decay=0.0)
+    plain = train(made, params, gradients)
+    made.gain_factor = 0.25
+    slow = train(made, params, gradients)
+    start = float32(params)
+    moved = [jax.tree.map(jnp.subtract, end, start) for end in (plain, slow)]
+    for whole, part in zip(*map(jax.tree_util.tree_leaves_with_path, moved), strict=True):
+        factor = 1.0 if whole[0][-1].key == "kernel" else 0.25
+        np.testing.assert_allclose(part[1], factor * whole[1], rtol=1e-3, atol=1e-7)
+    made.gains = ("(",)
+    with pytest.raises(BadInput, match=r"config.optimizer.gains = \('\(',\)"):
+        create_optimizer(made, schedule=lambda _: RATE, params=start)
