@@ -1,7 +1,7 @@
 """At which learning rates does a small speech Transformer still train? On the packaged synthesised speech.
 
     python scripts/train.py --config configs/stability/speech.py:arm=sigma,learning_rate=0.03 --workdir runs/one
-    python scripts/sweep.py --config configs/stability/speech.py --workdir runs/stability_speech  # 3 arms, 3 seeds
+    python scripts/sweep.py --config configs/stability/speech.py --workdir runs/stability_speech  # 4 arms, 3 seeds
 
 Arguments: arm (one of sigmarep.training.remedies.ARMS), learning_rate (0.003), steps (120).
 Everything else is the same in all arms. sweep() has the arms of SWEPT at six learning rates over two and a half decades.
@@ -38,4 +38,4 @@ def get_config(text=""):
 
 
 def sweep():
-    return product(values("arm", *SWEPT), values("learning_rate", 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), seeds(3))
+    return product(values("arm", *SWEPT), values("learning_rate", 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), seeds(3))

@@ -40,4 +40,4 @@ def get_config(text=""):
 
 
 def sweep():
-    return product(values("arm", *SWEPT), values("learning_rate", 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), seeds(3))
+    return product(values("arm", *SWEPT), values("learning_rate", 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), seeds(3))
