@@ -41,6 +41,8 @@ def default_config() -> ml_collections.ConfigDict:
     # The features of the data set; a data set need not have the last two.
     config.audio_feature = "audio"
     config.text_feature = "text"
+    # Utterances with one of these texts are in no split: TED-LIUM's segments that are not to be scored.
+    config.ignored_texts = ("ignore_time_segment_in_scoring",)
     config.speaker_feature = "speaker"
     config.id_feature = "id"
     # Of the data set's audio, a second.
@@ -158,7 +160,7 @@ class SpeechCorpus:
     """The utterances of a split with their labels.
 
     Training leaves out utterances with unknown characters, those that are longer than the last bucket, and those whose
-    labels CTC cannot align to so few frames. Evaluation scores all; its loss leaves out those with unknown characters and
+    labels CTC cannot align to so few frames. Evaluation scores all but `data.ignored_texts`; its loss leaves out those with unknown characters and
     those that cannot be aligned.
 
     Attributes:
@@ -192,6 +194,7 @@ class SpeechCorpus:
             "too_long": seconds > data.buckets[-1],
             "too_short": frames // stride < needed,
             "no_audio": frames < stride,
+            "ignored": np.array([text.strip() in data.ignored_texts for text in index.texts]),
         }
         unknown = collections.Counter(c for each in encoded for c in each.unknown)
         problem = problems(sources.builder(data.name, data_dir=data.data_dir, folder=data.folder))
@@ -208,13 +211,14 @@ class SpeechCorpus:
             "characters_without_label": dict(unknown.most_common(NAMED)),
             **({"preparation": problem} if problem else {}),
         }
-        if odd["too_long"].any() and not training:
-            longest = int(seconds.argmax())
+        too_long = odd["too_long"] & ~odd["ignored"]
+        if too_long.any() and not training:
+            longest = int(np.where(too_long, seconds, 0).argmax())
             raise BadInput(
                 f"config.data.buckets = {tuple(data.buckets)}: the utterance {_name(index, longest)} of the split "
                 f"{split!r} lasts {seconds[longest]:.1f} s; the last bucket must hold it"
             )
-        left_out = np.any(list(odd.values()), axis=0) if training else np.zeros(len(frames), bool)
+        left_out = np.any(list(odd.values()), axis=0) if training else odd["ignored"]
         self._kept = np.flatnonzero(~left_out)
         if not len(self._kept):
             counts = ", ".join(f"{name} {int(which.sum())}" for name, which in odd.items())

@@ -20,7 +20,7 @@ import ml_collections
 
 from sigmarep.errors import BadInput
 from sigmarep.tasks.protocol import Outputs
-from sigmarep.training.config import flatten
+from sigmarep.training.config import default_config, flatten
 
 # What may differ when a run goes on in its workdir: where it runs and what it reports, not what it computes.
 FREE = (
@@ -91,7 +91,8 @@ def check_same_model(workdir: str, config: ml_collections.FrozenConfigDict) -> N
 
 
 def _check_same(workdir: str, config: ml_collections.FrozenConfigDict, only: tuple[str, ...] = ("",)) -> None:
-    there = flatten(ml_collections.ConfigDict(stored_config(workdir)))
+    # What the version that made the run had no field for was as the default is.
+    there = flatten(default_config(config.task)) | flatten(ml_collections.ConfigDict(stored_config(workdir)))
     here = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
     for name in sorted(there.keys() | here.keys()):
         if not name.startswith(only) or name.startswith(FREE) or name.rsplit(".", 1)[-1] in FREE_LEAVES:

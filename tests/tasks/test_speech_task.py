@@ -208,6 +208,21 @@ def test_what_is_odd_is_counted_and_named(config, tmp_path):
     assert "broken.wav" in json.dumps(facts["preparation"])
 
 
+def test_segments_to_be_ignored_are_in_no_split(config, folder, tmp_path):
+    for path in folder.glob("*.wav"):
+        os.symlink(path, tmp_path / path.name)
+    for split in ("train", "test"):
+        lines = (folder / f"{split}.tsv").read_text().splitlines()
+        lines[1] = lines[1].split("\t")[0] + "\tignore_time_segment_in_scoring\tspeaker0"
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    config.data.folder = str(tmp_path)
+    task = build(validate(config)).task
+    for split, count in (("train", 59), ("test", 10)):
+        corpus = task.open_corpus(split)
+        assert len(corpus) == count
+        assert corpus.report["ignored"] == {"count": 1, "names": [f"{split}1.wav"]}
+
+
 def learned(folder):
     config = small(folder)
     config.total_steps = 150

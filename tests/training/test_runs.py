@@ -10,8 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import ml_collections
 import pytest
 
+from sigmarep.errors import BadInput
+from sigmarep.training import workdir as workdirs
+from sigmarep.training.config import default_config
 from sigmarep.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -263,6 +267,19 @@ def test_a_workdir_of_another_configuration_is_left_alone(folder, uninterrupted)
     assert status == 2
     assert "config.optimizer.learning_rate is 0.003 there and 0.5 here" in err
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_a_run_of_a_version_without_a_field_had_its_default(tmp_path):
+    config = default_config("image_classification")
+    workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["optimizer"]["gain_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config.optimizer.gain_factor = 0.5
+    with pytest.raises(BadInput, match=r"config.optimizer.gain_factor is 1.0 there and 0.5 here"):
+        workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1)
+    config.optimizer.gain_factor = 1.0
+    workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1)
 
 
 def test_a_workdir_that_cannot_be_made_is_named(folder, tmp_path):
