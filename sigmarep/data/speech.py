@@ -160,8 +160,8 @@ class SpeechCorpus:
     """The utterances of a split with their labels.
 
     Training leaves out utterances with unknown characters, those that are longer than the last bucket, and those whose
-    labels CTC cannot align to so few frames. Evaluation scores all but `data.ignored_texts`; its loss leaves out those with unknown characters and
-    those that cannot be aligned.
+    labels CTC cannot align to so few frames. Evaluation scores all; its loss leaves out those with unknown characters and
+    those that cannot be aligned. Neither has those whose text is one of `data.ignored_texts`.
 
     Attributes:
       frames: (n,) int64, filterbank frames of each utterance. seconds: (n,).
