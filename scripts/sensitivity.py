@@ -3,8 +3,8 @@
     python scripts/sensitivity.py --workdir runs/stability_vit
 
 A loss is the mean of the last tenth of the logged training losses, the median over seeds (lowest to highest). An arm trains
-where that is within 10 % of the best loss of any arm. Its sensitivity is the mean over rates of what its loss, cut at the
-start's, has above its best (Wortsman et al., 2023).
+where that is within 10 % of the best loss of any arm; beside it stands where it is within 10 % of the arm's own best. Its
+sensitivity is the mean over rates of what its loss, cut at the start's, has above its best (Wortsman et al., 2023).
 """
 
 import math
@@ -31,11 +31,12 @@ def main() -> None:
             spread = f"{losses[len(losses) // 2]:.3f} ({losses[0]:.3f} to {losses[-1]:.3f})" if losses else ""
             cells.append(f"{diverged} of {len(losses)} diverged" if diverged else spread)
         print(f"| {arm} | {' | '.join(cells)} |")
-    print("\n| arm | best loss, at | trains from … to | sensitivity | lowest entropy there |\n|---|---|---|---|---|")
+    print("\n| arm | best loss, at | trains at | of its own best | sensitivity | lowest entropy |")
+    print("|---|---|---|---|---|---|")
     for row in sensitivity.findings(table):
         print(
             f"| {row['arm']} | {row['loss']:.3f}, {row['rate']:g} | {sensitivity.said(row['range'])} "
-            f"| {row['sensitivity']:.3f} | {row['entropy']:.3f} nats |"
+            f"| {sensitivity.said(row['own'])} | {row['sensitivity']:.3f} | {row['entropy']:.3f} nats |"
         )
 
 

@@ -239,6 +239,7 @@ def _sweep(sweep: Sweep) -> list[str]:
                 loss,
                 f"{row['rate']:g}",
                 sensitivity.said(row["range"]),
+                sensitivity.said(row["own"]),
                 _number(row["sensitivity"], 3),
                 _number(row["entropy"], 3),
             ]
@@ -255,7 +256,7 @@ def _sweep(sweep: Sweep) -> list[str]:
         _figure(sweep.picture),
         "<div>",
         _table(
-            ("arm", "best loss", "at rate", "trains from … to", "sensitivity", "lowest entropy there"),
+            ("arm", "best loss", "at rate", "trains at", "of its own best", "sensitivity", "lowest entropy"),
             rows,
             "Arms of the sweep",
         ),

@@ -135,8 +135,8 @@ def sensitivity(by_rate: Mapping[float, Sequence[Outcome]]) -> float:
 
 
 def findings(table: Table) -> list[dict[str, Any]]:
-    """One row for each arm: its `arm`, its best median loss (`loss`, at `rate`), its `range`, its `sensitivity`, and the
-    lowest `entropy` of its runs within that range, NaN without one."""
+    """One row for each arm: its `arm`, its best median loss (`loss`, at `rate`), its `range` against the best of any arm,
+    its `own` against its best, its `sensitivity`, and the lowest `entropy` of its runs in `range`, NaN without one."""
     losses = medians(table)
     best = best_loss(losses)
     rows = []
@@ -155,6 +155,7 @@ def findings(table: Table) -> list[dict[str, Any]]:
                 "loss": by_rate[rate],
                 "rate": rate,
                 "range": found,
+                "own": trained_range(by_rate, by_rate[rate]),
                 "sensitivity": sensitivity(table[arm]),
                 "entropy": min(inside, default=math.nan),
             }

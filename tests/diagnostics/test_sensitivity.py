@@ -52,6 +52,17 @@ def test_a_sweeps_outcomes_are_those_of_its_runs(tmp_path):
     assert (second["rate"], second["range"]) == (0.01, (0.01, 0.01, 1.0))
 
 
+def test_a_range_of_its_own_is_measured_against_the_arms_own_best():
+    losses = {"best": {0.1: 1.0, 1.0: 2.0}, "flat": {0.1: 1.5, 1.0: 1.4}}
+    table = {
+        arm: {rate: [sensitivity.Outcome(loss, 0.3)] for rate, loss in by_rate.items()}
+        for arm, by_rate in losses.items()
+    }
+    best, flat = sensitivity.findings(table)
+    assert best["range"] == best["own"] == (0.1, 0.1, 1.0)
+    assert (flat["range"], flat["own"]) == (None, (0.1, 1.0, 10.0))
+
+
 def test_a_diverged_run_has_no_loss_whatever_was_logged(tmp_path):
     table = sensitivity.read_sweep(sweep(tmp_path, {("a", 0.1, 0): [3.0, 2.0]}, state="diverged"))
     assert table["a"][0.1][0].loss == math.inf
