@@ -8,23 +8,20 @@ Arguments: arm (sigma: σReparam with post-LN; pre_ln: the usual pre-LN ViT with
 Everything else is the same in both arms.
 """
 
-from sigmarep.errors import BadInput
-from sigmarep.training.config import arguments, default_config
+from sigmarep.training.config import arguments, choice, default_config
 
 ARMS = {"pre_ln": ("none", "pre"), "sigma": ("sigma", "post")}
 
 
 def get_config(text=""):
     args = arguments(text, arm="sigma", learning_rate=0.02, steps=500)
-    if args["arm"] not in ARMS:
-        raise BadInput(f"config argument arm = {args['arm']!r}: expected one of {', '.join(ARMS)}")
     config = default_config("image_classification")
     config.batch_size = 64
     config.total_steps = args["steps"]
     config.log_every_steps = 25
     config.checkpoint_every_steps = 250
 
-    config.model.reparam, config.model.norm = ARMS[args["arm"]]
+    config.model.reparam, config.model.norm = choice("arm", args["arm"], ARMS)
     config.model.init_std = 0.1
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = args["learning_rate"]

@@ -14,9 +14,11 @@ from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 SPLIT = flags.DEFINE_string("split", "dev", "The split to choose on.")
-WEIGHTS = flags.DEFINE_list("language_weight", ["0.3", "0.5", "0.8"], "Values of config.decoding.language_weight.")
+WEIGHTS = flags.DEFINE_list(
+    "language_weight", ["0.3", "0.5", "0.8", "1.2"], "Values of config.decoding.language_weight."
+)
 BONUSES = flags.DEFINE_list(
-    "insertion_bonus", ["0", "0.5", "1", "1.5", "2"], "Values of config.decoding.insertion_bonus."
+    "insertion_bonus", ["0", "1", "1.5", "2", "3"], "Values of config.decoding.insertion_bonus."
 )
 
 

@@ -3,7 +3,8 @@
     python scripts/transcribe.py --workdir runs/asr --audio one.wav --audio two.flac
 
 WAV, FLAC or OGG of any sampling rate; several channels are averaged. Prints a line for each file: its name, a tab, and the
-words.
+words. Files that cannot be read, or last longer than anything the model was trained on, are named at the end with what is
+wrong with them; the exit status is then 2.
 """
 
 from absl import flags
@@ -28,15 +29,26 @@ def main() -> None:
     if not hasattr(task, "transcribe"):
         raise BadInput(f"--workdir {workdir}: its task is {experiment.config.task}; speech_recognition is expected")
     rate = experiment.config.data.sample_rate
-    utterances = []
+    longest = experiment.config.data.buckets[-1]
+    utterances, problems = {}, []
     for path in AUDIO.value:
         try:
             recording = audio.read(path)
         except audio.AudioError as error:
-            raise BadInput(f"--audio {error}") from None
-        utterances.append(audio.resampled(recording.samples, recording.rate, rate))
-    for path, text in zip(AUDIO.value, task.transcribe(evaluation_variables(state), utterances), strict=True):
+            problems.append(str(error))
+            continue
+        seconds = len(recording.samples) / recording.rate
+        if seconds > longest:
+            problems.append(
+                f"{path}: lasts {seconds:.1f} s; the model was given at most {longest} s (config.data.buckets)"
+            )
+            continue
+        utterances[path] = audio.resampled(recording.samples, recording.rate, rate)
+    texts = task.transcribe(evaluation_variables(state), list(utterances.values())) if utterances else []
+    for path, text in zip(utterances, texts, strict=True):
         print(f"{path}\t{text}")
+    if problems:
+        raise BadInput(f"--audio {'; '.join(problems)}")
 
 
 if __name__ == "__main__":

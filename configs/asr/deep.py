@@ -9,8 +9,7 @@ without it, the plain layers of the paper's code), depth (36), steps (300), lear
 Everything else is the same in all arms, but for the kernels' initial scale, which σReparam does not see.
 """
 
-from sigmarep.errors import BadInput
-from sigmarep.training.config import arguments, default_config
+from sigmarep.training.config import arguments, choice, default_config
 
 # Reparametrisation, γ at the start, and the initialiser of the kernels.
 ARMS = {
@@ -22,8 +21,6 @@ ARMS = {
 
 def get_config(text=""):
     args = arguments(text, arm="sigma", depth=36, steps=300, learning_rate=4e-3, warmup=0)
-    if args["arm"] not in ARMS:
-        raise BadInput(f"config argument arm = {args['arm']!r}: expected one of {', '.join(ARMS)}")
     config = default_config("speech_recognition")
     config.batch_size = 33
     config.total_steps = args["steps"]
@@ -31,7 +28,7 @@ def get_config(text=""):
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = args["depth"], 48, 2, 96
     config.model.norm = "post"
-    config.model.reparam, config.model.gamma_init, config.model.kernel_init = ARMS[args["arm"]]
+    config.model.reparam, config.model.gamma_init, config.model.kernel_init = choice("arm", args["arm"], ARMS)
     config.model.max_global_shift = 0.0
 
     config.optimizer.name = "adam"

@@ -16,7 +16,7 @@ for the best post-LN model, 6.1 to 6.4 % under σReparam, over a wider range of 
 """
 
 from sigmarep.tasks.speech_recognition import DISJOINT
-from sigmarep.training.config import arguments, default_config
+from sigmarep.training.config import arguments, choice, default_config
 
 # Learning rate and updates of warmup.
 OPTIMIZERS = {"adagrad": (0.03, 64_000), "lars": (0.5, 0)}
@@ -46,13 +46,13 @@ def get_config(text=""):
     model = config.model
     model.depth, model.width, model.num_heads, model.mlp_dim = args["depth"], 768, 4, 3072
     model.norm, model.reparam = args["norm"], args["reparam"]
-    model.qkv, model.conv_reparam = DISJOINT[args["disjoint"]], args["conv"]
+    model.qkv, model.conv_reparam = choice("disjoint", args["disjoint"], DISJOINT), args["conv"]
     model.kernel_init = "normal" if args["reparam"] == "sigma" else "fan_in_uniform"
     model.init_std = args["init_std"]
     model.dropout = model.attention_dropout = model.layer_drop = 0.3
     model.remat = "full"
 
-    rate, warmup = OPTIMIZERS[args["optimizer"]]
+    rate, warmup = choice("optimizer", args["optimizer"], OPTIMIZERS)
     config.optimizer.name = args["optimizer"]
     config.optimizer.learning_rate = args["learning_rate"] or rate
     config.optimizer.warmup_steps = warmup if args["warmup"] < 0 else args["warmup"]

@@ -9,7 +9,7 @@ Arguments: reparam (sigma), norm (post), disjoint (1: one projection of queries 
 """
 
 from sigmarep.tasks.speech_recognition import DISJOINT
-from sigmarep.training.config import arguments, default_config
+from sigmarep.training.config import arguments, choice, default_config
 
 
 def get_config(text=""):
@@ -23,9 +23,10 @@ def get_config(text=""):
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 3, 144, 4, 432
     config.model.reparam, config.model.norm = args["reparam"], args["norm"]
+    config.model.kernel_init = "normal" if args["reparam"] == "sigma" else "fan_in_uniform"
     config.model.dropout = 0.1
     config.model.max_global_shift = 0.0
-    config.model.qkv = DISJOINT[args["disjoint"]]
+    config.model.qkv = choice("disjoint", args["disjoint"], DISJOINT)
 
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 4e-3

@@ -24,6 +24,7 @@ def get_config(text=""):
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 3, 144, 4, 432
     config.model.reparam, config.model.norm = args["reparam"], args["norm"]
+    config.model.kernel_init = "normal" if args["reparam"] == "sigma" else "fan_in_uniform"
     config.model.dropout = 0.2
     config.model.max_global_shift = 0.0
 

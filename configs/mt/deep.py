@@ -10,8 +10,7 @@ Everything else is the same in all arms. Layers have no biases: with them, in a 
 learnt more than the frequencies of tokens in 140 steps.
 """
 
-from sigmarep.errors import BadInput
-from sigmarep.training.config import arguments, default_config
+from sigmarep.training.config import arguments, choice, default_config
 
 # Reparametrisation, and γ at the start.
 ARMS = {"sigma": ("sigma", "0.1"), "sigma_one": ("sigma", "one"), "plain": ("none", "one")}
@@ -19,8 +18,6 @@ ARMS = {"sigma": ("sigma", "0.1"), "sigma_one": ("sigma", "one"), "plain": ("non
 
 def get_config(text=""):
     args = arguments(text, arm="sigma", depth=100, steps=200)
-    if args["arm"] not in ARMS:
-        raise BadInput(f"config argument arm = {args['arm']!r}: expected one of {', '.join(ARMS)}")
     config = default_config("translation")
     config.batch_size = 512
     config.total_steps = args["steps"]
@@ -28,7 +25,7 @@ def get_config(text=""):
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = args["depth"], 32, 2, 128
     config.model.norm = "post"
-    config.model.reparam, config.model.gamma_init = ARMS[args["arm"]]
+    config.model.reparam, config.model.gamma_init = choice("arm", args["arm"], ARMS)
     config.model.use_bias = config.model.norm_bias = False
     config.model.kernel_init = "xavier_uniform"
 

@@ -7,16 +7,13 @@ Arguments: arm (sigma: σReparam with post-LN; pre_ln: plain layers), temperatur
 learning_rate (0.003).
 """
 
-from sigmarep.errors import BadInput
-from sigmarep.training.config import arguments, default_config
+from sigmarep.training.config import arguments, choice, default_config
 
 ARMS = {"pre_ln": ("none", "pre"), "sigma": ("sigma", "post")}
 
 
 def get_config(text=""):
     args = arguments(text, arm="sigma", temperature=0.1, at=150, steps=300, learning_rate=3e-3)
-    if args["arm"] not in ARMS:
-        raise BadInput(f"config argument arm = {args['arm']!r}: expected one of {', '.join(ARMS)}")
     config = default_config("image_classification")
     config.batch_size = 64
     config.total_steps = args["steps"]
@@ -24,7 +21,7 @@ def get_config(text=""):
     config.divergence_factor = 0.0
     config.sharpness.every_steps = 5
 
-    config.model.reparam, config.model.norm = ARMS[args["arm"]]
+    config.model.reparam, config.model.norm = choice("arm", args["arm"], ARMS)
     config.model.depth, config.model.init_std = 4, 0.1
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = args["learning_rate"]

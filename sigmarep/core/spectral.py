@@ -311,7 +311,9 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
     # A fixed mix of the rows, with something of their mean and some waves in it. It is no row picked by its length: after
     # a LayerNorm rows of one length would be told apart by their rounding. Several starts would cost products of matrices.
     waves = jnp.cos(jnp.arange(4.0)[:, None] * jnp.arange(matrix.shape[-2], dtype=jnp.float32))
-    start = (jnp.sum(waves, axis=0) @ matrix)[..., None, :]
+    # Accelerators would round products to TF32 or bfloat16.
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    start = product(jnp.sum(waves, axis=0), matrix)[..., None, :]
 
     def unit(row, least):
         norm = jnp.sqrt(jnp.sum(row * row, axis=-1, keepdims=True))
@@ -322,12 +324,12 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
 
     def step(i, carry):
         basis, images, row = carry
-        basis, image = placed(basis, i, row), row @ transposed
-        new = image @ matrix
+        basis, image = placed(basis, i, row), product(row, transposed)
+        new = product(image, matrix)
         _, before = unit(new, 0.0)
         # Twice, because rounding leaves something of them the first time.
         for _ in range(2):
-            new = new - (new @ jnp.swapaxes(basis, -1, -2)) @ basis
+            new = new - product(product(new, jnp.swapaxes(basis, -1, -2)), basis)
         # What is only rounding is no direction: the basis then spans all that A does to the start.
         row, _ = unit(new, 1e-6 * before)
         return basis, placed(images, i, image), row
@@ -335,10 +337,10 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
     first, _ = unit(start, 0.0)
     empty = [jnp.zeros((*matrix.shape[:-2], iterations, size), jnp.float32) for size in matrix.shape[:-3:-1]]
     basis, images, last = lax.fori_loop(0, iterations - 1, step, (*empty, first))
-    basis, images = placed(basis, iterations - 1, last), placed(images, iterations - 1, last @ transposed)
-    gram = jnp.matmul(images, jnp.swapaxes(images, -1, -2), precision=lax.Precision.HIGHEST)
+    basis, images = placed(basis, iterations - 1, last), placed(images, iterations - 1, product(last, transposed))
+    gram = product(images, jnp.swapaxes(images, -1, -2))
     y = jnp.swapaxes(_leading_vector(gram), -1, -2)
-    norm, length = (jnp.sqrt(jnp.sum((y @ x) ** 2, axis=(-2, -1))) for x in (images, basis))
+    norm, length = (jnp.sqrt(jnp.sum(product(y, x) ** 2, axis=(-2, -1))) for x in (images, basis))
     return norm / jnp.where(length > 0, length, 1.0) * scale[..., 0, 0]
 
 

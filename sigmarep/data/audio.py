@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 import os
-from typing import Any, NamedTuple
+import struct
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -34,13 +35,14 @@ def read(path: str | os.PathLike) -> Recording:
     """The samples of a WAV, FLAC or OGG file.
 
     Raises:
-      AudioError: the file is missing or cannot be decoded, holds no samples, or one that is not finite.
+      AudioError: the file is missing, cut off or cannot be decoded, holds no samples, or one that is not finite.
     """
     import soundfile
 
     try:
         # The file is opened here: libsndfile's own message for a missing one is "System error".
         with open(path, "rb") as file:
+            _check_length(file)
             samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except OSError as error:
         raise AudioError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
@@ -53,6 +55,16 @@ def read(path: str | os.PathLike) -> Recording:
         raise AudioError(f"{os.fspath(path)}: holds samples that are not finite")
     channels = samples.shape[1]
     return Recording(samples[:, 0] if channels == 1 else samples.mean(axis=1), int(rate), channels)
+
+
+def _check_length(file: BinaryIO) -> None:
+    """Raises ValueError where a WAV file is shorter than the length in its head: libsndfile reads what is left of it."""
+    riff, size, wave = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
+    present = file.seek(0, os.SEEK_END) - 8
+    file.seek(0)
+    # Writers of streams, who do not know the length, give none or the largest.
+    if riff == b"RIFF" and wave == b"WAVE" and present < size < 0xFFFF0000:
+        raise ValueError(f"is cut off: {present:,} of {size:,} bytes are there")
 
 
 def resampled(samples: np.ndarray, rate: int, to: int) -> np.ndarray:

@@ -75,8 +75,16 @@ def default_config() -> ml_collections.ConfigDict:
 def open_labels(data: ml_collections.ConfigDict) -> Labels:
     """The labels of `config.data.labels`; see `labels.obtain`."""
     folder = os.path.join(sources.data_folder(data.data_dir), "vocabularies")
-    key = f"{_fingerprint(data, data.train_split)}|{data.text_feature}"
-    return label_sets.obtain(data.labels, lambda: _index(data, data.train_split).texts, cache_dir=folder, key=key)
+    key = f"{_fingerprint(data, data.train_split)}|{data.text_feature}|{tuple(data.ignored_texts)}"
+
+    def texts():
+        return [text for text in _index(data, data.train_split).texts if not _ignored(data, text)]
+
+    return label_sets.obtain(data.labels, texts, cache_dir=folder, key=key)
+
+
+def _ignored(data: ml_collections.ConfigDict, text: str) -> bool:
+    return text.strip() in data.ignored_texts
 
 
 def filterbank(data: ml_collections.ConfigDict) -> LogMel:
@@ -189,14 +197,15 @@ class SpeechCorpus:
         frames = np.array([self._filterbank.frames(int(n)) for n in index.samples], np.int64)
         seconds = index.samples / data.sample_rate
         needed = np.array([len(each.labels) + _repeats(each.labels) for each in encoded])
+        ignored = np.array([_ignored(data, text) for text in index.texts])
         odd = {
-            "unknown_characters": np.array([bool(each.unknown) for each in encoded]),
+            "unknown_characters": np.array([bool(each.unknown) for each in encoded]) & ~ignored,
             "too_long": seconds > data.buckets[-1],
             "too_short": frames // stride < needed,
             "no_audio": frames < stride,
-            "ignored": np.array([text.strip() in data.ignored_texts for text in index.texts]),
+            "ignored": ignored,
         }
-        unknown = collections.Counter(c for each in encoded for c in each.unknown)
+        unknown = collections.Counter(c for i in np.flatnonzero(~ignored) for c in encoded[i].unknown)
         problem = problems(sources.builder(data.name, data_dir=data.data_dir, folder=data.folder))
         self.report: dict[str, Any] = {
             "utterances": len(frames),
@@ -211,14 +220,14 @@ class SpeechCorpus:
             "characters_without_label": dict(unknown.most_common(NAMED)),
             **({"preparation": problem} if problem else {}),
         }
-        too_long = odd["too_long"] & ~odd["ignored"]
+        too_long = odd["too_long"] & ~ignored
         if too_long.any() and not training:
             longest = int(np.where(too_long, seconds, 0).argmax())
             raise BadInput(
                 f"config.data.buckets = {tuple(data.buckets)}: the utterance {_name(index, longest)} of the split "
                 f"{split!r} lasts {seconds[longest]:.1f} s; the last bucket must hold it"
             )
-        left_out = np.any(list(odd.values()), axis=0) if training else odd["ignored"]
+        left_out = np.any(list(odd.values()), axis=0) if training else ignored
         self._kept = np.flatnonzero(~left_out)
         if not len(self._kept):
             counts = ", ".join(f"{name} {int(which.sum())}" for name, which in odd.items())

@@ -56,6 +56,8 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
         """Raises BadInput where there is no such folder, or nothing of either layout in it."""
         self._folder = os.path.expanduser(folder)
         self._splits = {split: list(_entries(self._folder, paths)) for split, paths in find_splits(folder).items()}
+        for split, entries in self._splits.items():
+            entries += self._without_text(split)
         self._problems: dict[str, Any] = {}
         digest = hashlib.sha256()
         for split, entries in sorted(self._splits.items()):
@@ -64,6 +66,23 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
                 named = os.path.relpath(entry.path, self._folder)
                 digest.update(json.dumps([split, named, size, entry.text, entry.speaker, entry.reason]).encode())
         super().__init__(config=tfds.core.BuilderConfig(name=digest.hexdigest()[:20]), **options)
+
+    def _without_text(self, split: str) -> list[Entry]:
+        """The audio of a folder's split in chapters that have no transcript; of tables the audio that none of them names,
+        told with the split that comes first."""
+        tables = [name for name, paths in find_splits(self._folder).items() if paths[0].endswith(".tsv")]
+        if split not in tables:
+            roots = [name for name in os.listdir(self._folder) if re.sub(r"\W", "_", name) == split]
+            known = {os.path.dirname(entry.path) for entry in self._splits[split]}
+            unnamed = [path for path in _audio_below(self._folder, roots) if os.path.dirname(path) not in known]
+        elif split == tables[0]:
+            known = {os.path.normpath(entry.path) for name in tables for entry in self._splits[name]}
+            roots = {os.path.relpath(os.path.dirname(path), self._folder).split(os.sep)[0] for path in known}
+            # A table may name files outside the folder; what else is there is none of its business.
+            unnamed = [path for path in _audio_below(self._folder, sorted(roots - {".."})) if path not in known]
+        else:
+            return []
+        return [Entry(path, "", "", "", "no_text", "nothing says what is spoken") for path in unnamed]
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -115,10 +134,9 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
             dropped.append(reason)
             return None
         if read.rate != RATE:
-            counts = self._problems.setdefault("resampled", {})
-            counts[str(read.rate)] = counts.get(str(read.rate), 0) + 1
+            self._problems.setdefault("resampled", []).append(f"{named}: {read.rate} Hz")
         if read.channels > 1:
-            self._problems["averaged_channels"] = self._problems.get("averaged_channels", 0) + 1
+            self._problems.setdefault("averaged", []).append(f"{named}: {read.channels} channels")
         return audio.to_int16(audio.resampled(read.samples, read.rate, RATE))
 
 
@@ -126,8 +144,8 @@ def problems(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
     """What was wrong with the files of a prepared folder; {} if nothing was, and for other data sets.
 
     Lists of "file: reason" under `missing` (no such audio), `unreadable`, `empty_audio`, `empty_text`, `no_text` (audio
-    without a line) and `malformed` (lines that are not of the layout): these were left out. `resampled` counts files by
-    their rate in Hz, and `averaged_channels` those of several channels: these are in the data set.
+    without a line), `repeated` (another format of the same recording) and `malformed` (lines that are not of the layout):
+    these were left out. Those under `resampled` and `averaged` (several channels) are in the data set.
     """
     path = os.path.join(str(builder.data_dir), REPORT)
     if not os.path.exists(path):
@@ -193,10 +211,15 @@ def _chapter(path: str) -> Iterator[Entry]:
     """The entries of a transcript, and the audio beside it that no line names."""
     here = os.path.dirname(path)
     speaker = os.path.basename(os.path.dirname(here))
-    audio_files = {}
+    audio_files: dict[str, str] = {}
     for name in sorted(os.listdir(here)):
         stem, extension = os.path.splitext(name)
-        if extension.lower() in EXTENSIONS:
+        if extension.lower() not in EXTENSIONS:
+            continue
+        if stem in audio_files:
+            reason = f"{os.path.basename(audio_files[stem])} is taken"
+            yield Entry(os.path.join(here, name), "", speaker, stem, "repeated", reason)
+        else:
             audio_files[stem] = os.path.join(here, name)
     spoken = set()
     for line in text_folder.lines(path):
@@ -208,6 +231,17 @@ def _chapter(path: str) -> Iterator[Entry]:
             )
     for name in sorted(set(audio_files) - spoken):
         yield Entry(audio_files[name], "", speaker, name, "no_text", "no line of the transcript names it")
+
+
+def _audio_below(folder: str, roots: list[str]) -> list[str]:
+    """Audio files in the folders `roots` of `folder`, and in those below them; "." is the folder alone."""
+    found = []
+    for root in roots:
+        for here, _, names in os.walk(os.path.normpath(os.path.join(folder, root))):
+            found += [os.path.join(here, name) for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
+            if root == ".":
+                break
+    return sorted(set(found))
 
 
 def _checked(entry: Entry) -> Entry:

@@ -68,9 +68,9 @@ class SpokenSentences(tfds.core.GeneratorBasedBuilder):
     """
 
     name = "spoken_sentences"
-    # The text is another one with every version of Python.
-    VERSION = tfds.core.Version(".".join(str(part) for part in sys.version_info[:3]))
-    RELEASE_NOTES = {str(VERSION): "The help of this Python."}  # noqa: RUF012
+    # The text is another one with every version of Python; the last digit is this builder's own.
+    VERSION = tfds.core.Version("{}.{}.{}1".format(*sys.version_info[:3]))
+    RELEASE_NOTES = {str(VERSION): "The help of this Python; the split dev."}  # noqa: RUF012
 
     def __init__(
         self, *, sentences: int = 2500, held_out: int = 300, chosen_on: int = 150, repeats: int = 2, **options

@@ -55,8 +55,8 @@ class StampRecordings(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the recordings, from the installed package or from what was unpacked into downloads/stamps."""
 
     name = "stamp_recordings"
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "The split dev."}  # noqa: RUF012
     BUILDER_CONFIGS = [  # noqa: RUF012
         *(tfds.core.BuilderConfig(name=language, description=f"Recordings in {language}.") for language in LANGUAGES),
         tfds.core.BuilderConfig(name="latin", description="The languages of the Latin script together."),
@@ -140,8 +140,8 @@ def recordings(root: str, language: str) -> tuple[list[Recording], dict[str, lis
             contents.add(digest)
             try:
                 read = audio.read(path)
-            except audio.AudioError:
-                left_out["unreadable"].append(os.path.relpath(path, root))
+            except audio.AudioError as error:
+                left_out["unreadable"].append(str(error).replace(path, os.path.relpath(path, root)))
                 continue
             found.append(Recording(path, text, language, len(read.samples) / read.rate))
     kept = fitting(found)

@@ -33,7 +33,7 @@ MODEL_FIELDS = (
 )
 LANGUAGE_MODELS = ("none", "ngram")
 # config.model.qkv for what the paper's code calls its disjoint type.
-DISJOINT = ("fused", "qk_v", "separate")
+DISJOINT = {0: "fused", 1: "qk_v", 2: "separate"}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -327,19 +327,9 @@ class SpeechRecognition(Task):
         }
 
     def transcribe(self, variables: Any, utterances: Sequence[np.ndarray], *, rows: int = 8) -> list[str]:
-        """What is said in each of `utterances`, arrays (n,) of samples in [−1, 1] at `config.data.sample_rate`.
-
-        Raises:
-          BadInput: one is longer than the last of `config.data.buckets`.
+        """What is said in each of `utterances`, arrays (n,) of samples in [−1, 1] at `config.data.sample_rate`. Of those
+        longer than the last of `config.data.buckets` the model has seen none.
         """
-        longest = self.config.data.buckets[-1]
-        for number, samples in enumerate(utterances, 1):
-            seconds = len(samples) / self.config.data.sample_rate
-            if seconds > longest:
-                raise BadInput(
-                    f"utterance {number}: lasts {seconds:.1f} s; the model was given at most {longest} s "
-                    "(config.data.buckets)"
-                )
         rows = max(min(rows, len(utterances)), 1)
         log_mel, stride = speech.filterbank(self.config.data), self.config.model.conv_stride
         features = [log_mel(samples) for samples in utterances]

@@ -6,14 +6,16 @@ written. `validate` repeats the comparison for configurations made in any other 
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput
+
+T = TypeVar("T")
 
 UNITS = ("steps", "epochs", "examples")
 
@@ -182,6 +184,17 @@ def arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
         except (KeyError, ValueError):
             raise BadInput(f"config argument {item!r}: expected a value of type {kind.__name__}") from None
     return values
+
+
+def choice(name: str, value: Any, accepted: Mapping[Any, T]) -> T:
+    """What `accepted` has for the value of the argument `name`.
+
+    Raises:
+      BadInput: it has nothing.
+    """
+    if value not in accepted:
+        raise BadInput(f"config argument {name} = {value!r}: expected one of {', '.join(map(str, accepted))}")
+    return accepted[value]
 
 
 def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

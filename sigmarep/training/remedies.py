@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from sigmarep.errors import BadInput
+from sigmarep.training.config import choice
 
 PLAIN = {"model.norm": "pre", "model.reparam": "none"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -46,6 +46,4 @@ def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
     Raises:
       BadInput: there is no such arm.
     """
-    if name not in ARMS:
-        raise BadInput(f"config argument arm = {name!r}: expected one of {', '.join(ARMS)}")
-    config.update_from_flattened_dict(ARMS[name])
+    config.update_from_flattened_dict(choice("arm", name, ARMS))

@@ -33,6 +33,11 @@ FREE = (
     "eval_every_",
     "checkpoint_every_",
 )
+# What a model's parameters and its inputs are: the rest may be another one when a checkpoint is only evaluated.
+MODEL = (
+    *("task", "method", "model.", "projector.", "predictor.", "optimizer."),
+    *("data.sample_rate", "data.num_filters", "data.window_seconds", "data.hop_seconds", "data.labels."),
+)
 FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
 
@@ -87,7 +92,7 @@ def check_same_model(workdir: str, config: ml_collections.FrozenConfigDict) -> N
     Raises:
       BadInput: they do not, or there is no run.
     """
-    _check_same(workdir, config, only=("task", "method", "model.", "projector.", "predictor.", "optimizer."))
+    _check_same(workdir, config, only=MODEL)
 
 
 def _check_same(workdir: str, config: ml_collections.FrozenConfigDict, only: tuple[str, ...] = ("",)) -> None:
@@ -115,12 +120,22 @@ def _check_file(workdir: str, name: str, content: bytes) -> None:
             there = file.read()
     except FileNotFoundError:
         return
-    if there != content:
+    if _identity(name, there) != _identity(name, content):
         old, new = (hashlib.sha256(each).hexdigest()[:12] for each in (there, content))
         raise BadInput(
             f"--workdir {workdir}: {name} of its run (sha256 {old}) is not what config.data gives now (sha256 {new}): the "
             "vocabulary or the data changed; restore them, or choose another folder"
         )
+
+
+def _identity(name: str, content: bytes) -> Any:
+    """What of a file must stay: of data.json what names the content, not what is told of it beside."""
+    if name != "data.json":
+        return content
+    try:
+        return json.loads(content)["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        return content
 
 
 def check_vocabulary(workdir: str, files: Mapping[str, bytes]) -> None:

@@ -174,7 +174,8 @@ def test_cut_repeated_and_unreadable_recordings_are_left_out_and_counted(stamps)
     # Three descriptions cannot be transcripts, each twice.
     counts = {reason: len(names) for reason, names in left_out.items()}
     assert counts == {"transcript": 2 * 3 + 2, "repeated": 1, "unreadable": 1, "length": 2}
-    assert [os.path.basename(name) for name in left_out["unreadable"]] == ["p05_desc_es.ogg"]
+    assert [os.path.basename(each.split(": ")[0]) for each in left_out["unreadable"]] == ["p05_desc_es.ogg"]
+    assert ": cannot be decoded (" in left_out["unreadable"][0]
     assert len(kept) == 2 * 45 - 12
     assert not {f"p0{i}_desc_es.ogg" for i in range(2, 8)} & {os.path.basename(row.path) for row in kept}
 
@@ -249,12 +250,19 @@ def test_a_folder_like_librispeech(tmp_path):
     np.testing.assert_allclose(found[0]["audio"] / 32768, expected, atol=1e-4)
     with pytest.raises(BadInput, match="no split 'train'; expected one of dev_clean, train_clean_100"):
         opened(tmp_path)
-    # A file without a line, a line without a file.
+    # A file without a line, a line without a file, two files of one line, and a chapter without a transcript.
     os.rename(place / f"{names[0]}.flac", place / "new.flac")
+    shutil.copy(place / f"{names[1]}.flac", place / f"{names[1]}.wav")
+    (place.parent / "496").mkdir()
+    shutil.copy(place / "new.flac", place.parent / "496" / "26-496-0000.flac")
     assert len(opened(tmp_path, "dev_clean")) == 5
     assert problems(tmp_path) == {
         "missing": [f"dev-clean/26/495/{names[0]}.flac: there is no such file"],
-        "no_text": ["dev-clean/26/495/new.flac: no line of the transcript names it"],
+        "no_text": [
+            "dev-clean/26/495/new.flac: no line of the transcript names it",
+            "dev-clean/26/496/26-496-0000.flac: nothing says what is spoken",
+        ],
+        "repeated": [f"dev-clean/26/495/{names[1]}.wav: {names[1]}.flac is taken"],
     }
 
 
@@ -282,28 +290,38 @@ def test_tables_with_and_without_speakers_at_any_rate(tmp_path):
         assert len(row["audio"]) == 8000
         np.testing.assert_allclose(row["audio"][500:-500] / 32768, sine(0.5, 16000)[500:-500], atol=0.02)
     assert len(opened(tmp_path, "validation")) == 1
-    assert problems(tmp_path) == {"resampled": {"44100": 2, "8000": 1}, "averaged_channels": 1}
+    assert problems(tmp_path) == {
+        "resampled": ["wav/b.flac: 44100 Hz", "wav/c.ogg: 8000 Hz", "wav/d.wav: 44100 Hz"],
+        "averaged": ["wav/b.flac: 2 channels"],
+    }
 
 
 def test_every_unusable_file_is_left_out_and_named(tmp_path):
-    names = ("a.wav\tOne", "gone.wav\tx", "text.wav\tx", "none.wav\tx", "nan.wav\tx", "b.flac\t ")
+    names = ("a.wav\tOne", "gone.wav\tx", "text.wav\tx", "none.wav\tx", "nan.wav\tx", "cut.wav\tx", "b.flac\t ")
     own = tables(tmp_path, "".join(f"wav/{name}\n" for name in names) + "\nwav/c.ogg\nwav/a.wav\tx\ts\tmore\n\tx\n")
     (own / "wav/text.wav").write_text("text" * 100)
     soundfile.write(own / "wav/none.wav", np.zeros(0), 8000)
     soundfile.write(own / "wav/nan.wav", np.full(900, np.inf), 8000, subtype="FLOAT")
+    soundfile.write(own / "wav/unnamed.wav", sine(0.5, 16000), 16000)
+    whole = (own / "wav/a.wav").read_bytes()
+    (own / "wav/cut.wav").write_bytes(whole[: len(whole) // 2])
     assert [row["text"] for row in rows(opened(tmp_path))] == ["One"]
     found = problems(tmp_path)
     unreadable = found.pop("unreadable")
     assert re.fullmatch(r"wav/text\.wav: cannot be decoded \(.+\)", unreadable[0])
-    assert unreadable[1:] == ["wav/nan.wav: holds samples that are not finite"]
+    assert unreadable[1:] == [
+        "wav/nan.wav: holds samples that are not finite",
+        f"wav/cut.wav: cannot be decoded (is cut off: {len(whole) // 2 - 8:,} of {len(whole) - 8:,} bytes are there)",
+    ]
     assert found == {
         "missing": ["wav/gone.wav: there is no such file"],
         "empty_audio": ["wav/none.wav: holds no samples"],
         "empty_text": ["wav/b.flac: has no text"],
+        "no_text": [f"wav/{name}: nothing says what is spoken" for name in ("c.ogg", "d.wav", "unnamed.wav")],
         "malformed": [
-            "train.tsv: line 8 has 0 tabs; expected a file, a tab, its text",
-            "train.tsv: line 9 has 3 tabs; expected a file, a tab, its text",
-            "train.tsv: line 10 names no file",
+            "train.tsv: line 9 has 0 tabs; expected a file, a tab, its text",
+            "train.tsv: line 10 has 3 tabs; expected a file, a tab, its text",
+            "train.tsv: line 11 names no file",
         ],
     }
 

@@ -206,6 +206,13 @@ def test_what_is_odd_is_counted_and_named(config, tmp_path):
     assert facts["too_long"] == {"count": 1, "names": ["long.wav"]}
     assert facts["too_short"] == {"count": 1, "names": ["short.wav"]}
     assert "broken.wav" in json.dumps(facts["preparation"])
+    # What is told beside the fingerprint may change with the version; the data may not.
+    del facts["too_short"]
+    (tmp_path / "run/data.json").write_text(json.dumps(facts))
+    train_and_evaluate(config, str(tmp_path / "run"))
+    (tmp_path / "run/data.json").write_text(json.dumps({**facts, "fingerprint": "another"}))
+    with pytest.raises(BadInput, match=r"data.json of its run .* is not what config.data gives now"):
+        train_and_evaluate(config, str(tmp_path / "run"))
 
 
 def test_segments_to_be_ignored_are_in_no_split(config, folder, tmp_path):
@@ -221,6 +228,9 @@ def test_segments_to_be_ignored_are_in_no_split(config, folder, tmp_path):
         corpus = task.open_corpus(split)
         assert len(corpus) == count
         assert corpus.report["ignored"] == {"count": 1, "names": [f"{split}1.wav"]}
+    assert corpus.report["unknown_characters"]["count"] == 0
+    config.data.labels.characters = ""
+    assert "_" not in build(validate(config)).task.labels.characters
 
 
 def learned(folder):
@@ -292,9 +302,12 @@ def test_files_are_transcribed_by_command(run, folder, tmp_path):
     assert others == [[str(folder / name), text] for name, text in heard.items()]
     assert first[0] == str(stereo)
     (tmp_path / "broken.flac").write_bytes(b"fLaC, but not really")
-    status, _, err = script("transcribe.py", "--workdir", path, "--audio", tmp_path / "broken.flac")
-    assert (status, err.count("\n")) == (2, 1)
-    assert "broken.flac" in err
+    soundfile.write(tmp_path / "long.wav", np.tile(samples, 30), rate)
+    names = [tmp_path / "broken.flac", names[1], tmp_path / "long.wav"]
+    status, out, err = script("transcribe.py", "--workdir", path, *(f"--audio={name}" for name in names))
+    assert (status, out.splitlines(), err.count("\n")) == (2, ["\t".join(others[0])], 1)
+    assert "broken.flac: cannot be decoded" in err
+    assert "the model was given at most 2.0 s" in err
 
 
 def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
@@ -304,7 +317,10 @@ def test_beams_with_and_without_a_language_model_hear_no_worse(run, folder):
     assert evaluate(config, str(path))["eval/test/cer"] <= greedy["eval/test/cer"] + 0.02
     config.decoding.language_model, config.decoding.language_weight = "ngram", 0.2
     assert evaluate(config, str(path))["eval/test/cer"] < 0.35
-    config.model.norm = "pre"
+    config.data.hop_seconds = 0.02
+    with pytest.raises(BadInput, match=r"config\.data\.hop_seconds is 0.01 there and 0.02 here"):
+        evaluate(config, str(path))
+    config.data.hop_seconds, config.model.norm = 0.01, "pre"
     with pytest.raises(BadInput, match=r"another configuration \(config.model.norm is 'post' there and 'pre' here\)"):
         evaluate(config, str(path))
 
