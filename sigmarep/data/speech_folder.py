@@ -77,9 +77,9 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
             unnamed = [path for path in _audio_below(self._folder, roots) if os.path.dirname(path) not in known]
         elif split == tables[0]:
             known = {os.path.normpath(entry.path) for name in tables for entry in self._splits[name]}
-            roots = {os.path.relpath(os.path.dirname(path), self._folder).split(os.sep)[0] for path in known}
+            tops = {os.path.relpath(os.path.dirname(path), self._folder).split(os.sep)[0] for path in known}
             # A table may name files outside the folder; what else is there is none of its business.
-            unnamed = [path for path in _audio_below(self._folder, sorted(roots - {".."})) if path not in known]
+            unnamed = [path for path in _audio_below(self._folder, sorted(tops - {".."})) if path not in known]
         else:
             return []
         return [Entry(path, "", "", "", "no_text", "nothing says what is spoken") for path in unnamed]
