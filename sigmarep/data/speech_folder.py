@@ -55,9 +55,11 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
     def __init__(self, *, folder: str, **options: Any):
         """Raises BadInput where there is no such folder, or nothing of either layout in it."""
         self._folder = os.path.expanduser(folder)
-        self._splits = {split: list(_entries(self._folder, paths)) for split, paths in find_splits(folder).items()}
+        splits = find_splits(folder)
+        self._splits = {split: list(_entries(self._folder, paths)) for split, paths in splits.items()}
+        tables = [split for split, paths in splits.items() if paths[0].endswith(".tsv")]
         for split, entries in self._splits.items():
-            entries += self._without_text(split)
+            entries += self._without_text(split, tables)
         self._problems: dict[str, Any] = {}
         digest = hashlib.sha256()
         for split, entries in sorted(self._splits.items()):
@@ -67,10 +69,9 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
                 digest.update(json.dumps([split, named, size, entry.text, entry.speaker, entry.reason]).encode())
         super().__init__(config=tfds.core.BuilderConfig(name=digest.hexdigest()[:20]), **options)
 
-    def _without_text(self, split: str) -> list[Entry]:
+    def _without_text(self, split: str, tables: list[str]) -> list[Entry]:
         """The audio of a folder's split in chapters that have no transcript; of tables the audio that none of them names,
         told with the split that comes first."""
-        tables = [name for name, paths in find_splits(self._folder).items() if paths[0].endswith(".tsv")]
         if split not in tables:
             roots = [name for name in os.listdir(self._folder) if re.sub(r"\W", "_", name) == split]
             known = {os.path.dirname(entry.path) for entry in self._splits[split]}

@@ -8,9 +8,9 @@ Where weight decay λ enters, with learning rate η:
 `no_decay` names the parameters left out of it, and of the trust ratios of LARS and LAMB: γ, biases, norms' scales,
 positions and the class token, unless configured otherwise.
 
-`gain_factor` multiplies the learning rate of `gains`. Under σReparam kernels are scale-invariant, so that a large learning
-rate makes them grow and their steps relatively smaller; γ, biases and the scales of norms are not, and are what a large
-learning rate harms.
+`gain_factor` multiplies the learning rate of `gains`. Under σReparam kernels are scale-invariant: a large learning rate
+makes them grow, and their steps relatively smaller. γ, biases and the scales of norms are not; the README's sweeps show
+what a smaller rate for them changes.
 """
 
 import math
@@ -74,8 +74,9 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
     }
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
     bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
-    gains = optax.masked(optax.scale(config.gain_factor), matching(params, config.gains, "gains"))
-    return optax.chain(*clip, *chains[config.name], *bound, *([gains] if config.gain_factor != 1 else []))
+    scaled = optax.masked(optax.scale(config.gain_factor), matching(params, config.gains, "gains"))
+    gains = (scaled,) if config.gain_factor != 1 else ()
+    return optax.chain(*clip, *chains[config.name], *bound, *gains)
 
 
 class SpectralBoundState(NamedTuple):

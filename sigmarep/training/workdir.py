@@ -33,12 +33,12 @@ FREE = (
     "eval_every_",
     "checkpoint_every_",
 )
+FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 # What a model's parameters and its inputs are: the rest may be another one when a checkpoint is only evaluated.
 MODEL = (
     *("task", "method", "model.", "projector.", "predictor.", "optimizer."),
     *("data.sample_rate", "data.num_filters", "data.window_seconds", "data.hop_seconds", "data.labels."),
 )
-FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
 
 
