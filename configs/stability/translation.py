@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/stability/translation.py:arm=sigma,learning_rate=0.03 --workdir runs/one
     python scripts/sweep.py --config configs/stability/translation.py --workdir runs/stability_translation
 
-Arguments: arm (one of sigmarep.training.remedies.ARMS), learning_rate (0.003), steps (120).
+Arguments: arm (one of sigmarep.training.remedies.ARMS), learning_rate (0.003), steps (300).
 Everything else is the same in all arms. sweep() has the arms of SWEPT at six learning rates over two and a half decades,
 each with three seeds.
 """
@@ -14,7 +14,7 @@ from sigmarep.training.remedies import SWEPT, set_arm
 
 
 def get_config(text=""):
-    args = arguments(text, arm="sigma", learning_rate=3e-3, steps=120)
+    args = arguments(text, arm="sigma", learning_rate=3e-3, steps=300)
     config = default_config("translation")
     config.batch_size = 512
     config.total_steps = args["steps"]

@@ -19,6 +19,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "sigma_start": {"model.norm": "pre", "model.reparam": "sigma", "model.gamma_init": "sigma"},
     # γ, biases and the scales of norms learn at a tenth of the rate: kernels are scale-invariant, these are not.
     "sigma_gains": {"model.norm": "post", "model.reparam": "sigma", "optimizer.gain_factor": 0.1},
+    # And with σ followed by four vectors instead of one, which large steps leave behind.
+    "sigma_steady": {
+        "model.norm": "post",
+        "model.reparam": "sigma",
+        "model.power_vectors": 4,
+        "optimizer.gain_factor": 0.1,
+    },
     "pre_ln_gains": PLAIN | {"optimizer.gain_factor": 0.1},
     "sigma_only": {"model.norm": "none", "model.reparam": "sigma"},
     "spectral": {"model.norm": "post", "model.reparam": "spectral"},
@@ -37,7 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "muon": PLAIN | {"optimizer.name": "muon"},
 }
 # Those that the sweeps of configs/stability compare unless they are told otherwise.
-SWEPT = ("pre_ln", "sigma", "sigma_gains", "qk_norm")
+SWEPT = ("pre_ln", "sigma", "sigma_steady", "qk_norm")
 
 
 def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
