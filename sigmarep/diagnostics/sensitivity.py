@@ -38,7 +38,7 @@ Table = dict[str, dict[float, list[Outcome]]]
 
 def read_sweep(workdir: str) -> Table:
     """The outcomes of the runs of a sweep that are done or diverged, by arm and learning rate. An arm is what differs
-    between points apart from the learning rate and the seed.
+    between points apart from the learning rate and the seed. Runs that are done and whose folders are gone are left out.
 
     Raises:
       BadInput: the folder holds no sweep, or a point has no learning rate.
@@ -50,8 +50,8 @@ def read_sweep(workdir: str) -> Table:
     for name, run in record.items():
         if place(run["point"]) is None:
             raise BadInput(f"--workdir {workdir}: its run {name} has no {RATE} of its own")
-        if run["state"] in ("done", "diverged"):
-            rows = _rows(os.path.join(workdir, name))
+        rows = _rows(os.path.join(workdir, name)) if run["state"] in ("done", "diverged") else []
+        if rows or run["state"] == "diverged":
             outcomes.append((run["point"], outcome(rows, diverged=run["state"] == "diverged")))
     return tabulate(outcomes)
 
@@ -98,8 +98,8 @@ def medians(table: Table) -> dict[str, dict[float, float]]:
 
 
 def best_loss(losses: Mapping[str, Mapping[float, float]]) -> float:
-    """The lowest median loss of any arm and learning rate."""
-    return min(loss for by_rate in losses.values() for loss in by_rate.values())
+    """The lowest median loss of any arm and learning rate, ∞ of none."""
+    return min((loss for by_rate in losses.values() for loss in by_rate.values()), default=math.inf)
 
 
 def trained_range(by_rate: Mapping[float, float], best: float, within: float = WITHIN) -> Range | None:

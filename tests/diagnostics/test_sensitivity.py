@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_a_range_of_its_own_is_measured_against_the_arms_own_best():
 def test_a_diverged_run_has_no_loss_whatever_was_logged(tmp_path):
     table = sensitivity.read_sweep(sweep(tmp_path, {("a", 0.1, 0): [3.0, 2.0]}, state="diverged"))
     assert table["a"][0.1][0].loss == math.inf
+
+
+def test_a_run_whose_folder_was_removed_is_left_out(tmp_path):
+    folder = sweep(tmp_path, {("a", 0.1, seed): [3.0, 2.0] for seed in range(2)} | {("b", 0.1, 0): [1.0]})
+    shutil.rmtree(tmp_path / "a-0.1-1")
+    shutil.rmtree(tmp_path / "b-0.1-0")
+    table = sensitivity.read_sweep(folder)
+    assert list(table) == ["a"] and len(table["a"][0.1]) == 1
+    shutil.rmtree(tmp_path / "a-0.1-0")
+    assert sensitivity.findings(sensitivity.read_sweep(folder)) == []
 
 
 def test_what_is_refused(tmp_path):
