@@ -74,7 +74,8 @@ def test_a_run_whose_folder_was_removed_is_left_out(tmp_path):
     shutil.rmtree(tmp_path / "a-0.1-1")
     shutil.rmtree(tmp_path / "b-0.1-0")
     table = sensitivity.read_sweep(folder)
-    assert list(table) == ["a"] and len(table["a"][0.1]) == 1
+    assert list(table) == ["a"]
+    assert len(table["a"][0.1]) == 1
     shutil.rmtree(tmp_path / "a-0.1-0")
     assert sensitivity.findings(sensitivity.read_sweep(folder)) == []
 
