@@ -1,6 +1,6 @@
 """Times what the panel adds to a training step: at every step, and at the interval at which it is logged by default.
 
-    python scripts/benchmark_panel.py [--width 192] [--depth 4] [--batch_size 32] [--rounds 15]
+    python scripts/benchmark_panel.py [--width 384] [--depth 4] [--batch_size 32] [--rounds 15]
 
 Steps with and without the panel alternate in one process, so that a machine that slows down slows both. What is printed is
 the median over rounds, and the median and quartiles of the ratios within each round. On a CPU the seconds are those that
@@ -15,7 +15,7 @@ from absl import flags
 
 from sigmarep import command
 
-WIDTH = flags.DEFINE_integer("width", 192, "Width; heads have 64 dimensions, the MLP four times the width.")
+WIDTH = flags.DEFINE_integer("width", 384, "Width; heads have 64 dimensions, the MLP four times the width.")
 DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side; patches have 8.")

@@ -1,10 +1,11 @@
-"""What a sweep says of the learning rate: final loss by arm and rate, and the range of rates in which each arm trains.
+"""What a sweep says of the learning rate: loss and entropy by arm and rate, and the rates at which each arm trains.
 
     python scripts/sensitivity.py --workdir runs/stability_vit
 
-A loss is the mean of the last tenth of the logged training losses, the median over seeds (lowest to highest). An arm trains
-where that is within 10 % of the best loss of any arm; beside it stands where it is within 10 % of the arm's own best. Its
-sensitivity is the mean over rates of what its loss, cut at the start's, has above its best (Wortsman et al., 2023).
+A loss is the mean of the last tenth of the logged training losses, an entropy the lowest layer's lowest of the run; both
+are medians over seeds (lowest to highest). An arm trains where its loss is within 10 % of the best of any arm; beside it
+stands where it is within 10 % of the arm's own best. Its sensitivity is the mean over rates of what its loss, cut at the
+start's, has above its best (Wortsman et al., 2023).
 """
 
 import math
@@ -22,16 +23,20 @@ def main() -> None:
 
     table = sensitivity.read_sweep(workdir)
     rates = sorted({rate for by_rate in table.values() for rate in by_rate})
-    print(f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---{'|---' * len(rates)}|")
-    for arm, by_rate in table.items():
-        cells = []
-        for rate in rates:
-            losses = sorted(each.loss for each in by_rate.get(rate, []))
-            diverged = sum(map(math.isinf, losses))
-            spread = f"{losses[len(losses) // 2]:.3f} ({losses[0]:.3f} to {losses[-1]:.3f})" if losses else ""
-            cells.append(f"{diverged} of {len(losses)} diverged" if diverged else spread)
-        print(f"| {arm} | {' | '.join(cells)} |")
-    print("\n| arm | best loss, at | trains at | of its own best | sensitivity | lowest entropy |")
+
+    def cell(each: list[sensitivity.Outcome], name: str) -> str:
+        diverged = sum(math.isinf(one.loss) for one in each)
+        if name == "loss" and diverged:
+            return f"{diverged} of {len(each)} diverged"
+        values = sorted(getattr(one, name) for one in each)
+        return f"{values[len(values) // 2]:.3f} ({values[0]:.3f} to {values[-1]:.3f})" if values else ""
+
+    for name, said in (("loss", "loss, nats"), ("lowest", "lowest entropy, nats")):
+        print(f"| {said} | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---{'|---' * len(rates)}|")
+        for arm, by_rate in table.items():
+            print(f"| {arm} | {' | '.join(cell(by_rate.get(rate, []), name) for rate in rates)} |")
+        print()
+    print("| arm | best loss, at | trains at | of its own best | sensitivity | lowest entropy |")
     print("|---|---|---|---|---|---|")
     for row in sensitivity.findings(table):
         print(

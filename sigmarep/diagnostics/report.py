@@ -116,10 +116,16 @@ def _sweeps(found: Sequence[Run]) -> list[Sweep]:
 def _sweep_findings(sweep: Sweep) -> list[str]:
     name = os.path.basename(os.path.abspath(sweep.folder))
     return [
-        f"{name}: {row['arm']} trains at learning rates {sensitivity.said(row['range'])}; its best loss is "
+        f"{name}: {row['arm']} trains at {_rates(row['range'])}; its best loss is "
         f"{row['loss']:.4g} at {row['rate']:g}, its sensitivity {row['sensitivity']:.3g}."
         for row in sensitivity.findings(sweep.table)
     ]
+
+
+def _rates(found: sensitivity.Range | None) -> str:
+    if found is None:
+        return "no learning rate"
+    return f"learning rate{'s' if found.ratio > 1 else ''} {sensitivity.said(found)}"
 
 
 def _slug(name: str) -> str:

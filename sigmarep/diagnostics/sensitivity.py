@@ -65,12 +65,13 @@ def place(point: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], Outcome]]) -> Table:
-    """Outcomes by arm and rising learning rate; those of points without one are left out."""
+    """Outcomes by arm, in the order of their names, and rising learning rate; those of points without one are left out."""
     table: Table = {}
     for point, found in outcomes:
         if (where := place(point)) is not None:
             table.setdefault(where[0], {}).setdefault(where[1], []).append(found)
-    return {arm: dict(sorted(by_rate.items())) for arm, by_rate in table.items()}
+    # Runs end in any order; an arm has the same place, and the same colour, in every sweep.
+    return {arm: dict(sorted(table[arm].items())) for arm in sorted(table)}
 
 
 def _rows(folder: str) -> list[dict[str, Any]]:

@@ -192,7 +192,7 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     assert "In 4 of 12 runs with a record, a layer&#x27;s attention entropy fell below 0.1 nats" in page
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
     assert (
-        "sweep: pre_ln trains at learning rates 0.001 alone; its best loss is 1.005 at 0.001, its sensitivity 1.33."
+        "sweep: pre_ln trains at learning rate 0.001 alone; its best loss is 1.005 at 0.001, its sensitivity 1.33."
         in page
     )
     assert "sweep: sigma trains at learning rates 0.001 to 0.1 (100 times)" in page
