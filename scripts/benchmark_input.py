@@ -1,8 +1,10 @@
-"""Prints how many tokens a second the text pipelines of one process deliver, from tokenised data to batches.
+"""Prints what the input pipelines of one process deliver a second: tokens of text, pictures.
 
     python scripts/benchmark_input.py [--seconds 5] [--sequence_length 256] [--batch_tokens 8192] [--data_dir DIR]
 
-The data are those that packages bring. Tokenising, done once, is timed apart.
+From tokenised data to batches; tokenising, done once, is timed apart. From JPEG files to batches with the augmentation of
+ImageNet's recipes. The data are those that packages bring; the pictures are scikit-learn's two photographs of 640 x 427,
+over and over, so that reading a disk or a bucket is not in it. Audio has scripts/benchmark_audio.py.
 """
 
 import os
@@ -42,6 +44,48 @@ def tokenise(config: Any, module: Any, vocabulary: Any) -> str:
     return f"{size / (time.perf_counter() - start) / 1e6:.1f} MB/s"
 
 
+class Photographs:
+    """Two photographs as a data set of any length, decoded at every access as TFDS decodes a file's."""
+
+    def __init__(self) -> None:
+        import importlib.resources
+
+        import tensorflow_datasets as tfds
+
+        folder = importlib.resources.files("sklearn.datasets").joinpath("images")
+        self.files = [folder.joinpath(name).read_bytes() for name in ("china.jpg", "flower.jpg")]
+        self.feature = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.feature.decode_example_np(self.files[index % 2]), "label": index % 1000}
+
+
+def pictures() -> None:
+    """From JPEG to batches for training, with and without RandAugment, mixup and CutMix."""
+    from sigmarep.data import images, pipeline
+
+    for name, strong in (("crop and flip", False), ("with RandAugment, mixup and CutMix", True)):
+        config = images.default_config()
+        images.imagenet_2012(config)
+        if not strong:
+            config.augment.randaugment_layers, config.augment.mixup, config.augment.cutmix = 0, 0.0, 0.0
+        transform, pair_transform = images.train_transforms(config)
+        stream = pipeline.training_stream(
+            Photographs(),
+            batch_size=32,
+            seed=0,
+            transform=transform,
+            pair_transform=pair_transform,
+            num_threads=THREADS.value,
+        )
+        found, _ = draw(stream, lambda batch: (len(batch["label"]), 0))
+        stream.close()
+        print(f"pictures to 224 x 224, {name}: {found:,.0f} pictures/s (JPEG of 640 x 427)")
+
+
 def main() -> None:
     from sigmarep.data import parallel_text, pipeline, text
 
@@ -77,6 +121,7 @@ def main() -> None:
         f"translation, source and target: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s "
         f"({pairs.name}, {len(corpus):,} pairs; tokenised at {tokenise(pairs, parallel_text, vocabulary)})"
     )
+    pictures()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 # all workers, and does all of it again when the slice was taken away, until the run has ended.
 #
 #   NAME=deit ZONE=us-west4-a TYPE=v5litepod-256 BUCKET=… scripts/launch/tpu_pod.sh \
-#       --config configs/vit/imagenet_deit.py:reparam=sigma --workdir /mnt/runs/deit --config.data.data_dir=gs://BUCKET/tfds
+#       --config configs/vit/imagenet_deit.py:reparam=sigma --workdir /mnt/runs/deit --config.data.data_dir=/mnt/runs/tfds
 #
 # What stands behind the script goes to scripts/train.py. The workdir must lie where every worker sees it, a Filestore or a
 # bucket mounted at the same place on each: with BUCKET=… gs://$BUCKET is mounted at /mnt/runs by gcsfuse.

@@ -90,6 +90,8 @@ def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
       BadInput: there is no such set, it is not prepared, or what is prepared cannot be read.
     """
     root = data_folder(data_dir)
+    if "://" in root:
+        raise BadInput(f"config.data.data_dir = {root!r}: expected a folder; mount the bucket, as docs/data.md shows")
     try:
         if _is_own(name) or name in FOLDERS:
             found = _own(name, root, folder)

@@ -74,6 +74,11 @@ def test_processes_that_start_at_once_prepare_the_digits_once(tmp_path):
     assert sum("Downloading and preparing" in text for text in said) == 1
 
 
+def test_a_buckets_address_is_refused():
+    with pytest.raises(BadInput, match="gs://bucket/data': expected a folder; mount the bucket"):
+        sources.open_source("digits", "train", data_dir="gs://bucket/data")
+
+
 def test_prepared_digits_are_read_from_a_folder_that_cannot_be_written(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / ".digits.lock").unlink()
