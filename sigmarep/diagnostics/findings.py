@@ -92,8 +92,8 @@ def sentences(run: Run, found: Facts) -> list[str]:
     said += [text for name, limit in SHARPNESS.items() if (text := _sharpness(run, name, limit))]
     if found.spikes > 0 or found.gradient_spikes > 0:
         said.append(
-            f"Spike score (share of logged values 7 standard deviations off the running mean): {found.spikes:.2g} % of the "
-            f"loss, {found.gradient_spikes:.2g} % of the gradient norm."
+            f"Spike score (share of logged values 7 standard deviations off the running mean): {found.spikes:.3g} % of the "
+            f"loss, {found.gradient_spikes:.3g} % of the gradient norm."
         )
     negative = [name for name in run.names if name.startswith("spectral/gamma/") and min(run.series(name).values) < 0]
     if negative:
