@@ -7,6 +7,7 @@ before the intervention and the first 25 after it. Runs that are finished are no
 pip install "sigmarep[report]".
 """
 
+import importlib.util
 import os
 import statistics
 
@@ -36,10 +37,8 @@ def series(rows, name: str) -> tuple[list[int], list[float]]:
 
 
 def draw(path: str, runs, step: int) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BadInput('--plot: needs matplotlib; pip install "sigmarep[report]"') from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 8), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     for colour, (arm, rows) in zip(("#d95f02", "#1b6ca8"), runs.items(), strict=True):
@@ -62,6 +61,9 @@ def draw(path: str, runs, step: int) -> None:
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
+    # Before the runs, not after them.
+    if PLOT.value and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput('--plot: needs matplotlib; pip install "sigmarep[report]"')
     from sigmarep.errors import Diverged
     from sigmarep.training.loop import train_and_evaluate
     from sigmarep.training.metrics import read_metrics

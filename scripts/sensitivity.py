@@ -9,6 +9,7 @@ start's, has above its best (Wortsman et al., 2023).
 """
 
 import math
+import statistics
 
 from absl import flags
 
@@ -28,8 +29,8 @@ def main() -> None:
         diverged = sum(math.isinf(one.loss) for one in each)
         if name == "loss" and diverged:
             return f"{diverged} of {len(each)} diverged"
-        values = sorted(getattr(one, name) for one in each)
-        return f"{values[len(values) // 2]:.3f} ({values[0]:.3f} to {values[-1]:.3f})" if values else ""
+        values = [value for one in each if not math.isnan(value := getattr(one, name))]
+        return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
 
     for name, said in (("loss", "loss, nats"), ("lowest", "lowest entropy, nats")):
         print(f"| {said} | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---{'|---' * len(rates)}|")

@@ -11,21 +11,17 @@ import ml_collections
 from sigmarep.training.config import choice
 
 PLAIN = {"model.norm": "pre", "model.reparam": "none"}
+SIGMA = {"model.norm": "post", "model.reparam": "sigma"}
 ARMS: dict[str, dict[str, Any]] = {
     "pre_ln": PLAIN,
-    "sigma": {"model.norm": "post", "model.reparam": "sigma"},
+    "sigma": SIGMA,
     "sigma_pre_ln": {"model.norm": "pre", "model.reparam": "sigma"},
     # γ starts at σ(W₀): the network at the start is the plain one.
     "sigma_start": {"model.norm": "pre", "model.reparam": "sigma", "model.gamma_init": "sigma"},
     # γ, biases and the scales of norms learn at a tenth of the rate: kernels are scale-invariant, these are not.
-    "sigma_gains": {"model.norm": "post", "model.reparam": "sigma", "optimizer.gain_factor": 0.1},
+    "sigma_gains": SIGMA | {"optimizer.gain_factor": 0.1},
     # And with σ followed by four vectors instead of one, which large steps leave behind.
-    "sigma_steady": {
-        "model.norm": "post",
-        "model.reparam": "sigma",
-        "model.power_vectors": 4,
-        "optimizer.gain_factor": 0.1,
-    },
+    "sigma_steady": SIGMA | {"optimizer.gain_factor": 0.1, "model.power_vectors": 4},
     "pre_ln_gains": PLAIN | {"optimizer.gain_factor": 0.1},
     "sigma_only": {"model.norm": "none", "model.reparam": "sigma"},
     "spectral": {"model.norm": "post", "model.reparam": "spectral"},
