@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.core import entropy, spectral
+from sigmarep.nn.constraints import constrained
 from sigmarep.nn.fold import fold
 from sigmarep.nn.linear import SigmaDenseGeneral
 from sigmarep.nn.positions import rotated
@@ -136,6 +137,7 @@ class MultiHeadAttention(nn.Module):
             query, key, value = self._project_cached(x, context)
         else:
             query, key, value = self._project(x, x if context is None else context, fusable=context is None)
+        query, key, value = (constrained(x, "batch", "length", "heads", "head_dim") for x in (query, key, value))
         if self.qk_norm != "none":
             norm = nn.LayerNorm if self.qk_norm == "layer" else nn.RMSNorm
             options: dict[str, Any] = {"use_bias": False} if self.qk_norm == "layer" else {}
@@ -165,6 +167,7 @@ class MultiHeadAttention(nn.Module):
             mask = same if mask is None else mask & same
 
         attended = self._attend(query, key, value, mask, key_padding, is_causal, deterministic)
+        attended = constrained(attended, "batch", "length", "heads", "head_dim")
         return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
 
     def _cached(self, key, value, length: int):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.nn.attention import IMPLEMENTATIONS, QK_NORMS, QKV, WEIGHTS, MultiHeadAttention
+from sigmarep.nn.constraints import constrained
 from sigmarep.nn.linear import REPARAMS, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTanh
 from sigmarep.nn.seq_vcr import seq_vcr
@@ -196,7 +197,8 @@ class Mlp(nn.Module):
             "kernel_init": c.initializer(c.beta),
             "use_bias": c.use_bias,
         }
-        hidden = ACTIVATIONS[c.activation](SigmaDense(c.mlp_dim, name="up", **options)(x))
+        hidden = constrained(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
+        hidden = ACTIVATIONS[c.activation](hidden)
         hidden = nn.Dropout(c.dropout)(hidden, deterministic=deterministic)
         return SigmaDense(x.shape[-1], name="down", **options)(hidden)
 
@@ -247,13 +249,16 @@ class TransformerBlock(nn.Module):
                 branch = branch * (kept / (1 - drop_path)).astype(branch.dtype)
             return branch * keep
 
+        def on_mesh(x):
+            return constrained(x, "batch", "length", "embed")
+
         def residual(x, name, branch):
             if c.norm == "none":
-                return x + dropped(branch(x), name)
+                return on_mesh(x + dropped(branch(x), name))
             norm: Any = c.norm_layer(f"{name}_norm")
             if c.norm == "pre":
-                return x + dropped(branch(norm(x)), name)
-            return norm(c.alpha * x + dropped(branch(x), name))
+                return on_mesh(x + dropped(branch(norm(x)), name))
+            return on_mesh(norm(c.alpha * x + dropped(branch(x), name)))
 
         def attention(name, **options):
             return MultiHeadAttention(
@@ -301,6 +306,8 @@ class TransformerStack(nn.Module):
         """x: (B, T, D); options: see `TransformerBlock`. Returns (B, T, D)."""
         c = self.config
         rates = jnp.linspace(0.0, c.drop_path, c.depth) if c.depth > 1 else jnp.full(1, c.drop_path)
+
+        x = constrained(x, "batch", "length", "embed")
 
         def apply_block(block, x, rate):
             return block(x, rate, **options)

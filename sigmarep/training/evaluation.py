@@ -54,7 +54,8 @@ class Evaluator:
         in_flight: collections.deque[Any] = collections.deque()
         share, most = meshes.input_share(self._mesh), steps_in_flight(BATCHES_IN_FLIGHT)
         for batch in evaluation.batches(process_index=share.part, process_count=share.parts):
-            in_flight.append(self._step(evaluation)(variables, global_batch(batch, self._mesh)))
+            with meshes.activations_placed(self._mesh):
+                in_flight.append(self._step(evaluation)(variables, global_batch(batch, self._mesh)))
             if len(in_flight) > most:
                 results.append(jax.device_get(in_flight.popleft()))
         return results + jax.device_get(list(in_flight))

@@ -2,14 +2,17 @@
 
 A rule is a regular expression over the '/'-joined path of an array and the mesh axes of its trailing dimensions: arrays
 stacked over layers have one more in front, which stays whole. The first rule that matches counts, and every array must
-have one. Optimizer moments are found under the path of their parameter.
+have one. Optimizer moments are found under the path of their parameter. Activations are placed by the names that
+`sigmarep.nn.constraints` gives their dimensions.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -39,6 +42,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Counters, the key of the random numbers, and what an optimizer keeps that is no moment of a parameter.
     (r"(^|/)(step|rng|count|notfinite_count|last_finite|total_notfinite|ns_coeffs)$", ()),
 )
+
+# Mesh axes of the dimensions of activations, by the names of `sigmarep.nn.constraints`; the others are whole.
+ACTIVATION_RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("mlp", "tensor"))
 
 
 def create_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -139,6 +145,13 @@ def input_share(mesh: Mesh, process_index: int | None = None) -> InputShare:
             "tensor divide the devices of a process, or be a multiple of them"
         )
     return InputShare(parts.index(tuple(sorted(rows[process_index]))), len(parts))
+
+
+@contextlib.contextmanager
+def activations_placed(mesh: Mesh) -> Iterator[None]:
+    """What is traced within keeps its activations where `ACTIVATION_RULES` say; for the whole call of a jitted function."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES):
+        yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -59,15 +59,18 @@ class JitRunner:
         return state
 
     def step(self, state, batch, *, panel):
-        return self._step(state, global_batch(batch, self.mesh), panel)
+        with meshes.activations_placed(self.mesh):
+            return self._step(state, global_batch(batch, self.mesh), panel)
 
     def lower(self, state, batch, *, panel):
         if _abstract(batch):
             batch = {
                 name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch) for name, x in dict(batch).items()
             }
+        else:
+            batch = global_batch(batch, self.mesh)
+        with meshes.activations_placed(self.mesh):
             return self._step.lower(state, batch, panel)
-        return self._step.lower(state, global_batch(batch, self.mesh), panel)
 
 
 class PmapRunner:

@@ -149,9 +149,28 @@ def _trips(rest: str, computations: dict[str, _Computation]) -> int:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", rest)
     lines = computations[condition[1]].lines if condition else []
-    limits = [int(n) for line in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+    limits = [int(n) for line in lines for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", line)]
     # A loop whose end is not a constant is counted once.
-    return limits[0] if len(limits) == 1 and limits[0] else 1
+    return -(-limits[0] // _increment(rest, lines, computations)) if len(limits) == 1 and limits[0] else 1
+
+
+def _increment(rest: str, condition: list[str], computations: dict[str, _Computation]) -> int:
+    """What a loop adds to its counter each turn, if that is a constant: more than 1 where the compiler unrolled it."""
+    body = re.search(r"body=%?([\w.-]+)", rest)
+    counter = re.findall(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", "\n".join(condition))
+    if not body or len(counter) != 1:
+        return 1
+    instructions = computations[body[1]].instructions
+    operands = re.findall(r"%([\w.-]+)", instructions[-1][3].partition(")")[0])
+    index = int(counter[0])
+    added = {name: rest for name, _, opcode, rest in instructions if opcode == "add"}
+    constants = {
+        name: int(rest.partition(")")[0])
+        for name, shape, opcode, rest in instructions
+        if opcode == "constant" and re.match(r"[su]32\[\]", shape)
+    }
+    terms = re.findall(r"%([\w.-]+)", added.get(operands[index], "").partition(")")[0]) if index < len(operands) else []
+    return next((constants[term] for term in terms if constants.get(term)), 1)
 
 
 def _turns(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
@@ -168,7 +187,11 @@ def _turns(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
 
 
 def _size(shape: str, *, started: bool) -> int:
-    sizes = [BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in _SHAPE.findall(shape)]
+    found = _SHAPE.findall(shape)
+    if started:
+        # Handles of a permutation stand beside its operand and result.
+        found = [(kind, dims) for kind, dims in found if (kind, dims) != ("u32", "")]
+    sizes = [BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in found]
     # What starts a collective holds its operands before its results.
     return sum(sizes[len(sizes) // 2 :] if started and len(sizes) > 1 else sizes)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from sigmarep import tasks
 from sigmarep.errors import BadInput
 from sigmarep.training import ahead, program
+from sigmarep.training import mesh as meshes
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
 
@@ -42,6 +44,23 @@ def gathered(data, fsdp, tensor, reparam, power_vectors=1, qkv="fused"):
 @pytest.mark.parametrize("options", [{}, {"power_vectors": 4}, {"qkv": "separate"}])
 def test_no_kernel_is_gathered_for_sigma(mesh, options):
     assert gathered(*mesh, "sigma", **options) == gathered(*mesh, "none", qkv=options.get("qkv", "fused"))
+
+
+def whole_batches(rules, monkeypatch, **mesh):
+    """Arrays in a step on eight devices that hold every token of the whole batch: 16 pictures of 65 tokens."""
+    monkeypatch.setattr(meshes, "ACTIVATION_RULES", rules)
+    config = small(**mesh)
+    config.data.image_size = 16
+    experiment = build(validate(config), abstract=True)
+    lowered = experiment.runner.lower(experiment.abstract_state, experiment.task.abstract_batches()[-1], panel=False)
+    return re.findall(r"f32\[(?:16,65|1040),\d[\d,]*\]", lowered.compile().as_text())
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+def test_no_device_computes_the_whole_batch(mesh, monkeypatch):
+    assert whole_batches(meshes.ACTIVATION_RULES, monkeypatch, data=1, **mesh) == []
+    # Left to itself the partitioner follows the kernels.
+    assert whole_batches((), monkeypatch, data=1, **mesh)
 
 
 def test_a_loop_is_counted_as_often_as_it_turns():
@@ -99,6 +118,36 @@ ENTRY %main (p: (s32[], f32[8,4])) -> bf16[16,4] {
         program.Collective("all-reduce", 12, 12 * 8 * 4 * 4),
         program.Collective("all-gather", 1, 16 * 4 * 2),
     ]
+
+
+def test_an_unrolled_loop_turns_less_often():
+    text = """HloModule step
+
+%condition (state.1: (u32[], bf16[8,4])) -> pred[] {
+  %state.1 = (u32[], bf16[8,4]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %n = u32[]{:T(128)} constant(9)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (state: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
+  %state = (u32[], bf16[8,4]{1,0}) parameter(0)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%state), index=0
+  %two = u32[]{:T(128)} constant(2)
+  %i.2 = u32[]{:T(128)} add(%i.1, %two)
+  %x = bf16[8,4]{1,0} get-tuple-element(%state), index=1
+  %start = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1
+  %y = bf16[8,4]{1,0} collective-permute-done(%start)
+  ROOT %next = (u32[], bf16[8,4]{1,0}) tuple(%i.2, %y)
+}
+
+ENTRY %main (p: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
+  %p = (u32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %loop = (u32[], bf16[8,4]{1,0}) while(%p), condition=%condition, body=%body
+}
+"""
+    # 0, 2, 4, 6 and 8 are below 9.
+    assert program.collectives(text) == [program.Collective("collective-permute", 5, 5 * 8 * 4 * 2)]
 
 
 PAGE = "One line of text, and another.\nA second paragraph of it.\n" * 20
