@@ -18,7 +18,10 @@ from sigmarep import command
 WIDTH = flags.DEFINE_integer("width", 384, "Width; heads have 64 dimensions, the MLP four times the width.")
 DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side; patches have 8.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side.")
+PATCH_SIZE = flags.DEFINE_integer("patch_size", 8, "Pixels a side of a patch.")
+ATTENTION = flags.DEFINE_string("attention", "auto", "config.model.attention_implementation.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each.", lower_bound=2)
 
 # Norm and reparametrisation.
@@ -38,7 +41,8 @@ def prepare(norm: str, reparam: str):
     config.optimizer.name = "adam"
     config.data.image_size = IMAGE_SIZE.value
     model = config.model
-    model.norm, model.reparam, model.patch_size = norm, reparam, 8
+    model.norm, model.reparam, model.patch_size = norm, reparam, PATCH_SIZE.value
+    model.attention_implementation, config.compute_dtype = ATTENTION.value, DTYPE.value
     model.depth, model.width, model.num_heads = DEPTH.value, WIDTH.value, max(WIDTH.value // 64, 1)
     model.mlp_dim = 4 * WIDTH.value
     experiment = build(validate(config))
@@ -56,8 +60,9 @@ def main() -> None:
     device = jax.devices()[0]
     now = time.process_time if device.platform == "cpu" else time.perf_counter
     print(
-        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {(IMAGE_SIZE.value // 8) ** 2 + 1} tokens, batch "
-        f"{BATCH_SIZE.value}, on {device.device_kind}, {ROUNDS.value} interleaved rounds"
+        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {(IMAGE_SIZE.value // PATCH_SIZE.value) ** 2 + 1} tokens, batch "
+        f"{BATCH_SIZE.value}, {DTYPE.value}, attention {ATTENTION.value}, on {device.device_kind}, {ROUNDS.value} "
+        "interleaved rounds"
     )
     for name, words in ARMS.items():
         runner, state, batch, interval = prepare(*words)

@@ -1,10 +1,12 @@
 """Times one training step of the same ViT with plain layers, plain with pre-LN, and with σReparam, interleaved.
 
     python scripts/benchmark_step.py [--width 384] [--depth 4] [--batch_size 32] [--rounds 15]
+    python scripts/benchmark_step.py --width 768 --depth 12 --image_size 224 --patch_size 16 --batch_size 256 \
+        --dtype bfloat16 --peak_tflops 989      # ViT-B/16 on an H100
 
 The steps alternate in one process, so that a machine that slows down slows all of them; what is printed is the
 median over rounds, and the median of the ratios within each round. The pictures are the digits, enlarged: the step does
-not depend on what they show.
+not depend on what they show. Model FLOPs are those of the matrix products of the forward pass three times.
 """
 
 import statistics
@@ -17,7 +19,12 @@ from sigmarep import command
 WIDTH = flags.DEFINE_integer("width", 384, "Width; heads have 64 dimensions, the MLP four times the width.")
 DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side; patches have 8.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side.")
+PATCH_SIZE = flags.DEFINE_integer("patch_size", 8, "Pixels a side of a patch.")
+ATTENTION = flags.DEFINE_string("attention", "auto", "config.model.attention_implementation.")
+PEAK = flags.DEFINE_float(
+    "peak_tflops", 0.0, "The device's dense peak for --dtype, to print the part of it that is used."
+)
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
 
@@ -45,7 +52,8 @@ def prepare(norm: str, reparam: str, power_vectors: int):
     config.optimizer.name = "adam"
     config.data.image_size = IMAGE_SIZE.value
     model = config.model
-    model.norm, model.reparam, model.power_vectors, model.patch_size = norm, reparam, power_vectors, 8
+    model.norm, model.reparam, model.power_vectors = norm, reparam, power_vectors
+    model.patch_size, model.attention_implementation = PATCH_SIZE.value, ATTENTION.value
     model.depth, model.width, model.num_heads = DEPTH.value, WIDTH.value, max(WIDTH.value // 64, 1)
     model.mlp_dim = 4 * WIDTH.value
     experiment = build(validate(config))
@@ -53,6 +61,14 @@ def prepare(norm: str, reparam: str, power_vectors: int):
     state, output = experiment.runner.step(experiment.create_state(), batch, panel=False)
     jax.block_until_ready((state, output))
     return experiment.runner, state, batch
+
+
+def model_flops(tokens: int) -> float:
+    """Operations of the matrix products of a step, the backward pass counted as two forward ones."""
+    width, mlp = WIDTH.value, 4 * WIDTH.value
+    block = 2 * tokens * (4 * width * width + 2 * width * mlp) + 4 * tokens * tokens * width
+    patches = 2 * (tokens - 1) * PATCH_SIZE.value**2 * width
+    return 3.0 * BATCH_SIZE.value * (DEPTH.value * block + patches)
 
 
 def main() -> None:
@@ -67,13 +83,16 @@ def main() -> None:
             jax.block_until_ready((state, output))
             seconds[name].append(time.perf_counter() - start)
             runs[name] = (runner, state, batch)
-    device = jax.devices()[0]
+    device, tokens = jax.devices()[0], (IMAGE_SIZE.value // PATCH_SIZE.value) ** 2 + 1
     print(
-        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {(IMAGE_SIZE.value // 8) ** 2 + 1} tokens, batch "
-        f"{BATCH_SIZE.value}, {DTYPE.value}, on {device.device_kind}, median of {ROUNDS.value} interleaved rounds"
+        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {tokens} tokens, batch {BATCH_SIZE.value}, {DTYPE.value}, "
+        f"attention {ATTENTION.value}, on {device.device_kind}, jax {jax.__version__}, median of {ROUNDS.value} "
+        "interleaved rounds"
     )
     for name, times in seconds.items():
-        print(f"{name:31} {1000 * statistics.median(times):9.1f} ms")
+        rate = model_flops(tokens) / statistics.median(times) / 1e12
+        used = f", {rate / PEAK.value:.1%} of the peak" if PEAK.value else ""
+        print(f"{name:31} {1000 * statistics.median(times):9.1f} ms, {rate:.4g} model TFLOP/s{used}")
     for ours in (name for name, words in ARMS.items() if words[1] == "sigma"):
         for base in (name for name, words in ARMS.items() if words[1] == "none"):
             ratios = [a / b for a, b in zip(seconds[ours], seconds[base], strict=True)]

@@ -1,0 +1,134 @@
+"""Times exact attention entropy beside the attention that it describes, and measures its error.
+
+    python scripts/benchmark_attention.py [--tokens 512,2048,4096] [--dtype bfloat16]
+
+For each number of tokens: forward and backward of attention by XLA and, on a GPU in bfloat16, by cuDNN; the panel's
+statistics (`sigmarep.core.entropy.attention_statistics`: entropy, largest logit, variance) and entropy by the same fused
+attention once more with the keys as values (`entropy_from_lse`). All of them take turns in one process; printed are
+medians, the ratio to forward and backward of the fastest attention, temporary memory as compiled, and the largest error
+of an entropy against float64 on the CPU, for logits of ordinary size and for sharp ones.
+"""
+
+import functools
+import math
+import statistics
+import time
+
+import numpy as np
+from absl import flags
+
+from sigmarep import command
+from sigmarep.errors import BadInput
+
+TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "4096"], "Tokens of a sequence.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences.", lower_bound=1)
+HEADS = flags.DEFINE_integer("heads", 12, "Heads, of 64 dimensions.", lower_bound=1)
+CAUSAL = flags.DEFINE_boolean("causal", False, "Causal attention.")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Calls of each.", lower_bound=2)
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type of queries, keys and values.")
+
+
+def inputs(tokens: int, sharpness: float):
+    """Queries, keys and values (B, T, N, 64) of `DTYPE`; logits have about the standard deviation `sharpness`."""
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(tokens), 3)
+    shape = (BATCH_SIZE.value, tokens, HEADS.value, 64)
+    q, k, v = (jax.random.normal(key, shape, jnp.float32) for key in keys)
+    return tuple(x.astype(DTYPE.value) for x in (sharpness * q, k, v))
+
+
+def contenders(implementations: list[str]):
+    """Compiled functions of (q, k, v), by name."""
+    import jax
+    import jax.numpy as jnp
+
+    from sigmarep.core import entropy
+
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=CAUSAL.value)
+
+    def trained(implementation):
+        def loss(q, k, v):
+            return jnp.sum(attend(q, k, v, implementation=implementation).astype(jnp.float32) ** 2)
+
+        return jax.grad(loss, argnums=(0, 1, 2))
+
+    def fused(implementation):
+        def entropies(q, k, v):
+            average, lse = attend(q, k, k, implementation=implementation, return_residual=True)
+            return jnp.moveaxis(entropy.entropy_from_lse(q, average, lse.astype(jnp.float32)), 1, 2)
+
+        return entropies
+
+    found = {f"attention, {each}": trained(each) for each in implementations}
+    found["statistics by blocks"] = lambda q, k, v: entropy.attention_statistics(q, k, is_causal=CAUSAL.value)
+    found |= {f"entropy fused, {each}": fused(each) for each in implementations}
+    return {name: jax.jit(function) for name, function in found.items()}
+
+
+def exact(q, k) -> np.ndarray:
+    """Entropy (N, T) of the first sequence in float64."""
+    q, k = (np.asarray(x[0], np.float64) for x in (q, k))
+    logits = np.einsum("tnh,snh->nts", q, k) / math.sqrt(64)
+    if CAUSAL.value:
+        logits = np.where(np.tri(logits.shape[-1], dtype=bool), logits, -np.inf)
+    logits -= logits.max(axis=-1, keepdims=True)
+    weights = np.exp(logits)
+    total = weights.sum(axis=-1)
+    return np.log(total) - np.sum(weights * np.where(np.isfinite(logits), logits, 0.0), axis=-1) / total
+
+
+def main() -> None:
+    import jax
+
+    try:
+        lengths = [int(each) for each in TOKENS.value]
+    except ValueError:
+        raise BadInput(f"--tokens {','.join(TOKENS.value)}: expected whole numbers, such as 512,2048") from None
+    device = jax.devices()[0]
+    implementations = ["xla"] + (["cudnn"] if device.platform == "gpu" and DTYPE.value == "bfloat16" else [])
+    print(
+        f"{BATCH_SIZE.value} sequences, {HEADS.value} heads of 64, {DTYPE.value}, "
+        f"{'causal' if CAUSAL.value else 'full'}, on {device.device_kind}, jax {jax.__version__}, median of "
+        f"{ROUNDS.value} interleaved rounds"
+    )
+    for tokens in lengths:
+        measure(tokens, implementations)
+
+
+def measure(tokens: int, implementations: list[str]) -> None:
+    import jax
+
+    ordinary, sharp = inputs(tokens, 1.0), inputs(tokens, 10.0)
+    functions = contenders(implementations)
+    compiled = {name: function.lower(*ordinary).compile() for name, function in functions.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for turn in range(ROUNDS.value + 1):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*ordinary))
+            # The first turn warms up.
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    fastest = min((statistics.median(times), name) for name, times in seconds.items() if name.startswith("attention"))[
+        1
+    ]
+    print(f"{tokens} tokens:")
+    for name, run in compiled.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[fastest], strict=True))
+        memory = getattr(run.memory_analysis(), "temp_size_in_bytes", 0)
+        line = f"  {name:22} {1000 * statistics.median(seconds[name]):9.2f} ms {ratio:6.2f} x {memory / 2**20:9.1f} MiB"
+        if not name.startswith("attention"):
+            line += f"  error {error(run, ordinary):.1e}, sharp {error(run, sharp):.1e} nats"
+        print(line, flush=True)
+
+
+def error(run, of) -> float:
+    found = run(*of)
+    found = getattr(found, "entropy", found)
+    return float(np.max(np.abs(np.asarray(found[0], np.float64) - exact(*of[:2]))))
+
+
+if __name__ == "__main__":
+    command.run(main)
