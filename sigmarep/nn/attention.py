@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sigmarep.core import entropy, spectral
 from sigmarep.nn.constraints import constrained
 from sigmarep.nn.fold import fold
+from sigmarep.nn.fused_attention import fused_attention
 from sigmarep.nn.linear import SigmaDenseGeneral
 from sigmarep.nn.positions import rotated
 
@@ -58,7 +59,8 @@ class MultiHeadAttention(nn.Module):
       qkv: "separate" projections with a γ each; "fused", one projection and one γ; "qk_v", one of queries and keys and
         one of values.
       implementation: "reference" keeps the attention matrix; "xla" and "cudnn" are `jax.nn.dot_product_attention`'s;
-        "auto" is the reference where attention dropout, a soft-cap or sigmoid weights need it, else "xla".
+        "auto" is the reference where attention dropout, a soft-cap or sigmoid weights need it, else cuDNN's in half
+        precision without a mask on a GPU, else "xla".
       weights: "softmax", or "sigmoid" (`sigmarep.core.entropy.sigmoid_weights`), whose entropy is that of the weights
         divided by their sum.
       qk_norm: normalises queries and keys over H before their product ("layer" without bias, or "rms").
@@ -249,9 +251,8 @@ class MultiHeadAttention(nn.Module):
             mask = visible if mask is None else mask & visible
         dropping = self.dropout > 0 and not deterministic
         if self.implementation != "reference" and not (dropping or self.logit_cap or self.weights == "sigmoid"):
-            implementation: Any = "xla" if self.implementation == "auto" else self.implementation
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
+            return fused_attention(
+                query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation
             )
         logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
         logits = entropy.soft_capped(logits * query.shape[-1] ** -0.5, self.logit_cap)

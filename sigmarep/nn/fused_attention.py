@@ -1,0 +1,62 @@
+"""Attention by `jax.nn.dot_product_attention`, and what its cuDNN kernel asks of its arguments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def fused_attention(query, key, value, *, mask, is_causal: bool, implementation: str) -> jax.Array:
+    """softmax(Q Kᵀ/√H)·V.
+
+    Args:
+      query: (B, T, N, H). key, value: (B, S, N, H).
+      mask: bool, broadcastable to (B, N, T, S), True where a key is visible; or None.
+      implementation: "xla"; "cudnn", float16 or bfloat16 on a GPU; "auto", cuDNN where it serves and there is no mask,
+        which it would be given as an array (B, N or 1, T, S).
+
+    Returns:
+      (B, T, N, H).
+    """
+    if implementation == "auto":
+        implementation = "cudnn" if mask is None and _cudnn_serves(query) else "xla"
+    options: dict[str, Any] = {"is_causal": is_causal, "implementation": implementation}
+    if implementation == "cudnn":
+        length = query.shape[1]
+        query, key, value, mask, lengths = with_even_lengths(query, key, value, mask)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, **lengths, **options)[:, :length]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+
+
+def with_even_lengths(query, key, value, mask):
+    """The arguments as cuDNN takes them: an odd number of tokens, which it refuses in training, has one more, which
+    nothing sees, and a mask is whole over queries and keys.
+
+    Returns:
+      Queries, keys, values, the mask, and the arguments of `jax.nn.dot_product_attention` that say the true lengths.
+    """
+    odd = [x.shape[1] % 2 for x in (query, key)]
+    lengths: dict[str, jax.Array] = {}
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+        # A query that is not there may see any key; a key that is not there is seen by none.
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, odd[0]), (0, 0)), constant_values=True)
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, odd[1])), constant_values=False)
+    elif any(odd):
+        full = (jnp.full(x.shape[0], x.shape[1], jnp.int32) for x in (query, key))
+        lengths = dict(zip(("query_seq_lengths", "key_value_seq_lengths"), full, strict=True))
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+        for x, more in zip((query, key, value), (odd[0], odd[1], odd[1]), strict=True)
+    )
+    return query, key, value, mask, lengths
+
+
+def _cudnn_serves(query) -> bool:
+    """Whether this process's GPU and these queries are such as cuDNN's kernel is made for."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8 or query.shape[-1] > 128:
+        return False
+    if jax.default_backend() != "gpu":
+        return False
+    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 8.0
