@@ -142,7 +142,7 @@ def test_sigma_is_exact_at_the_start_and_followed_while_a_vit_learns(data_dir, o
     assert len(errors) == 14
     assert np.median(list(errors.values())) < 1e-5
     # The path of 200 steps of Adam differs from one machine to the next: below 1e-5 on some, 2.5e-5 on others.
-    assert max(errors.values()) < (0.02 if power_vectors == 1 else 1e-4)
+    assert max(errors.values()) < (0.02 if power_vectors == 1 else 5e-5)
 
 
 def test_averaged_weights_are_evaluated_with_a_sigma_of_their_own(data_dir, tmp_path):
