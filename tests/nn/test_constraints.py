@@ -1,0 +1,46 @@
+"""Placing activations by the names of their dimensions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+
+from sigmarep.nn.constraints import constrained
+
+RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"))
+NAMES = ("batch", "length", "heads")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def on_device(shape, mesh):
+    """Of an array that the constraint places, the part on one device."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        placed = jax.jit(lambda x: constrained(x, *NAMES))(jnp.ones(shape))
+    return placed.addressable_shards[0].data.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [
+        ((8, 5, 4), (2, 5, 2)),
+        # What its axes do not divide stays whole.
+        ((8, 5, 3), (2, 5, 3)),
+        ((6, 5, 4), (6, 5, 2)),
+    ],
+)
+def test_dimensions_lie_on_the_axes_of_their_names(shape, part, mesh):
+    assert on_device(shape, mesh) == part
+
+
+def test_without_rules_or_a_mesh_nothing_happens(mesh):
+    x = jnp.ones((8, 5, 4))
+    assert constrained(x, *NAMES) is x
+    with nn.logical_axis_rules(RULES):
+        assert constrained(x, *NAMES) is x
+    with jax.set_mesh(mesh):
+        assert constrained(x, *NAMES) is x
