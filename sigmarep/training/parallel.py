@@ -89,11 +89,11 @@ class PmapRunner:
         return jax.tree.map(lambda x: jnp.broadcast_to(np.asarray(x), (count, *x.shape)), state)
 
     def get_state(self, state):
-        return jax.tree.map(lambda x, sharding: jax.device_put(np.asarray(x[0]), sharding), state, self.shardings)
+        return jax.tree.map(lambda x, sharding: jax.device_put(np.asarray(_first(x)), sharding), state, self.shardings)
 
     def step(self, state, batch, *, panel):
         state, output = self._step(state, self._split(batch), panel)
-        return state, jax.tree.map(lambda x: x[0], output)
+        return state, jax.tree.map(_first, output)
 
     def lower(self, state, batch, *, panel):
         count = len(self._devices)
@@ -109,6 +109,12 @@ class PmapRunner:
     def _split(self, batch):
         count = len(self._devices)
         return {name: np.reshape(x, (count, -1, *x.shape[1:])) for name, x in batch.items()}
+
+
+def _first(x: jax.Array) -> jax.Array:
+    """What the first device of this process holds of an output of pmap. `x[0]` would be a program of all devices, and two
+    of them at once may wait for each other for ever on a CPU with fewer cores than devices."""
+    return x.addressable_shards[0].data[0]
 
 
 RUNNERS: dict[str, Callable[..., Runner]] = {"jit": JitRunner, "pmap": PmapRunner}
