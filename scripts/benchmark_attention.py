@@ -111,9 +111,8 @@ def measure(tokens: int, implementations: list[str]) -> None:
             # The first turn warms up.
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    fastest = min((statistics.median(times), name) for name, times in seconds.items() if name.startswith("attention"))[
-        1
-    ]
+    attentions = [name for name in compiled if name.startswith("attention")]
+    fastest = min(attentions, key=lambda name: statistics.median(seconds[name]))
     print(f"{tokens} tokens:")
     for name, run in compiled.items():
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[fastest], strict=True))

@@ -112,8 +112,8 @@ class PmapRunner:
 
 
 def _first(x: jax.Array) -> jax.Array:
-    """What the first device of this process holds of an output of pmap. `x[0]` would be a program of all devices, and two
-    of them at once may wait for each other for ever on a CPU with fewer cores than devices."""
+    """What the first device of this process holds of an output of pmap. `x[0]` would be one more program of all devices,
+    beside the step's own collectives: XLA once ended a process of eight CPU devices on two busy cores there."""
     return x.addressable_shards[0].data[0]
 
 
