@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -89,8 +90,14 @@ def fail(error: SigmarepError) -> None:
 def _finish(main: Callable[[], Any]) -> None:
     try:
         main()
+        sys.stdout.flush()
     except SigmarepError as error:
         fail(error)
+    except BrokenPipeError:
+        # Whoever read the output, `head` for one, has seen enough. What is left of it goes nowhere, or the interpreter
+        # would fail on it at its end; the status is that of a program that the closed pipe kills.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:

@@ -81,6 +81,14 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    path = write(tmp_path, 'values("learning_rate", 0.01, 0.1)')
+    process = start(path, tmp_path / "runs", "--dry_run")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
 def test_runs_that_diverge_and_fail_are_told_apart_and_finished_ones_are_not_repeated(tmp_path):
     path = write(tmp_path, 'values("learning_rate", 0.01, 1e30) + values("heads", 3)', steps=6)
     status, out, err = finish(start(path, tmp_path / "runs", "--jobs", "2"))

@@ -53,6 +53,7 @@ RANGES = {
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.gain_factor": _at_least(0),
+    "optimizer.other_learning_rate": _at_least(0),
     "optimizer.spectral_bound": _at_least(0),
     "optimizer.qk_clip": _at_least(0),
     "optimizer.momentum": _rate(),
@@ -121,6 +122,8 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     # Multiplies the learning rate of the parameters that the expressions find: γ, biases, scales and offsets of norms.
     config.optimizer.gains = ("gamma$", "bias$", "scale$", "alpha$", "shift$")
     config.optimizer.gain_factor = 1.0
+    # Of all but the blocks' matrices, with the same schedule; 0: learning_rate.
+    config.optimizer.other_learning_rate = 0.0
     config.optimizer.clip_norm = 0.0
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = False

@@ -76,7 +76,14 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
     bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
     scaled = optax.masked(optax.scale(config.gain_factor), matching(params, config.gains, "gains"))
     gains = (scaled,) if config.gain_factor != 1 else ()
-    return optax.chain(*clip, *chains[config.name], *bound, *gains)
+    others = (_at_own_rate(config, params),) if config.other_learning_rate else ()
+    return optax.chain(*clip, *chains[config.name], *bound, *others, *gains)
+
+
+def _at_own_rate(config: Any, params: Any) -> optax.GradientTransformation:
+    """Brings the peak of all but the blocks' matrices from `learning_rate` to `other_learning_rate`."""
+    others = jax.tree_util.tree_map_with_path(lambda path, x: _axes(path, x) is None, params)
+    return optax.masked(optax.scale(config.other_learning_rate / config.learning_rate), others)
 
 
 class SpectralBoundState(NamedTuple):
@@ -179,7 +186,8 @@ def _matrix_axes(params: Any) -> Any:
 def _axes(path: tuple[Any, ...], x: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Which axes of a parameter are a matrix's inputs and outputs; None for those that are no matrix of the blocks."""
     names = path_name(path).split("/")
-    if names[-1] != "kernel" or names[-2] in ("patch_embedding", "head"):
+    in_block = any(name == STACKED or name.startswith("block_") for name in names)
+    if names[-1] != "kernel" or not in_block:
         return None
     first = 1 if _stacked(path) else 0
     # Attention's output projection contracts heads and head_dim; all other kernels one axis.

@@ -128,8 +128,16 @@ def test_stacked_layers_train_as_separate_ones(name):
 
 def test_muon_orthogonalises_inputs_by_outputs_and_leaves_the_rest_to_adam():
     rng = np.random.default_rng(0)
-    params = {"encoder": {"block_0": draw(rng)}, "patch_embedding": {"kernel": rng.normal(size=(2, 2, 1, 8))}}
-    gradient = {"encoder": {"block_0": draw(rng)}, "patch_embedding": {"kernel": rng.normal(size=(2, 2, 1, 8))}}
+
+    def tree_of_a_model():
+        # Speech has a convolution as its first layer: its kernel (window, inputs, outputs) is no matrix of a block.
+        ends = {"patch_embedding": (2, 2, 1, 8), "front_end": (7, 5, 8), "head": (8, 3)}
+        return {
+            "encoder": {"block_0": draw(rng)},
+            **{name: {"kernel": rng.normal(size=shape)} for name, shape in ends.items()},
+        }
+
+    params, gradient = tree_of_a_model(), tree_of_a_model()
     made = config("muon", weight_decay=0.0)
     new = train(made, params, [gradient], schedule=lambda _: 1.0)
     block, old = new["encoder"]["block_0"], params["encoder"]["block_0"]
@@ -146,10 +154,30 @@ def test_muon_orthogonalises_inputs_by_outputs_and_leaves_the_rest_to_adam():
     adam = train(config("adam", weight_decay=0.0), params, [gradient], schedule=lambda _: 1.0)
     for get in (
         lambda t: t["patch_embedding"]["kernel"],
+        lambda t: t["front_end"]["kernel"],
+        lambda t: t["head"]["kernel"],
         lambda t: t["encoder"]["block_0"]["attention"]["query"]["gamma"],
         lambda t: t["encoder"]["block_0"]["attention"]["out"]["bias"],
     ):
         np.testing.assert_allclose(np.sign(get(new) - get(float32(params))), np.sign(get(adam) - get(float32(params))))
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_all_but_the_matrices_of_blocks_have_a_rate_of_their_own(name):
+    rng = np.random.default_rng(0)
+    params, gradient = (
+        {"encoder": {"block_0": draw(rng)}, "head": {"kernel": draw(rng)["mlp"]["up"]["kernel"]}} for _ in "ab"
+    )
+
+    def change(**fields):
+        new = train(config(name, weight_decay=0.0, **fields), params, [gradient])
+        return jax.tree.map(np.subtract, jax.device_get(new), float32(params))
+
+    one, own = change(), change(learning_rate=RATE, other_learning_rate=RATE / 4)
+    assert jax.tree_util.tree_leaves_with_path(one)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(own), strict=True):
+        matrix = path[-1].key == "kernel" and path[0].key == "encoder"
+        np.testing.assert_allclose(b, a if matrix else a / 4, rtol=1e-3, atol=1e-7)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
