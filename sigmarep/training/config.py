@@ -124,6 +124,8 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     config.optimizer.gain_factor = 1.0
     # Of all but the blocks' matrices, with the same schedule; 0: learning_rate.
     config.optimizer.other_learning_rate = 0.0
+    # Multiplies the gradient in a reparametrised kernel by the kernel's norm, before momentum and second moments.
+    config.optimizer.relative_gradients = False
     config.optimizer.clip_norm = 0.0
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = False
@@ -223,6 +225,8 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for name, (test, accepted) in RANGES.items():
         if not test(given[name]):
             raise BadInput(f"config.{name} = {given[name]!r}: expected {accepted}")
+    if given["optimizer.other_learning_rate"] and not given["optimizer.learning_rate"]:
+        raise BadInput("config.optimizer.learning_rate = 0.0: expected a number above 0 beside other_learning_rate")
     copy = ml_collections.ConfigDict(config)
     return ml_collections.FrozenConfigDict(copy)
 

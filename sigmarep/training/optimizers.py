@@ -77,13 +77,37 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
     scaled = optax.masked(optax.scale(config.gain_factor), matching(params, config.gains, "gains"))
     gains = (scaled,) if config.gain_factor != 1 else ()
     others = (_at_own_rate(config, params),) if config.other_learning_rate else ()
-    return optax.chain(*clip, *chains[config.name], *bound, *others, *gains)
+    relative = (scale_by_kernel_norm(),) if config.relative_gradients else ()
+    return optax.chain(*clip, *relative, *chains[config.name], *bound, *others, *gains)
 
 
 def _at_own_rate(config: Any, params: Any) -> optax.GradientTransformation:
     """Brings the peak of all but the blocks' matrices from `learning_rate` to `other_learning_rate`."""
     others = jax.tree_util.tree_map_with_path(lambda path, x: _axes(path, x) is None, params)
     return optax.masked(optax.scale(config.other_learning_rate / config.learning_rate), others)
+
+
+def scale_by_kernel_norm() -> optax.GradientTransformation:
+    """Multiplies the gradient in every kernel W that has a γ by ‖W‖_F, each layer of a stack by its own.
+
+    Under σReparam the loss depends on W's direction alone, so its gradient falls as 1/‖W‖ while W grows. Momentum and
+    second moments then remember the large gradients of a small W: after steps as long as W itself they hold nothing else.
+    ‖W‖·∂L/∂W does not depend on ‖W‖, and steps that outgrow the start leave it behind.
+    """
+
+    def update(updates, state, params=None):
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        reparametrised = {path[:-1] for path, _ in leaves if path_name(path[-1:]) == "gamma"}
+
+        def scaled(path, gradient, w):
+            if path[:-1] not in reparametrised or path_name(path[-1:]) not in ("kernel", "embedding"):
+                return gradient
+            axes = tuple(range(1, w.ndim)) if _stacked(path) else None
+            return gradient * jnp.sqrt(jnp.sum(w * w, axis=axes, keepdims=True)).astype(gradient.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 class SpectralBoundState(NamedTuple):

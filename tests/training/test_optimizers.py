@@ -6,6 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.training import durations
 from sigmarep.training.config import trainer_defaults
@@ -111,8 +112,10 @@ def draw(rng):
     return jax.tree.map(lambda shape: rng.normal(size=shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_stacked_layers_train_as_separate_ones(name):
+@pytest.mark.parametrize(
+    ("name", "fields"), [*((name, {}) for name in NAMES), ("adam", {"relative_gradients": True})], ids=str
+)
+def test_stacked_layers_train_as_separate_ones(name, fields):
     rng = np.random.default_rng(0)
     apart = [{"encoder": {f"block_{i}": draw(rng) for i in range(3)}} for _ in range(STEPS + 1)]
 
@@ -120,7 +123,7 @@ def test_stacked_layers_train_as_separate_ones(name):
         layers = separate["encoder"].values()
         return {"encoder": {"blocks": jax.tree.map(lambda *x: np.stack(x), *layers)}}
 
-    made = config(name)
+    made = config(name, **fields)
     found = train(made, stacked(apart[0]), [stacked(g) for g in apart[1:]])
     expected = stacked(jax.device_get(train(made, apart[0], apart[1:])))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
@@ -160,6 +163,56 @@ def test_muon_orthogonalises_inputs_by_outputs_and_leaves_the_rest_to_adam():
         lambda t: t["encoder"]["block_0"]["attention"]["out"]["bias"],
     ):
         np.testing.assert_allclose(np.sign(get(new) - get(float32(params))), np.sign(get(adam) - get(float32(params))))
+
+
+def test_relative_gradients_are_those_of_a_kernel_with_gamma_times_its_norm():
+    made = config("sgd", weight_decay=0.0, momentum=0.0, relative_gradients=True)
+    params, gradient = tree(), tree(1)
+    found = train(made, params, [gradient])
+    norm = np.linalg.norm(params["block_0"]["mlp"]["up"]["kernel"])
+    # The head has no γ, as a plain layer has none.
+    for path, new in jax.tree_util.tree_leaves_with_path(found):
+        w, g = (jax.tree_util.tree_leaves_with_path(each) for each in (params, gradient))
+        at = [other for other, _ in w].index(path)
+        factor = norm if path[-1].key == "kernel" and path[0].key == "block_0" else 1.0
+        np.testing.assert_allclose(new, w[at][1] - RATE * factor * g[at][1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_with_relative_gradients_steps_that_outgrow_the_start_train_alike_at_any_rate(name, relative):
+    """A layer under σReparam learns another; with a start of next to nothing its rate is only the unit W is measured in."""
+    rng = np.random.default_rng(0)
+    x, target = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 8), (8, 8)))
+    target = target / np.linalg.norm(target, 2)
+
+    def loss(params):
+        layer = params["block_0"]["mlp"]
+        kernel, sigma = layer["kernel"], spectral.spectral_norm(layer["kernel"])
+        return jnp.mean((x @ (layer["gamma"] * kernel / sigma - target)) ** 2)
+
+    def losses(rate):
+        params = {"block_0": {"mlp": {"kernel": jnp.asarray(1e-3 * np.eye(8), jnp.float32), "gamma": jnp.float32(1.0)}}}
+        fields = {"weight_decay": 0.0, "epsilon": 1e-20, "relative_gradients": relative}
+        made = config(name, learning_rate=rate, other_learning_rate=0.01, **fields)
+        schedule = create_schedule(made, total_steps=60)
+        optimizer = create_optimizer(made, schedule=schedule, params=params)
+
+        def step(carry, _):
+            params, state = carry
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return (jax.tree.map(jnp.add, params, updates), state), value
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=60)[1]
+
+    slow, fast = (np.asarray(jax.jit(losses, static_argnums=0)(rate)) for rate in (1.0, 100.0))
+    if relative:
+        np.testing.assert_allclose(slow, fast, rtol=0.02, atol=5e-3)
+        assert max(slow[-1], fast[-1]) < 0.01
+    else:
+        # Moments that hold the gradients of the small kernel alone: the layer hardly learns.
+        assert min(slow[-1], fast[-1]) > 0.2
 
 
 @pytest.mark.parametrize("name", ["adam", "muon"])
