@@ -23,6 +23,9 @@ ARMS: dict[str, dict[str, Any]] = {
     # And with σ followed by four vectors instead of one, which large steps leave behind.
     "sigma_steady": SIGMA | {"optimizer.gain_factor": 0.1, "model.power_vectors": 4},
     "pre_ln_gains": PLAIN | {"optimizer.gain_factor": 0.1},
+    # The rate is of no account: kernels start at next to nothing, which Ŵ does not show, outgrow it at any rate, and their
+    # moments do not remember it (`optimizer.relative_gradients`).
+    "sigma_free": SIGMA | {"model.init_std": 0.01, "optimizer.relative_gradients": True},
     "sigma_only": {"model.norm": "none", "model.reparam": "sigma"},
     "spectral": {"model.norm": "post", "model.reparam": "spectral"},
     "weight": {"model.norm": "pre", "model.reparam": "weight"},
@@ -40,7 +43,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "muon": PLAIN | {"optimizer.name": "muon"},
 }
 # Those that the sweeps of configs/stability compare unless they are told otherwise.
-SWEPT = ("pre_ln", "sigma", "sigma_steady", "qk_norm")
+SWEPT = ("pre_ln", "sigma", "sigma_free", "qk_norm")
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
