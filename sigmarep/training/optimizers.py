@@ -8,15 +8,16 @@ Where weight decay λ enters, with learning rate η:
 `no_decay` names the parameters left out of it, and of the trust ratios of LARS and LAMB: γ, biases, norms' scales,
 positions and the class token, unless configured otherwise.
 
-`gain_factor` multiplies the learning rate of `gains`. Under σReparam kernels are scale-invariant: a large learning rate
-makes them grow, and their steps relatively smaller. γ, biases and the scales of norms are not; the README's sweeps show
-what a smaller rate for them changes.
+Under σReparam kernels are scale-invariant: a large learning rate makes them grow, and their steps relatively smaller. γ,
+biases, the scales of norms and embeddings are not. `gain_factor` multiplies the learning rate of `gains`;
+`other_learning_rate` is that of all but the blocks' matrices; `relative_gradients` keeps the moments of kernels that grow
+from remembering how small they were. The README's sweeps show what they change.
 """
 
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,40 +75,47 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
     }
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
     bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
-    scaled = optax.masked(optax.scale(config.gain_factor), matching(params, config.gains, "gains"))
-    gains = (scaled,) if config.gain_factor != 1 else ()
-    others = (_at_own_rate(config, params),) if config.other_learning_rate else ()
-    relative = (scale_by_kernel_norm(),) if config.relative_gradients else ()
-    return optax.chain(*clip, *relative, *chains[config.name], *bound, *others, *gains)
+    relative = (_scaled_by(kernel_norms),) if config.relative_gradients else ()
+    factors = rate_factors(config, params)
+    rates = (_scaled_by(lambda _: factors),) if any(x != 1 for x in jax.tree.leaves(factors)) else ()
+    return optax.chain(*clip, *relative, *chains[config.name], *bound, *rates)
 
 
-def _at_own_rate(config: Any, params: Any) -> optax.GradientTransformation:
-    """Brings the peak of all but the blocks' matrices from `learning_rate` to `other_learning_rate`."""
-    others = jax.tree_util.tree_map_with_path(lambda path, x: _axes(path, x) is None, params)
-    return optax.masked(optax.scale(config.other_learning_rate / config.learning_rate), others)
+def rate_factors(config: Any, params: Any) -> Any:
+    """Of every parameter its learning rate as a multiple of `learning_rate`: a tree of numbers."""
+    gains = matching(params, config.gains, "gains")
+
+    def factor(path, x, gain):
+        own = config.other_learning_rate and _axes(path, x) is None
+        base = config.other_learning_rate / config.learning_rate if own else 1.0
+        return base * (config.gain_factor if gain else 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor, params, gains)
 
 
-def scale_by_kernel_norm() -> optax.GradientTransformation:
-    """Multiplies the gradient in every kernel W that has a γ by ‖W‖_F, each layer of a stack by its own.
+def kernel_norms(params: Any) -> Any:
+    """‖W‖_F of every kernel that has a γ, each layer of a stack by its own and broadcastable to it; 1 for all else.
 
     Under σReparam the loss depends on W's direction alone, so its gradient falls as 1/‖W‖ while W grows. Momentum and
     second moments then remember the large gradients of a small W: after steps as long as W itself they hold nothing else.
     ‖W‖·∂L/∂W does not depend on ‖W‖, and steps that outgrow the start leave it behind.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    reparametrised = {path[:-1] for path, _ in leaves if path_name(path[-1:]) == "gamma"}
 
-    def update(updates, state, params=None):
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        reparametrised = {path[:-1] for path, _ in leaves if path_name(path[-1:]) == "gamma"}
+    def norm(path, w):
+        if path[:-1] not in reparametrised or path_name(path[-1:]) not in ("kernel", "embedding"):
+            return 1.0
+        return jnp.sqrt(jnp.sum(w * w, axis=tuple(range(1, w.ndim)) if _stacked(path) else None, keepdims=True))
 
-        def scaled(path, gradient, w):
-            if path[:-1] not in reparametrised or path_name(path[-1:]) not in ("kernel", "embedding"):
-                return gradient
-            axes = tuple(range(1, w.ndim)) if _stacked(path) else None
-            return gradient * jnp.sqrt(jnp.sum(w * w, axis=axes, keepdims=True)).astype(gradient.dtype)
+    return jax.tree_util.tree_map_with_path(norm, params)
 
-        return jax.tree_util.tree_map_with_path(scaled, updates, params), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+def _scaled_by(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Multiplies updates by a tree that depends on the parameters."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda x, f: (x * f).astype(x.dtype), updates, factors(params))
+    )
 
 
 class SpectralBoundState(NamedTuple):

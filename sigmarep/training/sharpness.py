@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from sigmarep.core import curvature
 from sigmarep.training.experiment import Experiment
 from sigmarep.training.mesh import input_share
+from sigmarep.training.optimizers import kernel_norms, rate_factors
 from sigmarep.training.parallel import global_batch
 from sigmarep.training.step import TrainState
 
@@ -71,6 +72,14 @@ class Sharpness:
             corrected = moment / (1 - jnp.float32(config.optimizer.beta2) ** jnp.maximum(state.step, 1))
             # Adam's average of gradients is corrected too: its first steps are longer.
             shortened = 1 - jnp.float32(config.optimizer.beta1) ** jnp.maximum(state.step, 1)
-            diagonal = shortened * (jnp.sqrt(corrected) + config.optimizer.epsilon)
+            diagonal = shortened * (jnp.sqrt(corrected) + config.optimizer.epsilon) / self._steps(state.params)
             found["preconditioned"] = largest(curvature.preconditioned(product, diagonal))
         return found
+
+    def _steps(self, params: Any) -> jax.Array:
+        """By how much every parameter's step is longer than the learning rate says, flat."""
+        config = self._experiment.config.optimizer
+        factors = rate_factors(config, params)
+        norms = kernel_norms(params) if config.relative_gradients else jax.tree.map(lambda _: 1.0, params)
+        whole = jax.tree.map(lambda x, f, norm: jnp.broadcast_to(f * norm, x.shape), params, factors, norms)
+        return ravel_pytree(whole)[0]

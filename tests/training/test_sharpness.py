@@ -30,7 +30,11 @@ def config():
     return config
 
 
-def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(config):
+@pytest.mark.parametrize("relative", [False, True])
+def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(config, relative):
+    """Also where γ, biases and scales have half the rate, and the gradients in kernels are relative."""
+    if relative:
+        config.optimizer.relative_gradients, config.optimizer.gain_factor = True, 0.5
     config.sharpness.every_steps, config.sharpness.iterations = 2, 60
     experiment = build(validate(config))
     state = experiment.create_state()
@@ -53,7 +57,16 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(config):
         each for each in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "nu")) if hasattr(each, "nu")
     )
     moment = np.sqrt(np.asarray(ravel_pytree(adam.nu)[0], np.float64) / (1 - 0.999**3)) + 1e-8
-    scale = np.sqrt((1 - 0.9**3) * moment)
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    gammas = {path[:-1] for path, _ in leaves if path[-1].key == "gamma"}
+
+    def factor(path, w):
+        if path[-1].key in ("gamma", "bias", "scale"):
+            return 0.5
+        return np.linalg.norm(w) if path[-1].key == "kernel" and path[:-1] in gammas else 1.0
+
+    longer = np.concatenate([np.full(w.size, factor(path, w) if relative else 1.0) for path, w in leaves])
+    scale = np.sqrt((1 - 0.9**3) * moment / longer)
     largest = np.linalg.eigvalsh(dense / scale[:, None] / scale)[-1]
     assert found["sharpness/preconditioned"] == pytest.approx(largest, rel=1e-2)
     assert found["sharpness/threshold"] == pytest.approx(200.0)
