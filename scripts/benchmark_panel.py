@@ -11,61 +11,25 @@ pictures are the digits, enlarged.
 import statistics
 import time
 
-from absl import flags
+from benchmark_step import ROUNDS, described, prepare
 
 from sigmarep import command
-
-WIDTH = flags.DEFINE_integer("width", 384, "Width; heads have 64 dimensions, the MLP four times the width.")
-DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side.")
-PATCH_SIZE = flags.DEFINE_integer("patch_size", 8, "Pixels a side of a patch.")
-ATTENTION = flags.DEFINE_string("attention", "auto", "config.model.attention_implementation.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each.", lower_bound=2)
 
 # Norm and reparametrisation.
 ARMS = {"pre-LN, plain": ("pre", "none"), "post-LN, σReparam": ("post", "sigma")}
 
 
-def prepare(norm: str, reparam: str):
-    """The runner, the state after one step of each kind, the batch, and the steps between logs."""
-    import jax
-
-    from sigmarep.training.config import default_config, validate
-    from sigmarep.training.experiment import build
-
-    config = default_config("image_classification")
-    config.total_steps = 100
-    config.batch_size = BATCH_SIZE.value
-    config.optimizer.name = "adam"
-    config.data.image_size = IMAGE_SIZE.value
-    model = config.model
-    model.norm, model.reparam, model.patch_size = norm, reparam, PATCH_SIZE.value
-    model.attention_implementation, config.compute_dtype = ATTENTION.value, DTYPE.value
-    model.depth, model.width, model.num_heads = DEPTH.value, WIDTH.value, max(WIDTH.value // 64, 1)
-    model.mlp_dim = 4 * WIDTH.value
-    experiment = build(validate(config))
-    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
-    state = experiment.create_state()
-    for panel in (False, True):
-        state, output = experiment.runner.step(state, batch, panel=panel)
-        jax.block_until_ready((state, output))
-    return experiment.runner, state, batch, experiment.intervals["log"]
-
-
 def main() -> None:
     import jax
 
-    device = jax.devices()[0]
-    now = time.process_time if device.platform == "cpu" else time.perf_counter
-    print(
-        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {(IMAGE_SIZE.value // PATCH_SIZE.value) ** 2 + 1} tokens, batch "
-        f"{BATCH_SIZE.value}, {DTYPE.value}, attention {ATTENTION.value}, on {device.device_kind}, {ROUNDS.value} "
-        "interleaved rounds"
-    )
+    now = time.process_time if jax.devices()[0].platform == "cpu" else time.perf_counter
+    print(described())
     for name, words in ARMS.items():
-        runner, state, batch, interval = prepare(*words)
+        experiment, state, batch = prepare(*words)
+        runner, interval = experiment.runner, experiment.intervals["log"]
+        # Compiled before the first round.
+        state, output = runner.step(state, batch, panel=True)
+        jax.block_until_ready((state, output))
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for i in range(ROUNDS.value):
             # Which goes first changes from round to round.

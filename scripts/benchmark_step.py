@@ -25,7 +25,7 @@ ATTENTION = flags.DEFINE_string("attention", "auto", "config.model.attention_imp
 PEAK = flags.DEFINE_float(
     "peak_tflops", 0.0, "The device's dense peak for --dtype, to print the part of it that is used."
 )
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each.")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each.", lower_bound=2)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
 
 # Norm, reparametrisation, vectors of the power iteration.
@@ -38,8 +38,8 @@ ARMS = {
 }
 
 
-def prepare(norm: str, reparam: str, power_vectors: int):
-    """A compiled step, its state after one call, and its batch."""
+def prepare(norm: str, reparam: str, power_vectors: int = 1):
+    """The experiment, its state after one step, and the step's batch."""
     import jax
 
     from sigmarep.training.config import default_config, validate
@@ -60,14 +60,30 @@ def prepare(norm: str, reparam: str, power_vectors: int):
     batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
     state, output = experiment.runner.step(experiment.create_state(), batch, panel=False)
     jax.block_until_ready((state, output))
-    return experiment.runner, state, batch
+    return experiment, state, batch
 
 
-def model_flops(tokens: int) -> float:
+def described() -> str:
+    """The model, the device and the rounds, in words."""
+    import jax
+
+    return (
+        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {tokens()} tokens, batch {BATCH_SIZE.value}, {DTYPE.value}, "
+        f"attention {ATTENTION.value}, on {jax.devices()[0].device_kind}, jax {jax.__version__}, median of {ROUNDS.value} "
+        "interleaved rounds"
+    )
+
+
+def tokens() -> int:
+    """Patches and the class token."""
+    return (IMAGE_SIZE.value // PATCH_SIZE.value) ** 2 + 1
+
+
+def model_flops() -> float:
     """Operations of the matrix products of a step, the backward pass counted as two forward ones."""
-    width, mlp = WIDTH.value, 4 * WIDTH.value
-    block = 2 * tokens * (4 * width * width + 2 * width * mlp) + 4 * tokens * tokens * width
-    patches = 2 * (tokens - 1) * PATCH_SIZE.value**2 * width
+    width, mlp, t = WIDTH.value, 4 * WIDTH.value, tokens()
+    block = 2 * t * (4 * width * width + 2 * width * mlp) + 4 * t * t * width
+    patches = 2 * (t - 1) * PATCH_SIZE.value**2 * width
     return 3.0 * BATCH_SIZE.value * (DEPTH.value * block + patches)
 
 
@@ -77,20 +93,15 @@ def main() -> None:
     runs = {name: prepare(*words) for name, words in ARMS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS.value):
-        for name, (runner, state, batch) in runs.items():
+        for name, (experiment, state, batch) in runs.items():
             start = time.perf_counter()
-            state, output = runner.step(state, batch, panel=False)
+            state, output = experiment.runner.step(state, batch, panel=False)
             jax.block_until_ready((state, output))
             seconds[name].append(time.perf_counter() - start)
-            runs[name] = (runner, state, batch)
-    device, tokens = jax.devices()[0], (IMAGE_SIZE.value // PATCH_SIZE.value) ** 2 + 1
-    print(
-        f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {tokens} tokens, batch {BATCH_SIZE.value}, {DTYPE.value}, "
-        f"attention {ATTENTION.value}, on {device.device_kind}, jax {jax.__version__}, median of {ROUNDS.value} "
-        "interleaved rounds"
-    )
+            runs[name] = (experiment, state, batch)
+    print(described())
     for name, times in seconds.items():
-        rate = model_flops(tokens) / statistics.median(times) / 1e12
+        rate = model_flops() / statistics.median(times) / 1e12
         used = f", {rate / PEAK.value:.1%} of the peak" if PEAK.value else ""
         print(f"{name:31} {1000 * statistics.median(times):9.1f} ms, {rate:.4g} model TFLOP/s{used}")
     for ours in (name for name, words in ARMS.items() if words[1] == "sigma"):

@@ -75,7 +75,7 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
     }
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
     bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
-    relative = (_scaled_by(kernel_norms),) if config.relative_gradients else ()
+    relative = (scale_by_kernel_norm(),) if config.relative_gradients else ()
     factors = rate_factors(config, params)
     rates = (_scaled_by(lambda _: factors),) if any(x != 1 for x in jax.tree.leaves(factors)) else ()
     return optax.chain(*clip, *relative, *chains[config.name], *bound, *rates)
@@ -109,6 +109,12 @@ def kernel_norms(params: Any) -> Any:
         return jnp.sqrt(jnp.sum(w * w, axis=tuple(range(1, w.ndim)) if _stacked(path) else None, keepdims=True))
 
     return jax.tree_util.tree_map_with_path(norm, params)
+
+
+def scale_by_kernel_norm() -> optax.GradientTransformation:
+    """Multiplies the gradient in every reparametrised kernel by the kernel's norm (`kernel_norms` says why); to be put
+    before whatever keeps moments: `optax.chain(scale_by_kernel_norm(), optax.adam(1e-3))`."""
+    return _scaled_by(kernel_norms)
 
 
 def _scaled_by(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
