@@ -94,7 +94,8 @@ def rate_factors(config: Any, params: Any) -> Any:
 
 
 def kernel_norms(params: Any) -> Any:
-    """‖W‖_F of every kernel that has a γ, each layer of a stack by its own and broadcastable to it; 1 for all else.
+    """‖W‖_F of every kernel that has a γ, each layer of a stack by its own and broadcastable to it; 1 for a zero kernel and
+    for all else.
 
     Under σReparam the loss depends on W's direction alone, so its gradient falls as 1/‖W‖ while W grows. Momentum and
     second moments then remember the large gradients of a small W: after steps as long as W itself they hold nothing else.
@@ -106,7 +107,9 @@ def kernel_norms(params: Any) -> Any:
     def norm(path, w):
         if path[:-1] not in reparametrised or path_name(path[-1:]) not in ("kernel", "embedding"):
             return 1.0
-        return jnp.sqrt(jnp.sum(w * w, axis=tuple(range(1, w.ndim)) if _stacked(path) else None, keepdims=True))
+        length = jnp.sqrt(jnp.sum(w * w, axis=tuple(range(1, w.ndim)) if _stacked(path) else None, keepdims=True))
+        # A zero kernel has no direction: its gradient is left as it is, or it would never learn.
+        return jnp.where(length > 0, length, 1.0)
 
     return jax.tree_util.tree_map_with_path(norm, params)
 

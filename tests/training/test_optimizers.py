@@ -170,6 +170,10 @@ def test_relative_gradients_are_those_of_a_kernel_with_gamma_times_its_norm():
     params, gradient = tree(), tree(1)
     found = train(made, params, [gradient])
     norm = np.linalg.norm(params["block_0"]["mlp"]["up"]["kernel"])
+    # A zero kernel has no norm to be measured by, and learns all the same.
+    zero = params | {"block_0": {"mlp": {"up": {**params["block_0"]["mlp"]["up"], "kernel": np.zeros((4, 6))}}}}
+    learned = train(made, zero, [gradient])["block_0"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(learned, -RATE * gradient["block_0"]["mlp"]["up"]["kernel"], rtol=1e-5)
     # The head has no γ, as a plain layer has none.
     for path, new in jax.tree_util.tree_leaves_with_path(found):
         w, g = (jax.tree_util.tree_leaves_with_path(each) for each in (params, gradient))
