@@ -107,7 +107,7 @@ def kernel_norms(params: Any) -> Any:
     def norm(path, w):
         if path[:-1] not in reparametrised or path_name(path[-1:]) not in ("kernel", "embedding"):
             return 1.0
-        length = jnp.sqrt(jnp.sum(w * w, axis=tuple(range(1, w.ndim)) if _stacked(path) else None, keepdims=True))
+        length = _layer_norm(path, w)
         # A zero kernel has no direction: its gradient is left as it is, or it would never learn.
         return jnp.where(length > 0, length, 1.0)
 
@@ -186,8 +186,7 @@ def scale_by_trust_ratio(coefficient: float = 1.0) -> optax.GradientTransformati
 
     def update(updates, state, params=None):
         def scaled(path, u, w):
-            axes = tuple(range(1, w.ndim)) if _stacked(path) else None
-            w_norm, u_norm = (jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True)) for x in (w, u))
+            w_norm, u_norm = _layer_norm(path, w), _layer_norm(path, u)
             usable = (w_norm > 0) & (u_norm > 0)
             ratio = coefficient * w_norm / jnp.where(usable, u_norm, 1.0)
             return u * jnp.where(usable, ratio, 1.0).astype(u.dtype)
@@ -195,6 +194,11 @@ def scale_by_trust_ratio(coefficient: float = 1.0) -> optax.GradientTransformati
         return jax.tree_util.tree_map_with_path(scaled, updates, params), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _layer_norm(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """‖x‖_F, of each layer where layers are stacked; broadcastable to x."""
+    return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)) if _stacked(path) else None, keepdims=True))
 
 
 def _stacked(path: tuple[Any, ...]) -> bool:
