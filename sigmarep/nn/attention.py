@@ -13,14 +13,18 @@ import jax.numpy as jnp
 from sigmarep.core import entropy, spectral
 from sigmarep.nn.constraints import constrained
 from sigmarep.nn.fold import fold
-from sigmarep.nn.fused_attention import fused_attention
+from sigmarep.nn.fused_attention import cudnn_attention, cudnn_serves
 from sigmarep.nn.linear import SigmaDenseGeneral
 from sigmarep.nn.positions import rotated
 
 QKV = ("separate", "fused", "qk_v")
-IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 QK_NORMS = ("none", "layer", "rms")
 WEIGHTS = ("softmax", "sigmoid")
+HALF_PRECISION = {
+    jnp.dtype(jnp.bfloat16): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+    jnp.dtype(jnp.float16): jax.lax.DotAlgorithmPreset.F16_F16_F32,
+}
 DEFAULT_KERNEL_INIT = nn.initializers.lecun_normal()
 
 
@@ -58,9 +62,9 @@ class MultiHeadAttention(nn.Module):
       head_dim: H; D / N if None.
       qkv: "separate" projections with a γ each; "fused", one projection and one γ; "qk_v", one of queries and keys and
         one of values.
-      implementation: "reference" keeps the attention matrix; "xla" and "cudnn" are `jax.nn.dot_product_attention`'s;
-        "auto" is the reference where attention dropout, a soft-cap or sigmoid weights need it, else cuDNN's in half
-        precision without a mask on a GPU, else "xla".
+      implementation: "xla" forms the attention matrix, and the statistics are of its logits; "cudnn" is the fused kernel of
+        `jax.nn.dot_product_attention`, beside which the statistics are taken by blocks of keys; "auto" is cuDNN's in half
+        precision on a GPU without mask, attention dropout, soft-cap and sigmoid weights, else "xla".
       weights: "softmax", or "sigmoid" (`sigmarep.core.entropy.sigmoid_weights`), whose entropy is that of the weights
         divided by their sum.
       qk_norm: normalises queries and keys over H before their product ("layer" without bias, or "rms").
@@ -156,19 +160,30 @@ class MultiHeadAttention(nn.Module):
         if self.entropy_target:
             learned = self._learned_factor(query, key, visibility)
             query, factor = query * learned.astype(query.dtype), factor * learned
-        if cache_length and context is None:
+        cached = cache_length and context is None
+        if cached:
             key, value, mask = self._cached(key, value, cache_length)
             is_causal = False
-        elif self.is_mutable_collection("attention") and not self.is_initializing():
-            # The theorem's inputs: x where queries and keys are linear in it, else these themselves, with W = I.
-            linear = self.qk_norm == "none" and not (self.rotary_base and context is None)
-            inputs = (x, x if context is None else context) if linear else None
-            self._record(query, key, inputs, factor, visibility)
+        recording = self.is_mutable_collection("attention") and not self.is_initializing() and not cached
         if segments is not None:
             same = segments[:, None, :, None] == segments[:, None, None, :]
             mask = same if mask is None else mask & same
+        if key_padding is not None:
+            real = key_padding[:, None, None, :]
+            mask = real if mask is None else mask & real
+        if self._fused(query, mask, deterministic):
+            attended = cudnn_attention(query, key, value, mask=mask, is_causal=is_causal)
+            found = self._statistics(*jax.lax.stop_gradient((query, key)), visibility) if recording else None
+        else:
+            logits, mask = self._logits(query, key, mask, is_causal)
+            attended = self._attend(logits, mask, value, deterministic)
+            found = self._statistics_of(logits, mask) if recording else None
+        if found is not None:
+            # The theorem's inputs: x where queries and keys are linear in it, else these themselves, with W = I.
+            linear = self.qk_norm == "none" and not (self.rotary_base and context is None)
+            inputs = (x, x if context is None else context) if linear else None
+            self._record(found, query, key, inputs, factor, visibility)
 
-        attended = self._attend(query, key, value, mask, key_padding, is_causal, deterministic)
         attended = constrained(attended, "batch", "length", "heads", "head_dim")
         return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
 
@@ -203,12 +218,20 @@ class MultiHeadAttention(nn.Module):
         for name, words in named.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(words)}")
-        special = self.logit_cap or self.weights == "sigmoid" or (self.dropout and not deterministic)
-        if self.implementation in ("xla", "cudnn") and special:
+        if self.implementation == "cudnn" and self._needs_matrix(deterministic):
             raise ValueError(
-                f"implementation = {self.implementation!r}: attention dropout, logit_cap and sigmoid weights need "
-                "'reference' or 'auto'"
+                "implementation = 'cudnn': attention dropout, logit_cap and sigmoid weights need 'xla' or 'auto'"
             )
+
+    def _needs_matrix(self, deterministic: bool) -> bool:
+        return bool(self.logit_cap or self.weights == "sigmoid" or (self.dropout and not deterministic))
+
+    def _fused(self, query, mask, deterministic: bool) -> bool:
+        """Whether cuDNN's kernel attends."""
+        if self.implementation != "auto":
+            return self.implementation == "cudnn"
+        # It would be given a mask as an array (B, N or 1, T, S).
+        return mask is None and not self._needs_matrix(deterministic) and cudnn_serves(query)
 
     def _dense(self, features, name: str, **options):
         return SigmaDenseGeneral(
@@ -245,25 +268,22 @@ class MultiHeadAttention(nn.Module):
             query, key, value = (fused[..., i, :, :] for i in range(3))
         return query, key, value
 
-    def _attend(self, query, key, value, mask, key_padding, is_causal, deterministic):
-        if key_padding is not None:
-            visible = key_padding[:, None, None, :]
-            mask = visible if mask is None else mask & visible
-        dropping = self.dropout > 0 and not deterministic
-        if self.implementation != "reference" and not (dropping or self.logit_cap or self.weights == "sigmoid"):
-            return fused_attention(
-                query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation
-            )
-        logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+    def _logits(self, query, key, mask, is_causal):
+        """The logits (B, N, T, S) in float32, soft-capped, and a mask that is causal too."""
+        # Half precision is half precision backwards too: the cotangent of the logits is float32.
+        precision = HALF_PRECISION.get(jnp.dtype(query.dtype))
+        logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32)
         logits = entropy.soft_capped(logits * query.shape[-1] ** -0.5, self.logit_cap)
         if is_causal:
             t, s = logits.shape[-2:]
             causal = jnp.tril(jnp.ones((t, s), bool), s - t)
             mask = causal if mask is None else mask & causal
+        return logits, mask
+
+    def _attend(self, logits, mask, value, deterministic):
         if self.weights == "sigmoid":
-            weights = entropy.sigmoid_weights(
-                logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask
-            )
+            visible = jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask
+            weights = entropy.sigmoid_weights(logits, visible)
         else:
             if mask is not None:
                 logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
@@ -271,10 +291,16 @@ class MultiHeadAttention(nn.Module):
         weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
         return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
 
+    def _statistics_of(self, logits, mask):
+        """The statistics of all queries where attention formed the logits."""
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        return entropy.statistics_of_logits(jax.lax.stop_gradient(logits), mask, sigmoid=self.weights == "sigmoid")
+
     def _statistics(self, query, key, visibility):
-        """The statistics of all queries, and what takes the mean of one over the real ones."""
-        mask, key_padding, query_padding, segments, is_causal = visibility
-        found = entropy.attention_statistics(
+        """The statistics of all queries by blocks of keys."""
+        mask, key_padding, _, segments, is_causal = visibility
+        return entropy.attention_statistics(
             query,
             key,
             mask=mask,
@@ -284,26 +310,31 @@ class MultiHeadAttention(nn.Module):
             logit_cap=self.logit_cap or None,
             sigmoid=self.weights == "sigmoid",
         )
+
+    def _over_queries(self, found, visibility):
+        """Of which queries the statistics count, and what takes the mean of one over these."""
+        query_padding = visibility[2]
         real = found.visible > 0
         if query_padding is not None:
             real = real & query_padding[:, None, :]
         real = jnp.broadcast_to(real, found.entropy.shape)
         count = jnp.maximum(jnp.sum(real, axis=(0, 2)), 1)
-        return found, real, lambda values: jnp.sum(jnp.where(real, values, 0.0), axis=(0, 2)) / count
+        return real, lambda values: jnp.sum(jnp.where(real, values, 0.0), axis=(0, 2)) / count
 
     def _learned_factor(self, query, key, visibility):
         """The factor on the logits, (); sows its loss. No gradient flows through either to anything but `log_scale`."""
         log_scale = self.param("log_scale", nn.initializers.zeros_init(), (), jnp.float32)
         if self.is_mutable_collection("losses"):
-            query, key = jax.lax.stop_gradient((query, key))
-            found, _, mean = self._statistics(query * jnp.exp(log_scale).astype(query.dtype), key, visibility)
+            query = jax.lax.stop_gradient(query) * jnp.exp(log_scale).astype(query.dtype)
+            found = self._statistics(query, jax.lax.stop_gradient(key), visibility)
+            _, mean = self._over_queries(found, visibility)
             share = jnp.mean(mean(entropy.normalised_entropy(found.entropy, found.visible)))
             self._store("entropy_target", (share - self.entropy_target) ** 2, collection="losses")
         return jax.lax.stop_gradient(jnp.exp(log_scale))
 
-    def _record(self, query, key, inputs, factor, visibility):
+    def _record(self, found, query, key, inputs, factor, visibility):
         query, key, inputs = jax.lax.stop_gradient((query, key, inputs))
-        found, real, mean = self._statistics(query, key, visibility)
+        real, mean = self._over_queries(found, visibility)
         _, key_padding, query_padding, segments, _ = visibility
         self._store("entropy", mean(found.entropy))
         self._store("entropy_normalised", mean(entropy.normalised_entropy(found.entropy, found.visible)))

@@ -1,4 +1,4 @@
-"""Attention by `jax.nn.dot_product_attention`, and what its cuDNN kernel asks of its arguments."""
+"""cuDNN's attention by `jax.nn.dot_product_attention`, and what its kernel asks of its arguments."""
 
 from typing import Any
 
@@ -6,26 +6,20 @@ import jax
 import jax.numpy as jnp
 
 
-def fused_attention(query, key, value, *, mask, is_causal: bool, implementation: str) -> jax.Array:
-    """softmax(Q Kᵀ/√H)·V.
+def cudnn_attention(query, key, value, *, mask, is_causal: bool) -> jax.Array:
+    """softmax(Q Kᵀ/√H)·V by a kernel that keeps no attention matrix.
 
     Args:
-      query: (B, T, N, H). key, value: (B, S, N, H).
+      query: (B, T, N, H), float16 or bfloat16 on a GPU. key, value: (B, S, N, H).
       mask: bool, broadcastable to (B, N, T, S), True where a key is visible; or None.
-      implementation: "xla"; "cudnn", float16 or bfloat16 on a GPU; "auto", cuDNN where it serves and there is no mask,
-        which it would be given as an array (B, N or 1, T, S).
 
     Returns:
       (B, T, N, H).
     """
-    if implementation == "auto":
-        implementation = "cudnn" if mask is None and _cudnn_serves(query) else "xla"
-    options: dict[str, Any] = {"is_causal": is_causal, "implementation": implementation}
-    if implementation == "cudnn":
-        length = query.shape[1]
-        query, key, value, mask, lengths = with_even_lengths(query, key, value, mask)
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, **lengths, **options)[:, :length]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+    options: dict[str, Any] = {"is_causal": is_causal, "implementation": "cudnn"}
+    length = query.shape[1]
+    query, key, value, mask, lengths = with_even_lengths(query, key, value, mask)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, **lengths, **options)[:, :length]
 
 
 def with_even_lengths(query, key, value, mask):
@@ -53,7 +47,7 @@ def with_even_lengths(query, key, value, mask):
     return query, key, value, mask, lengths
 
 
-def _cudnn_serves(query) -> bool:
+def cudnn_serves(query) -> bool:
     """Whether this process's GPU and these queries are such as cuDNN's kernel is made for."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8 or query.shape[-1] > 128:
         return False

@@ -46,11 +46,27 @@ def test_blocks_of_keys_equal_the_full_matrix(t, s, block, kind, size):
         mask[0, 0, 0] = False
         arguments["mask"] = jnp.asarray(mask)
         visible &= mask
-    result = entropy.attention_statistics(query, key, block_size=block, **arguments)
     expected, largest = reference(query, key, visible, 8**-0.5)
-    np.testing.assert_allclose(result.entropy, expected, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(result.max_logit, largest, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(np.broadcast_to(result.visible, expected.shape), visible.sum(-1))
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * 8**-0.5
+    for result in (
+        entropy.attention_statistics(query, key, block_size=block, **arguments),
+        entropy.statistics_of_logits(logits, None if kind == "full" else jnp.asarray(visible)),
+    ):
+        np.testing.assert_allclose(result.entropy, expected, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(result.max_logit, largest, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(np.broadcast_to(result.visible, expected.shape), visible.sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_half_precision_is_exact_in_what_it_holds(dtype, size):
+    query, key = (jnp.asarray(x, dtype) for x in inputs(7, 19, size))
+    expected, largest = reference(np.asarray(query), np.asarray(key), np.ones((2, 3, 7, 19), bool), 8**-0.5)
+    for block in (5, 128):
+        result = entropy.attention_statistics(query, key, block_size=block)
+        assert result.entropy.dtype == jnp.float32
+        np.testing.assert_allclose(result.entropy, expected, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(result.max_logit, largest, rtol=1e-5, atol=1e-5)
 
 
 def test_soft_cap_and_scale():
@@ -139,8 +155,11 @@ def test_the_variance_of_the_logits_is_exact_over_blocks_and_masks(offset):
     query[..., 0], key[..., 0] = offset, 10.0
     mask = rng.random((2, 1, 5, 11)) < 0.6
     mask[0, :, 0] = False
-    found = entropy.attention_statistics(jnp.asarray(query), jnp.asarray(key), mask=jnp.asarray(mask), block_size=4)
+    by_blocks = entropy.attention_statistics(query, key, mask=jnp.asarray(mask), block_size=4)
+    at_once = entropy.statistics_of_logits(jnp.einsum("btnh,bsnh->bnts", query, key) / 2, jnp.asarray(mask))
     logits = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), key.astype(np.float64)) / 2
     for index in np.ndindex(2, 3, 5):
         seen = logits[index][mask[index[0], 0, index[2]]]
-        np.testing.assert_allclose(found.logit_variance[index], seen.var() if seen.size else 0.0, rtol=1e-2, atol=1e-6)
+        for found in (by_blocks, at_once):
+            expected = seen.var() if seen.size else 0.0
+            np.testing.assert_allclose(found.logit_variance[index], expected, rtol=1e-2, atol=1e-6)

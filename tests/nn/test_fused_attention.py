@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigmarep.nn.fused_attention import fused_attention, with_even_lengths
+from sigmarep.nn.fused_attention import cudnn_serves, with_even_lengths
 
 MASK = jax.random.bernoulli(jax.random.key(9), 0.6, (2, 1, 5, 7)) | (jnp.arange(7) == 0)
 KEYS = (jnp.arange(7) < jnp.array([[4], [7]]))[:, None, None]
@@ -48,7 +48,7 @@ def test_even_lengths_change_nothing(t, s, causal, mask):
         return jax.nn.dot_product_attention(*arrays, mask=seen, is_causal=causal, **lengths)[:, : query.shape[1]]
 
     def plain(query, key, value):
-        return fused_attention(query, key, value, mask=mask, is_causal=causal, implementation="xla")
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
 
     arguments = inputs(t, s)
     for a, b in zip(with_gradient(padded, arguments), with_gradient(plain, arguments), strict=True):
@@ -62,7 +62,7 @@ def test_even_lengths_are_left_alone():
     assert found[3:] == (None, {})
 
 
-def test_without_a_gpu_auto_is_xla():
-    arguments = [x.astype(jnp.bfloat16) for x in inputs(7, 7)]
-    found = [fused_attention(*arguments, mask=None, is_causal=False, implementation=each) for each in ("auto", "xla")]
-    np.testing.assert_array_equal(*found)
+def test_cudnn_serves_half_precision_on_a_gpu_alone():
+    query = inputs(7, 7)[0]
+    assert not cudnn_serves(query)
+    assert cudnn_serves(query.astype(jnp.bfloat16)) == (jax.default_backend() == "gpu")
