@@ -194,8 +194,8 @@ def attention_statistics(
 
 class _Sums(NamedTuple):
     """Over visible keys, of scores s (the softmax's logits) with maximum m: `top` m, `total` Σ exp(s − m), `weighted`
-    Σ exp(s − m)·(s − m); of logits a with maximum l: `largest` l, `first` Σ (a − l), `second` Σ (a − l)²; `count`. Shape
-    (B, N, T), `count` broadcastable to it. Where no key is visible maxima are −inf and sums 0."""
+    Σ exp(s − m)·(s − m); of logits a with maximum l: `largest` l, `first` Σ (a − l), `second` Σ (a − l)²; `keys`, how many.
+    Shape (B, N, T), `keys` broadcastable to it. Where no key is visible maxima are −inf and sums 0."""
 
     top: jax.Array
     total: jax.Array
@@ -203,7 +203,7 @@ class _Sums(NamedTuple):
     largest: jax.Array
     first: jax.Array
     second: jax.Array
-    count: jax.Array
+    keys: jax.Array
 
 
 def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _Sums:
@@ -225,7 +225,7 @@ def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _S
         largest=largest,
         first=jnp.sum(differences, axis=-1),
         second=jnp.sum(differences * differences, axis=-1),
-        count=jnp.full((1, 1, 1), logits.shape[-1]) if visible is None else jnp.sum(visible, axis=-1),
+        keys=jnp.full((1, 1, 1), logits.shape[-1]) if visible is None else jnp.sum(visible, axis=-1),
     )
 
 
@@ -240,8 +240,8 @@ def _merged(a: _Sums, b: _Sums) -> _Sums:
         return x._replace(
             total=decay * x.total,
             weighted=decay * (x.weighted + down * x.total),
-            first=x.first + by * x.count,
-            second=x.second + 2 * by * x.first + by**2 * x.count,
+            first=x.first + by * x.keys,
+            second=x.second + 2 * by * x.first + by**2 * x.keys,
         )
 
     sums = jax.tree.map(jnp.add, moved(a), moved(b))
@@ -249,13 +249,13 @@ def _merged(a: _Sums, b: _Sums) -> _Sums:
 
 
 def _finished(sums: _Sums) -> AttentionStatistics:
-    safe, keys = jnp.where(sums.total > 0, sums.total, 1.0), jnp.maximum(sums.count, 1)
+    safe, keys = jnp.where(sums.total > 0, sums.total, 1.0), jnp.maximum(sums.keys, 1)
     entropy = jnp.where(sums.total > 0, jnp.log(safe) - sums.weighted / safe, 0.0)
     return AttentionStatistics(
         entropy=jnp.maximum(entropy, 0.0),
         max_logit=sums.largest,
         logit_variance=jnp.maximum(sums.second / keys - (sums.first / keys) ** 2, 0.0),
-        visible=sums.count,
+        visible=sums.keys,
     )
 
 

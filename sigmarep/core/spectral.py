@@ -248,7 +248,8 @@ def column_norms(matrix: jax.Array) -> jax.Array:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
-def product_norm(first: jax.Array, second: jax.Array) -> jax.Array:
+@jax.jit
+def product_norm(first: jax.Array, second: jax.Array, rows: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
     """‖A Bᵀ‖₂ of two tall matrices without forming the product.
 
     ‖A Bᵀ‖₂² is the largest eigenvalue of C = (AᵀA)(BᵀB). Squaring C twelve times leaves its leading eigenvector y, and
@@ -257,23 +258,41 @@ def product_norm(first: jax.Array, second: jax.Array) -> jax.Array:
     that it runs in, and two at once stand still for ever on a machine of two cores (jaxlib 0.10).
 
     Args:
-      first, second: shape (..., d, n).
+      first, second: A and B, shape (..., d, n).
+      rows: shape (..., 1, n) each, one more row of A and one more of B (weights and their biases).
 
     Returns:
-      shape (...).
+      shape (...); with `rows` (2, ...), without them and with them.
     """
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    scales = [_over_matrix(jnp.max, jnp.abs(x)) for x in (first, second)]
-    scales = [jnp.where(scale > 0, scale, 1.0) for scale in scales]
-    first, second = first / scales[0], second / scales[1]
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    grams = [product(jnp.swapaxes(x, -1, -2), x) for x in (first, second)]
-    y = _leading_vector(product(*grams))
-    lengths = [
-        jnp.sqrt(_over_matrix(jnp.sum, product(a, x) ** 2)) for a, x in ((first, product(grams[1], y)), (second, y))
-    ]
-    norm = lengths[0] / jnp.where(lengths[1] > 0, lengths[1], 1.0) * scales[0] * scales[1]
-    return norm[..., 0, 0]
+
+    def scaled(x, row):
+        x = x.astype(jnp.float32)
+        parts = [x] if row is None else [x, row.astype(jnp.float32)]
+        scale = functools.reduce(jnp.maximum, (_over_matrix(jnp.max, jnp.abs(part)) for part in parts))
+        scale = jnp.where(scale > 0, scale, 1.0)
+        return [part / scale for part in parts], scale
+
+    def grams(parts):
+        """Without the row and with it."""
+        found = [product(jnp.swapaxes(part, -1, -2), part) for part in parts]
+        return jnp.stack([sum(found[: i + 1]) for i in range(len(found))])
+
+    def lengths(parts, vectors):
+        """Of the images of a vector without the row and of one with it, (k, ...); both from one read of the matrix."""
+        vectors = jnp.moveaxis(vectors[..., 0], 0, -1)
+        squares = jnp.moveaxis(jnp.sum(product(parts[0], vectors) ** 2, axis=-2), -1, 0)
+        if len(parts) > 1:
+            squares = squares.at[1].add(jnp.sum(product(parts[1], vectors)[..., 1] ** 2, axis=-1))
+        return jnp.sqrt(squares)
+
+    row, other_row = (None, None) if rows is None else rows
+    (left, scale), (right, other_scale) = scaled(first, row), scaled(second, other_row)
+    gram = grams(right)
+    y = _leading_vector(product(grams(left), gram))
+    above, below = lengths(left, product(gram, y)), lengths(right, y)
+    norms = above / jnp.where(below > 0, below, 1.0) * (scale * other_scale)[..., 0, 0]
+    return norms[0] if rows is None else norms
 
 
 def _leading_vector(matrix: jax.Array) -> jax.Array:
@@ -291,6 +310,31 @@ def _leading_vector(matrix: jax.Array) -> jax.Array:
     return jnp.take_along_axis(power, largest, axis=-1)
 
 
+def sequence_norm(x: jax.Array, column: jax.Array | None = None) -> jax.Array:
+    """‖X‖₂ of sequences by `norm_from_below`.
+
+    In half precision a sequence shorter than its width is read once, for its Gram matrix: accelerators have units for such
+    products, which are exact in float32, and what is read again and again is small.
+
+    Args:
+      x: shape (..., tokens, width).
+      column: shape (..., tokens), one more column of X, of the same type.
+
+    Returns:
+      shape (...).
+    """
+    tokens, width = x.shape[-2:]
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or tokens > width:
+        return norm_from_below(x if column is None else jnp.concatenate([x, column[..., None]], axis=-1))
+    gram = jnp.einsum("...td,...sd->...ts", x, x, preferred_element_type=jnp.float32)
+    if column is not None:
+        column = column.astype(jnp.float32)
+        gram = gram + column[..., :, None] * column[..., None, :]
+    # By (X Xᵀ)², which squares every ratio between singular values once more: fewer will do.
+    return jnp.sqrt(norm_from_below(gram, iterations=6))
+
+
+@functools.partial(jax.jit, static_argnames="iterations")
 def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
     """‖A‖₂ by the Lanczos iteration on AᵀA (Golub and Kahan, 1965): forms no product of matrices, never above the norm.
 

@@ -28,14 +28,15 @@ HALF_PRECISION = {
 DEFAULT_KERNEL_INIT = nn.initializers.lecun_normal()
 
 
-def _sequence_norms(x: jax.Array, real: jax.Array | None) -> jax.Array:
-    """‖X‖₂ of every sequence (…, B, T, D) without its padding, the tokens where `real` (B, T) is False."""
-    return spectral.norm_from_below(x if real is None else jnp.where(real[..., None], x, 0.0))
-
-
-def _with_ones(x: jax.Array) -> jax.Array:
-    """X with a column of ones, which biases are the weights of."""
-    return jnp.concatenate([x.astype(jnp.float32), jnp.ones((*x.shape[:-1], 1))], axis=-1)
+def _sequence_norms(x: jax.Array, real: jax.Array | None, *, ones: bool = False) -> jax.Array:
+    """‖X‖₂ of every sequence (…, B, T, D) without its padding, the tokens where `real` (B, T) is False; X has a column of
+    ones, which biases are the weights of, if `ones`."""
+    x = jax.lax.stop_gradient(x)
+    column = jnp.ones(x.shape[:-1], x.dtype) if ones else None
+    if real is not None:
+        x = jnp.where(real[..., None], x, 0)
+        column = real.astype(x.dtype) if ones else None
+    return spectral.sequence_norm(x, column)
 
 
 def slot_scaled(init: Callable, factors: tuple[float, ...]) -> Callable:
@@ -137,8 +138,9 @@ class MultiHeadAttention(nn.Module):
           (B, T, D).
         """
         self._check(x.shape[-1], deterministic)
+        real_keys = key_padding if segments is None else segments > 0
         if context is None and query_padding is None:
-            query_padding = key_padding if segments is None else segments > 0
+            query_padding = real_keys
         if cache_length and context is not None:
             query, key, value = self._project_cached(x, context)
         else:
@@ -155,10 +157,10 @@ class MultiHeadAttention(nn.Module):
             query, key = (rotated(each, positions, self.rotary_base) for each in (query, key))
         if self.temperature != 1.0:
             query = query / jnp.asarray(self.temperature, query.dtype)
-        visibility = (mask, key_padding, query_padding, segments, is_causal)
+        visibility = (mask, key_padding, segments, is_causal)
         factor = jnp.float32(1.0 / self.temperature)
         if self.entropy_target:
-            learned = self._learned_factor(query, key, visibility)
+            learned = self._learned_factor(query, key, visibility, query_padding)
             query, factor = query * learned.astype(query.dtype), factor * learned
         cached = cache_length and context is None
         if cached:
@@ -182,7 +184,8 @@ class MultiHeadAttention(nn.Module):
             # The theorem's inputs: x where queries and keys are linear in it, else these themselves, with W = I.
             linear = self.qk_norm == "none" and not (self.rotary_base and context is None)
             inputs = (x, x if context is None else context) if linear else None
-            self._record(found, query, key, inputs, factor, visibility)
+            paddings = (query_padding, real_keys)
+            self._record(found, query, key, inputs, paddings, factor)
 
         attended = constrained(attended, "batch", "length", "heads", "head_dim")
         return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
@@ -299,7 +302,7 @@ class MultiHeadAttention(nn.Module):
 
     def _statistics(self, query, key, visibility):
         """The statistics of all queries by blocks of keys."""
-        mask, key_padding, _, segments, is_causal = visibility
+        mask, key_padding, segments, is_causal = visibility
         return entropy.attention_statistics(
             query,
             key,
@@ -311,9 +314,8 @@ class MultiHeadAttention(nn.Module):
             sigmoid=self.weights == "sigmoid",
         )
 
-    def _over_queries(self, found, visibility):
+    def _over_queries(self, found, query_padding):
         """Of which queries the statistics count, and what takes the mean of one over these."""
-        query_padding = visibility[2]
         real = found.visible > 0
         if query_padding is not None:
             real = real & query_padding[:, None, :]
@@ -321,39 +323,41 @@ class MultiHeadAttention(nn.Module):
         count = jnp.maximum(jnp.sum(real, axis=(0, 2)), 1)
         return real, lambda values: jnp.sum(jnp.where(real, values, 0.0), axis=(0, 2)) / count
 
-    def _learned_factor(self, query, key, visibility):
+    def _learned_factor(self, query, key, visibility, query_padding):
         """The factor on the logits, (); sows its loss. No gradient flows through either to anything but `log_scale`."""
         log_scale = self.param("log_scale", nn.initializers.zeros_init(), (), jnp.float32)
         if self.is_mutable_collection("losses"):
             query = jax.lax.stop_gradient(query) * jnp.exp(log_scale).astype(query.dtype)
             found = self._statistics(query, jax.lax.stop_gradient(key), visibility)
-            _, mean = self._over_queries(found, visibility)
+            _, mean = self._over_queries(found, query_padding)
             share = jnp.mean(mean(entropy.normalised_entropy(found.entropy, found.visible)))
             self._store("entropy_target", (share - self.entropy_target) ** 2, collection="losses")
         return jax.lax.stop_gradient(jnp.exp(log_scale))
 
-    def _record(self, found, query, key, inputs, factor, visibility):
-        query, key, inputs = jax.lax.stop_gradient((query, key, inputs))
-        real, mean = self._over_queries(found, visibility)
-        _, key_padding, query_padding, segments, _ = visibility
+    def _record(self, found, query, key, inputs, paddings, factor):
+        real, mean = self._over_queries(found, paddings[0])
         self._store("entropy", mean(found.entropy))
         self._store("entropy_normalised", mean(entropy.normalised_entropy(found.entropy, found.visible)))
         self._store("max_logit", jnp.max(jnp.where(real, found.max_logit, -jnp.inf), axis=(0, 2)))
         self._store("logit_variance", mean(found.logit_variance))
-        kernels, biased = self._query_key_kernels()
-        self._store("qk_norm", spectral.product_norm(*kernels))
-        paddings = (query_padding, key_padding if segments is None else segments > 0)
+        kernels, biases = self._query_key_kernels()
+        products = spectral.product_norm(*kernels, biases)
+        plain, biased = (products, products) if biases is None else products
+        self._store("qk_norm", plain)
         if inputs is None:
             norms = [_sequence_norms(jnp.moveaxis(x, 2, 0), p) for x, p in zip((query, key), paddings, strict=True)]
             sigma = (norms[0] * norms[1]).T
         else:
-            norms = [_sequence_norms(_with_ones(x), p) for x, p in zip(inputs, paddings, strict=True)]
-            sigma = (norms[0] * norms[1])[:, None] * spectral.product_norm(*biased) * factor
+            norms = [_sequence_norms(inputs[0], paddings[0], ones=True)] * 2
+            # In self-attention both are one; two loops would be compiled as two.
+            if inputs[1] is not inputs[0] or paddings[1] is not paddings[0]:
+                norms[1] = _sequence_norms(inputs[1], paddings[1], ones=True)
+            sigma = (norms[0] * norms[1])[:, None] * biased * factor
         scaled = sigma[:, :, None] * query.shape[-1] ** -0.5
         self._store("bound", mean(entropy.entropy_lower_bound(scaled, found.visible)))
 
     def _query_key_kernels(self):
-        """Of queries and of keys the effective kernels (N, D, H), and the same with the biases as one more row."""
+        """Of queries and of keys the effective kernels (N, D, H), and the biases as a row (N, 1, H) or None."""
         names = [name for name in ("query", "key", "qk", "qkv") if name in self.variables["params"]]
         state = self.variables.get("spectral", {})
         kernels = fold(
@@ -369,9 +373,8 @@ class MultiHeadAttention(nn.Module):
             pair = [{name: x[:, slot] if name == "kernel" else x[slot] for name, x in fused.items()} for slot in (0, 1)]
         plain = [jnp.moveaxis(jax.lax.stop_gradient(each["kernel"]), 1, 0) for each in pair]
         if not self.use_bias:
-            return plain, plain
-        rows = [jax.lax.stop_gradient(each["bias"])[:, None] for each in pair]
-        return plain, [jnp.concatenate(both, axis=1) for both in zip(plain, rows, strict=True)]
+            return plain, None
+        return plain, tuple(jax.lax.stop_gradient(each["bias"])[:, None] for each in pair)
 
     def _store(self, name: str, value: jax.Array, collection: str = "attention") -> None:
         self.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)

@@ -205,6 +205,41 @@ def test_product_norm_equals_the_svd_of_the_product():
     assert np.all(spectral.product_norm(0 * first, second) == 0)
 
 
+def test_product_norm_with_one_more_row_equals_the_svd_of_the_product():
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(size=(2, 3, 20, 4)).astype(np.float32)
+    rows = rng.normal(size=(2, 3, 1, 4)).astype(np.float32)
+    # Of any size beside the matrix: none, ordinary, far larger, alone.
+    rows[:, 0], rows[:, 2] = 0.0, 100 * rows[:, 2]
+    # Two rows alone have an inner product that rounding is large beside.
+    for factor, tolerance in ((1.0, 1e-5), (0.0, 1e-4)):
+        matrices = [(factor * first, factor * second), (np.concatenate([factor * first, rows[0]], axis=1),)]
+        matrices[1] += (np.concatenate([factor * second, rows[1]], axis=1),)
+        expected = [
+            [np.linalg.norm(a.astype(np.float64) @ b.T, 2) for a, b in zip(*pair, strict=True)] for pair in matrices
+        ]
+        found = spectral.product_norm(factor * first, factor * second, tuple(rows))
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(6, 64), (40, 64), (64, 24)])
+@pytest.mark.parametrize("with_column", [False, True])
+def test_the_norm_of_sequences_is_close_whichever_matrix_it_is_taken_of(dtype, tokens, width, with_column):
+    rng = np.random.default_rng(0)
+    # With a common part, as sequences have it, and without any.
+    x = jnp.asarray(rng.normal(size=(4, tokens, width)) + np.asarray([0.0, 0.3, 1.0, 5.0])[:, None, None], dtype)
+    column = jnp.ones((4, tokens), dtype).at[:, -2:].set(0) if with_column else None
+    exact = np.asarray(x, np.float64)
+    if with_column:
+        exact = np.concatenate([exact, np.asarray(column, np.float64)[..., None]], axis=-1)
+    exact = np.linalg.norm(exact, 2, axis=(1, 2))
+    found = np.asarray(spectral.sequence_norm(x, column), np.float64)
+    assert np.all(found <= exact * (1 + 1e-6))
+    assert np.all(found >= exact * 0.99)
+    np.testing.assert_allclose(found[2:], exact[2:], rtol=1e-6)
+
+
 def test_the_norm_from_below_is_exact_with_a_gap_and_never_above():
     rng = np.random.default_rng(0)
     stack = rng.normal(size=(5, 40, 12)).astype(np.float32)
