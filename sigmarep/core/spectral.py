@@ -177,8 +177,9 @@ def _ratio(gamma: jax.Array, sigma: jax.Array) -> jax.Array:
     return gamma / jnp.where(sigma > TINY, sigma, 1.0)
 
 
-def _scaled(kernel, gamma, step: PowerStep, dtype) -> jax.Array:
-    return (kernel.astype(jnp.float32) * _ratio(gamma, step.sigma)).astype(dtype)
+def effective_kernel(kernel: jax.Array, gamma: jax.Array, sigma: jax.Array, *, dtype=None) -> jax.Array:
+    """Ŵ = (γ/σ)·W with a σ () that is known, in `dtype` or the kernel's; `gamma` is of shape ()."""
+    return (kernel.astype(jnp.float32) * _ratio(gamma, sigma)).astype(kernel.dtype if dtype is None else dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -188,7 +189,8 @@ def _reparametrise(kernel, gamma, u, basis, dtype):
 
 def _reparametrise_fwd(kernel, gamma, u, basis, dtype):
     step = power_step(kernel, u, basis)
-    return (_scaled(kernel, gamma, step, dtype), step.u, step.sigma, step.basis), (kernel, gamma, step)
+    effective = effective_kernel(kernel, gamma, step.sigma, dtype=dtype)
+    return (effective, step.u, step.sigma, step.basis), (kernel, gamma, step)
 
 
 def _reparametrise_bwd(dtype, residuals, cotangents):
@@ -275,7 +277,7 @@ def product_norm(first: jax.Array, second: jax.Array, rows: tuple[jax.Array, jax
 
     def grams(parts):
         """Without the row and with it."""
-        found = [product(jnp.swapaxes(part, -1, -2), part) for part in parts]
+        found = [jnp.einsum("...dn,...dm->...nm", part, part, precision=lax.Precision.HIGHEST) for part in parts]
         return jnp.stack([sum(found[: i + 1]) for i in range(len(found))])
 
     def lengths(parts, vectors):

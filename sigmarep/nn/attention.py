@@ -364,7 +364,9 @@ class MultiHeadAttention(nn.Module):
             {
                 "params": {name: self.variables["params"][name] for name in names},
                 "spectral": {name: state[name] for name in names if name in state},
-            }
+            },
+            # The projections have stored theirs by now, where they may.
+            stored_sigma=self.is_mutable_collection("spectral"),
         )
         if "query" in kernels:
             pair = [kernels[name] for name in ("query", "key")]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sigmarep.core import spectral
 
 
-def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
+def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False) -> dict[str, Any]:
     """Parameters of the same model with `reparam="none"` and identical outputs.
 
     Every kernel is replaced by the effective one that evaluation uses (one power step from the stored u), and γ is
@@ -18,30 +18,36 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
       variables: {"params": …, "spectral": …} of a model; "spectral" may be missing.
+      stored_sigma: the state is what an apply to these very parameters has stored: its σ is the one that the apply divided
+        by, and no further step is made.
     """
-    return _fold(variables["params"], variables.get("spectral", {}))
+    return _fold(variables["params"], variables.get("spectral", {}), stored_sigma)
 
 
-def _fold(params, state):
+def _fold(params, state, stored_sigma):
     if not isinstance(params, Mapping):
         return params
     for name in ("kernel", "embedding"):
         if name in params and ("gamma" in params or "u" in state):
             rest = {each: value for each, value in params.items() if each not in (name, "gamma")}
-            return {name: _effective(params[name], params.get("gamma"), state.get("u"), state.get("basis")), **rest}
-    return {name: _fold(value, state.get(name, {})) for name, value in params.items()}
+            return {name: _effective(params[name], params.get("gamma"), state, stored_sigma), **rest}
+    return {name: _fold(value, state.get(name, {}), stored_sigma) for name, value in params.items()}
 
 
-def _effective(kernel, gamma, u, basis):
+def _effective(kernel, gamma, state, stored_sigma):
     def reparametrised(kernel, gamma, u, basis):
         return spectral.reparametrise(kernel, gamma, u, basis=basis).kernel
 
     function: Callable[..., jax.Array]
-    if u is None:
+    if "u" not in state:
         function, arguments, stacked = spectral.weight_normalised, [kernel, gamma], gamma.ndim - 1
     else:
-        gamma = jnp.ones(u.shape[:-1], jnp.float32) if gamma is None else gamma
-        function, arguments, stacked = reparametrised, [kernel, gamma, u, basis], u.ndim - 1
+        stacked = state["sigma"].ndim
+        gamma = jnp.ones(state["sigma"].shape, jnp.float32) if gamma is None else gamma
+        if stored_sigma:
+            function, arguments = spectral.effective_kernel, [kernel, gamma, state["sigma"]]
+        else:
+            function, arguments = reparametrised, [kernel, gamma, state["u"], state.get("basis")]
     for _ in range(stacked):
         function = jax.vmap(function)
     return function(*arguments)
