@@ -353,8 +353,14 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
     matrix = matrix.astype(jnp.float32)
     # Accelerators would round products to TF32 or bfloat16.
     product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    # Vectors are scaled, not A: a scaled or transposed copy of it would be written and read once more.
-    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1))
+
+    # A fixed mix of the rows, with something of their mean and some waves in it. It is no row picked by its length: after
+    # a LayerNorm rows of one length would be told apart by their rounding. Several starts would cost products of matrices.
+    waves = jnp.cos(jnp.arange(4.0)[:, None] * jnp.arange(matrix.shape[-2], dtype=jnp.float32))
+    mix = product("...mn,m->...n", matrix, jnp.sum(waves, axis=0))
+    # Vectors are scaled, not A: a scaled or transposed copy of it would be written and read once more, and its largest
+    # element would take one more reading.
+    largest = jnp.max(jnp.abs(mix), axis=-1)
     scale = jnp.where(largest > 0, largest, 1.0)
 
     def image_of(row):
@@ -382,10 +388,7 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
         row, _ = unit(new, 1e-6 * before)
         return basis, placed(images, i, image), row
 
-    # A fixed mix of the rows, with something of their mean and some waves in it. It is no row picked by its length: after
-    # a LayerNorm rows of one length would be told apart by their rounding. Several starts would cost products of matrices.
-    waves = jnp.cos(jnp.arange(4.0)[:, None] * jnp.arange(matrix.shape[-2], dtype=jnp.float32))
-    first, _ = unit(row_of(jnp.broadcast_to(jnp.sum(waves, axis=0), matrix.shape[:-1])), 0.0)
+    first, _ = unit(mix / scale[..., None], 0.0)
     empty = [jnp.zeros((*matrix.shape[:-2], iterations, size), jnp.float32) for size in matrix.shape[:-3:-1]]
     basis, images, last = lax.fori_loop(0, iterations - 1, step, (*empty, first))
     basis, images = placed(basis, iterations - 1, last), placed(images, iterations - 1, image_of(last))
