@@ -3,10 +3,10 @@
     python scripts/benchmark_attention.py [--tokens 512,2048,4096] [--dtype bfloat16]
 
 For each number of tokens: forward and backward of attention by XLA and, on a GPU in bfloat16, by cuDNN; the panel's
-statistics (`sigmarep.core.entropy.attention_statistics`: entropy, largest logit, variance) and entropy by the same fused
-attention once more with the keys as values (`entropy_from_lse`). All of them take turns in one process; printed are
-medians, the ratio to forward and backward of the fastest attention, temporary memory as compiled, and the largest error
-of an entropy against float64 on the CPU, for logits of ordinary size and for sharp ones.
+statistics beside a fused kernel (`sigmarep.core.entropy.attention_statistics`: entropy, largest logit, variance), and
+entropy by the same fused attention once more with the keys as values (`entropy_from_lse`). All of them take turns in one
+process; printed are medians, the ratio to forward and backward of the fastest attention, temporary memory as compiled, and
+the largest error of an entropy against float64 on the CPU, for logits of ordinary size and for sharp ones.
 """
 
 import functools

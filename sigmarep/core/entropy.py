@@ -1,4 +1,4 @@
-"""Attention entropy (Zhai et al., ICML 2023, section 3.1), exact and without the attention matrix.
+"""Attention entropy (Zhai et al., ICML 2023, section 3.1), exact, with the attention matrix or without it.
 
 For one query i with logits a_ij = s·⟨q_i, k_j⟩ over its visible keys, p = softmax(a), the entropy in nats is
 
@@ -70,7 +70,12 @@ def sigmoid_weights(logits: jax.Array, visible: jax.Array) -> jax.Array:
     Returns:
       The weights, 0 for keys that are not visible; they do not sum to 1.
     """
-    return jnp.where(visible, jax.nn.sigmoid(logits + _sigmoid_bias(jnp.sum(visible, axis=-1))), 0.0)
+    return jnp.where(visible, jax.nn.sigmoid(logits + _sigmoid_bias(_count(visible, logits))), 0.0)
+
+
+def _count(visible: jax.Array, logits: jax.Array) -> jax.Array:
+    """How many keys a query sees, of a mask whose last axis may be one for all keys."""
+    return jnp.sum(jnp.broadcast_to(visible, (*visible.shape[:-1], logits.shape[-1])), axis=-1)
 
 
 def _sigmoid_bias(count: jax.Array) -> jax.Array:
@@ -91,7 +96,7 @@ def statistics_of_logits(
     scores = logits
     if sigmoid:
         seen = jnp.ones((1, 1, 1, logits.shape[-1]), bool) if visible is None else visible
-        scores = jax.nn.log_sigmoid(logits + _sigmoid_bias(jnp.sum(seen, axis=-1)))
+        scores = jax.nn.log_sigmoid(logits + _sigmoid_bias(_count(seen, logits)))
     return _finished(_sums(logits, scores, visible))
 
 
@@ -225,7 +230,7 @@ def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _S
         largest=largest,
         first=jnp.sum(differences, axis=-1),
         second=jnp.sum(differences * differences, axis=-1),
-        keys=jnp.full((1, 1, 1), logits.shape[-1]) if visible is None else jnp.sum(visible, axis=-1),
+        keys=jnp.full((1, 1, 1), logits.shape[-1]) if visible is None else _count(visible, logits),
     )
 
 

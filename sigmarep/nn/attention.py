@@ -1,4 +1,4 @@
-"""Multi-head attention whose entropy can be read, by any of three ways of computing it.
+"""Multi-head attention whose entropy can be read, whether or not it forms the attention matrix.
 
 Shapes: B batch, T queries, S keys, N heads, H head_dim, D width.
 """
@@ -21,10 +21,6 @@ QKV = ("separate", "fused", "qk_v")
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 QK_NORMS = ("none", "layer", "rms")
 WEIGHTS = ("softmax", "sigmoid")
-HALF_PRECISION = {
-    jnp.dtype(jnp.bfloat16): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
-    jnp.dtype(jnp.float16): jax.lax.DotAlgorithmPreset.F16_F16_F32,
-}
 DEFAULT_KERNEL_INIT = nn.initializers.lecun_normal()
 
 
@@ -37,6 +33,12 @@ def _sequence_norms(x: jax.Array, real: jax.Array | None, *, ones: bool = False)
         x = jnp.where(real[..., None], x, 0)
         column = real.astype(x.dtype) if ones else None
     return spectral.sequence_norm(x, column)
+
+
+def _causal(query, key) -> jax.Array:
+    """Bool (T, S): query i sees keys up to i + S − T."""
+    t, s = query.shape[1], key.shape[1]
+    return jnp.tril(jnp.ones((t, s), bool), s - t)
 
 
 def slot_scaled(init: Callable, factors: tuple[float, ...]) -> Callable:
@@ -127,7 +129,7 @@ class MultiHeadAttention(nn.Module):
             `key_padding` in self-attention.
           segments: int (B, T), self-attention only: a token sees its own segment; 0 stands for padding.
           positions: int (B, T) for rotary positions; 0, 1, … if None.
-          is_causal: a query sees no later key.
+          is_causal: a query sees no later key: query i, keys up to i + S − T.
           cache_length: decoding, if not 0; apply with `mutable=["cache"]`. x holds the next T tokens, which see the
             earlier ones through the collection `cache` (made by the first call, for so many tokens) and each other
             causally. With a context, its keys and values are kept from the first call. Masks and segments are not for
@@ -173,6 +175,10 @@ class MultiHeadAttention(nn.Module):
         if key_padding is not None:
             real = key_padding[:, None, None, :]
             mask = real if mask is None else mask & real
+        if is_causal and query.shape[1] != key.shape[1]:
+            # Kernels count from the first query and key, this layer from the last.
+            causal = _causal(query, key)
+            mask, is_causal = causal if mask is None else mask & causal, False
         if self._fused(query, mask, deterministic):
             attended = cudnn_attention(query, key, value, mask=mask, is_causal=is_causal)
             found = self._statistics(*jax.lax.stop_gradient((query, key)), visibility) if recording else None
@@ -273,13 +279,12 @@ class MultiHeadAttention(nn.Module):
 
     def _logits(self, query, key, mask, is_causal):
         """The logits (B, N, T, S) in float32, soft-capped, and a mask that is causal too."""
-        # Half precision is half precision backwards too: the cotangent of the logits is float32.
-        precision = HALF_PRECISION.get(jnp.dtype(query.dtype))
+        # The cotangent of the logits is float32; this rounds it, so that products are of bfloat16 backwards too.
+        precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if query.dtype == jnp.bfloat16 else None
         logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32)
         logits = entropy.soft_capped(logits * query.shape[-1] ** -0.5, self.logit_cap)
         if is_causal:
-            t, s = logits.shape[-2:]
-            causal = jnp.tril(jnp.ones((t, s), bool), s - t)
+            causal = _causal(query, key)
             mask = causal if mask is None else mask & causal
         return logits, mask
 

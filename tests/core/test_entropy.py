@@ -57,6 +57,24 @@ def test_blocks_of_keys_equal_the_full_matrix(t, s, block, kind, size):
         np.testing.assert_array_equal(np.broadcast_to(result.visible, expected.shape), visible.sum(-1))
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_a_mask_may_be_one_for_all_keys(sigmoid):
+    query, key = inputs(4, 7)
+    rows = jnp.asarray([True, True, False, True])[:, None]
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * 8**-0.5
+    found = [
+        entropy.attention_statistics(query, key, mask=rows, sigmoid=sigmoid, block_size=3),
+        entropy.statistics_of_logits(logits, rows[None, None], sigmoid=sigmoid),
+    ]
+    whole = jnp.broadcast_to(rows, (1, 1, 4, 7))
+    expected = entropy.statistics_of_logits(logits, whole, sigmoid=sigmoid)
+    for each in found:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), each, expected)
+    np.testing.assert_array_equal(
+        entropy.sigmoid_weights(logits, rows[None, None]), entropy.sigmoid_weights(logits, whole)
+    )
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_half_precision_is_exact_in_what_it_holds(dtype, size):

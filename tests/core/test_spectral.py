@@ -210,7 +210,7 @@ def test_product_norm_with_one_more_row_equals_the_svd_of_the_product():
     first, second = rng.normal(size=(2, 3, 20, 4)).astype(np.float32)
     rows = rng.normal(size=(2, 3, 1, 4)).astype(np.float32)
     # Of any size beside the matrix: none, ordinary, far larger, alone.
-    rows[:, 0], rows[:, 2] = 0.0, 100 * rows[:, 2]
+    rows[:, 0], rows[:, 2] = 0.0, 1e6 * rows[:, 2]
     # Two rows alone have an inner product that rounding is large beside.
     for factor, tolerance in ((1.0, 1e-5), (0.0, 1e-4)):
         matrices = [(factor * first, factor * second), (np.concatenate([factor * first, rows[0]], axis=1),)]

@@ -62,7 +62,6 @@ def test_even_lengths_are_left_alone():
     assert found[3:] == (None, {})
 
 
-def test_cudnn_serves_half_precision_on_a_gpu_alone():
-    query = inputs(7, 7)[0]
-    assert not cudnn_serves(query)
-    assert cudnn_serves(query.astype(jnp.bfloat16)) == (jax.default_backend() == "gpu")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it depends on the GPU")
+def test_cudnn_serves_no_other_device():
+    assert not cudnn_serves(inputs(7, 7)[0].astype(jnp.bfloat16))

@@ -231,12 +231,18 @@ def test_a_stack_sows_seq_vcr_of_its_last_block(scan):
     assert "losses" not in TransformerStack(CONFIG).init(jax.random.key(3), X)
 
 
-def test_the_entropy_of_sigmoid_weights_is_that_of_the_matrix_over_blocks():
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_entropy_of_sigmoid_weights_is_that_of_the_matrix_over_blocks(masked):
     rng = np.random.default_rng(0)
     query, key = (jnp.asarray(rng.normal(size=(2, n, 3, 4)).astype(np.float32)) for n in (5, 11))
-    found = entropy.attention_statistics(query, key, sigmoid=True, block_size=4)
+    mask = jnp.asarray(rng.random((2, 1, 5, 11)) < 0.6) if masked else None
     logits = jnp.einsum("btnh,bsnh->bnts", query, key) / 2
-    weights = entropy.sigmoid_weights(logits, jnp.ones((1, 1, 5, 11), bool))
+    visible = jnp.ones((1, 1, 5, 11), bool) if mask is None else mask
+    weights = entropy.sigmoid_weights(logits, visible)
     share = weights / weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(found.entropy, entropy.entropy_of_weights(share), rtol=1e-4)
-    np.testing.assert_allclose(found.max_logit, logits.max(-1), rtol=1e-5)
+    for found in (
+        entropy.attention_statistics(query, key, mask=mask, sigmoid=True, block_size=4),
+        entropy.statistics_of_logits(logits, mask, sigmoid=True),
+    ):
+        np.testing.assert_allclose(found.entropy, entropy.entropy_of_weights(share), rtol=1e-4)
+        np.testing.assert_allclose(found.max_logit, jnp.where(visible, logits, -jnp.inf).max(-1), rtol=1e-5)

@@ -116,11 +116,12 @@ def by_jax(layer, variables, x, context=None, key_padding=None, mask=None, is_ca
     return jnp.einsum("btnh,nhd->btd", attended, folded["out"]["kernel"]) + folded["out"]["bias"]
 
 
+@pytest.mark.parametrize("qkv", ["separate", "fused"])
 @pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"key_padding": PADDING}, {"mask": "random"}])
-def test_attention_equals_that_of_jax(arguments):
+def test_attention_equals_that_of_jax(arguments, qkv):
     if "mask" in arguments:
         arguments = {"mask": jax.random.bernoulli(KEY, 0.7, (2, 1, 6, 6)) | jnp.eye(6, dtype=bool)}
-    layer = MultiHeadAttention(4)
+    layer = MultiHeadAttention(4, qkv=qkv)
     variables = layer.init(KEY, X)
     close(
         jax.value_and_grad(lambda x: jnp.sum(layer.apply(variables, x, **arguments) ** 2))(X),
@@ -135,8 +136,14 @@ def test_attention_in_half_precision_has_the_gradients_of_jax():
         jax.grad(lambda x, f=f: jnp.sum(f(x).astype(jnp.float32) ** 2))(X)
         for f in (lambda x: layer.apply(variables, x), lambda x: by_jax(layer, variables, x))
     )
-    # Projections are rounded in the layer and not in the reference: an eighth of what rounding the kernels changes.
+    # Projections are products of bfloat16 in the layer, of float32 in the reference.
     assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+    program = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(layer.apply(variables, x).astype(jnp.float32))))(X)
+    products = [each for each in program.eqns if each.primitive.name == "dot_general"]
+    assert len(products) > 10
+    for each in products:
+        rounded = each.params["precision"] == jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+        assert rounded or {x.aval.dtype for x in each.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("qkv", ["separate", "fused"])
@@ -284,6 +291,9 @@ class Unrecorded(MultiHeadAttention):
     def _record(self, *inputs):
         pass
 
+    def _statistics_of(self, *inputs):
+        pass
+
 
 def test_nothing_is_computed_for_statistics_that_nobody_asks_for():
     variables = MultiHeadAttention(4).init(KEY, X)
@@ -313,6 +323,45 @@ def test_entropy_is_taken_before_dropout():
     quiet = layer.apply(variables, X, mutable=["attention"])
     assert not np.allclose(noisy[0], quiet[0])
     close(noisy[1], quiet[1])
+
+
+def test_auto_takes_the_fused_kernel_where_it_serves(monkeypatch):
+    calls = []
+
+    def kernel(query, key, value, *, mask, is_causal):
+        calls.append((mask, is_causal))
+        return value
+
+    monkeypatch.setattr("sigmarep.nn.attention.cudnn_attention", kernel)
+    monkeypatch.setattr("sigmarep.nn.attention.cudnn_serves", lambda query: True)
+    layer = MultiHeadAttention(4)
+    variables = layer.init(KEY, X)
+    calls.clear()
+    for fields, arguments in (
+        ({"logit_cap": 3.0}, {}),
+        ({"weights": "sigmoid"}, {}),
+        ({"dropout": 0.1}, {"deterministic": False, "rngs": {"dropout": KEY}}),
+        ({"implementation": "xla"}, {}),
+        ({}, {"key_padding": PADDING}),
+        ({}, {"mask": jnp.eye(6, dtype=bool)}),
+        ({}, {"segments": jnp.ones((2, 6), int)}),
+        ({}, {"context": CONTEXT, "is_causal": True}),
+    ):
+        layer.clone(**fields).apply(variables, X, **arguments)
+    assert not calls
+    layer.apply(variables, X)
+    layer.clone(dropout=0.1).apply(variables, X, is_causal=True)
+    assert calls == [(None, False), (None, True)]
+
+
+def test_causal_cross_attention_counts_from_the_last_key():
+    layer = MultiHeadAttention(4)
+    variables = layer.init(KEY, X, CONTEXT)
+    t, s = X.shape[1], CONTEXT.shape[1]
+    assert t != s
+    visible = np.tri(t, s, s - t, dtype=bool)
+    found = layer.apply(variables, X, CONTEXT, is_causal=True, mutable=["attention"])
+    close(found, layer.apply(variables, X, CONTEXT, mask=jnp.asarray(visible), mutable=["attention"]))
 
 
 def test_the_fused_kernel_refuses_what_it_cannot_do():
