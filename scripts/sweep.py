@@ -10,7 +10,8 @@ made again; those that failed or were stopped are. Programs that differ in nothi
 (JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints exactly what would be
 written and run, `--table` what became of the runs so far. See docs/launch.md.
 
-Exit status: 0 if every run is done or diverged, or was handed to the cluster; 1 if one failed; 143 if stopped.
+Exit status: 0 if every run is done or diverged, or was handed to the cluster; 1 if one failed; 143 if stopped, by
+Ctrl-C too: the runs save their states first.
 """
 
 import collections
@@ -65,8 +66,11 @@ def main() -> None:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
-    # SIGTERM stops the sweep as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Whichever of these arrives, the runs are sent SIGTERM; under nohup a lost terminal is ignored, as asked for.
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            signal.signal(stop, lambda *_: sys.exit(143))
+    command.ctrl_c_is_sigterm()
     environment = {"JAX_COMPILATION_CACHE_DIR": os.path.join(os.path.abspath(workdir), ".compiled"), **os.environ}
     record = sweeps.execute(
         runs,

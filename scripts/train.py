@@ -4,7 +4,7 @@
 
 The same command goes on where it was stopped. On several hosts it is started on each, with the same workdir on storage
 that all of them see; see docs/launch.md and --help (--distributed). Exit status: 0 done, 1 failed, 2 bad input,
-3 diverged, 143 stopped by SIGTERM after saving.
+3 diverged, 143 stopped by SIGTERM or Ctrl-C after saving, 130 by a second Ctrl-C.
 """
 
 import os
@@ -21,6 +21,7 @@ processes.define_flags()
 
 def main() -> None:
     config, workdir = command.resolved_config(CONFIG), command.required("workdir", WORKDIR.value)
+    command.ctrl_c_is_sigterm()
     # Importing the trainer starts JAX; a wrong flag should not wait for that.
     from sigmarep.training.loop import train_and_evaluate
 

@@ -81,6 +81,16 @@ def run(main: Callable[..., Any], *, positional: bool = False) -> None:
     )
 
 
+def ctrl_c_is_sigterm() -> None:
+    """Makes the first Ctrl-C save and stop as SIGTERM does; a second one ends the process at once."""
+
+    def first(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, first)
+
+
 def fail(error: SigmarepError) -> None:
     """Prints the error's line and ends the process with its status."""
     print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
@@ -93,6 +103,9 @@ def _finish(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
     except SigmarepError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # Whoever read the output, `head` for one, has seen enough. What is left of it goes nowhere, or the interpreter
         # would fail on it at its end; the status is that of a program that the closed pipe kills.

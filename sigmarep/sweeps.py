@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +31,8 @@ STATES = {
     Diverged.exit_status: "diverged",
     BadInput.exit_status: "bad input",
     Stopped.exit_status: "stopped",
+    # Before its first step and after its last one a run has nothing to save, and SIGTERM simply ends it.
+    -signal.SIGTERM: "stopped",
 }
 FINAL = ("done", "diverged")
 RECORD = "sweep.json"
@@ -142,7 +145,10 @@ def execute(
         os.makedirs(folder, exist_ok=True)
         start = time.monotonic()
         with open(os.path.join(folder, "log.txt"), "a") as log:
-            process = subprocess.Popen(run.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            # In a group of their own: a terminal's Ctrl-C would reach the runs as well as this process.
+            process = subprocess.Popen(
+                run.command, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
+            )
             processes.add(process)
             status = process.wait()
             processes.discard(process)

@@ -41,7 +41,7 @@ def write(tmp_path, points, steps=3):
     return path
 
 
-def start(path, workdir, *more):
+def start(path, workdir, *more, **options):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), "--config", str(path), "--workdir", str(workdir), *more],
@@ -49,6 +49,7 @@ def start(path, workdir, *more):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        **options,
     )
 
 
@@ -110,16 +111,18 @@ def test_runs_that_diverge_and_fail_are_told_apart_and_finished_ones_are_not_rep
     assert (tmp_path / "runs/learning_rate=0.01/metrics.jsonl").stat().st_mtime == metrics.st_mtime
 
 
-def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path, by):
     path = write(tmp_path, 'values("learning_rate", 0.01)', steps=400)
-    process = start(path, tmp_path / "runs")
+    process = start(path, tmp_path / "runs", process_group=0)
     metrics = tmp_path / "runs/learning_rate=0.01/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    status, _, _ = finish(process)
-    assert status == 143
+    # To the whole group, as a terminal sends its Ctrl-C.
+    os.killpg(process.pid, by)
+    status, _, err = finish(process)
+    assert (status, err) == (143, "")
     record = json.loads((tmp_path / "runs/sweep.json").read_text())
     assert record["learning_rate=0.01"]["state"] == "stopped"
     status, out, err = finish(start(path, tmp_path / "runs", "--jobs", "1"))

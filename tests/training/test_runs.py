@@ -127,12 +127,12 @@ def test_a_killed_run_ends_with_the_same_numbers(folder, uninterrupted, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 27])
-def test_sigterm_saves_exits_soon_and_loses_nothing(folder, uninterrupted, step):
+@pytest.mark.parametrize(("step", "by"), [(1, signal.SIGTERM), (27, signal.SIGINT)])
+def test_sigterm_or_ctrl_c_saves_exits_soon_and_loses_nothing(folder, uninterrupted, step, by):
     workdir = folder / f"terminated-{step}"
     process = start(folder, workdir, *TINY)
     wait_for_step(process, workdir, step)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(by)
     sent = time.monotonic()
     status, _, err = finish(process)
     assert status == 143
