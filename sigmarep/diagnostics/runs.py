@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
 from sigmarep.sweeps import RECORD, read_record
-from sigmarep.training.metrics import FILE, read_metrics
+from sigmarep.training.metrics import FILE, metric_names, read_metrics
 
 CONFIG = "config.json"
 
@@ -65,7 +64,7 @@ class Run:
     @functools.cached_property
     def names(self) -> list[str]:
         """The metrics that were logged, in order of their first appearance."""
-        return [name for name in dict.fromkeys(itertools.chain.from_iterable(self.rows)) if name != "step"]
+        return metric_names(self.rows)
 
     @property
     def last_step(self) -> int:

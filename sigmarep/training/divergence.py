@@ -1,11 +1,12 @@
 """When a run counts as diverged, and what its metrics say about how it came to that."""
 
-import itertools
 import json
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
+
+from sigmarep.training.metrics import metric_names
 
 PREFIX = "attention/entropy/"
 # A layer counts as collapsed below this many nats; the paper's own figures show collapsed layers at 0.02 to 0.1.
@@ -37,7 +38,7 @@ def diagnose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
       `COLLAPSED` (None if it never did); `fell`: the collapsed layers, first first; `summary`: one sentence.
     """
     layers: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(itertools.chain.from_iterable(rows)):
+    for name in metric_names(rows):
         if not name.startswith(PREFIX):
             continue
         found = [(row[name], row["step"]) for row in rows if math.isfinite(row.get(name, math.nan))]

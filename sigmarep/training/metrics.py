@@ -4,13 +4,22 @@ One JSON object a line: `step`, then slash-separated names. Numbers that JSON ha
 "inf" and "-inf"; `read_metrics` turns them back.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sigmarep.errors import BadInput
+
+_loads: Callable[[bytes], Any] = json.loads
+# The same numbers in a fifth of the time: a report reads hundreds of megabytes. It comes with the extra "report".
+with contextlib.suppress(ImportError):
+    import orjson
+
+    _loads = orjson.loads
 
 FILE = "metrics.jsonl"
 
@@ -18,13 +27,20 @@ FILE = "metrics.jsonl"
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """The rows of a metrics file in order; an unfinished last line is left out, a missing file is empty."""
     try:
-        with open(path) as file:
-            lines = file.read().split("\n")
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
     # A finished line ends in a newline: what follows the last one is unfinished or empty.
     # Most lines have no number that is spelt out: those are taken as they are.
-    return [_decoded(json.loads(line)) if '": "' in line else json.loads(line) for line in lines[:-1] if line]
+    return [_decoded(_loads(line)) if b'": "' in line else _loads(line) for line in lines[:-1] if line]
+
+
+def metric_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics of some rows, in order of their first appearance; not "step"."""
+    # Thousands of rows have a few sets of names: those are told apart first.
+    distinct = dict.fromkeys(map(tuple, rows))
+    return [name for name in dict.fromkeys(itertools.chain.from_iterable(distinct)) if name != "step"]
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
+import orjson
 import pytest
 
 from sigmarep.errors import BadInput
-from sigmarep.training import divergence
+from sigmarep.training import divergence, metrics
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.progress import Clock, Progress
@@ -53,6 +54,26 @@ def test_numbers_keep_every_bit_and_any_parser_can_read_them(tmp_path):
     assert np.float32(row["b"]) == np.float32(1 / 3)
     assert math.isnan(row["c"])
     assert row["d"] == -math.inf
+
+
+def test_both_parsers_read_the_same_numbers(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).standard_normal(1950) * 10.0 ** np.arange(-37, 38).repeat(26)
+    writer = MetricWriter(str(tmp_path))
+    for step, each in enumerate(values.astype(np.float32)):
+        writer.write(step, {"σ": each, "lost": math.inf})
+    writer.close()
+    path = str(tmp_path / "metrics.jsonl")
+    assert metrics._loads is orjson.loads
+    fast = read_metrics(path)
+    monkeypatch.setattr(metrics, "_loads", json.loads)
+    assert read_metrics(path) == fast
+    assert [row["σ"] for row in fast] == [float(each) for each in values.astype(np.float32)]
+
+
+def test_names_are_in_the_order_of_their_first_row():
+    rows = [{"step": 1, "b": 0.0}, {"step": 2, "b": 0.0}, {"step": 2, "a": 0.0, "b": 1.0}, {"step": 3, "c": 0.0}]
+    assert metrics.metric_names(rows) == ["b", "a", "c"]
+    assert metrics.metric_names([]) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
