@@ -14,7 +14,7 @@ from typing import Any
 
 from sigmarep.errors import BadInput
 
-_loads: Callable[[bytes], Any] = json.loads
+_loads: Callable[[bytes | str], Any] = json.loads
 # The same numbers in a fifth of the time: a report reads hundreds of megabytes. It comes with the extra "report".
 with contextlib.suppress(ImportError):
     import orjson
@@ -129,7 +129,7 @@ def _drop_after(path: str, step: int) -> None:
             lines = file.read().split("\n")
     except FileNotFoundError:
         return
-    rows = [line for line in lines[:-1] if line and json.loads(line)["step"] <= step]
+    rows = [line for line in lines[:-1] if line and _loads(line)["step"] <= step]
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "w") as file:
         file.writelines(line + "\n" for line in rows)
