@@ -8,6 +8,8 @@ of sweeps to the learning rate, a table of all runs, the differences of their co
 Runs may still be going on. Needs matplotlib: pip install "sigmarep[report]".
 """
 
+import os
+
 from absl import flags
 
 from sigmarep import command
@@ -20,7 +22,7 @@ def main(folders: list[str]) -> None:
     output = command.required("output", OUTPUT.value)
     from sigmarep.diagnostics import report
 
-    files = report.write(folders, output, most=PLOTS.value)
+    files = report.write(folders, output, most=PLOTS.value, jobs=os.cpu_count() or 1)
     print(f"report: {files[0]}, {len(files) - 1} pictures beside it")
 
 

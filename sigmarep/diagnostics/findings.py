@@ -165,8 +165,6 @@ def _sharpness(run: Run, name: str, limit: str) -> str | None:
 
 def overview(runs: Sequence[Run], found: Sequence[Facts]) -> list[str]:
     """What a reader should know of several runs together."""
-    if len(runs) == 1:
-        return sentences(runs[0], found[0])
     states = collections.Counter(run.state for run in runs)
     said = [f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}."]
     diverged = [(each.diverged, run.name) for run, each in zip(runs, found, strict=True) if each.diverged is not None]

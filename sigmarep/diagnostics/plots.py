@@ -21,6 +21,9 @@ LEGEND_COLUMNS = 3
 DPI = 130
 # More points than pixels cost time and show nothing.
 MOST_POINTS = 600
+LOSS, LOWEST = "train/loss", "attention/entropy_min"
+# What `together` draws of all runs.
+ALL = (LOSS, LOWEST)
 BLOCK = re.compile(r"block_(\d+)")
 
 
@@ -32,13 +35,22 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(heights: Sequence[float], *, share: bool = True) -> tuple[Any, list[Any]]:
+def load() -> Any:
+    """Loads what draws; it takes a second.
+
+    Raises:
+      BadInput: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise BadInput('a report needs matplotlib; pip install "sigmarep[report]"') from None
-    figure = Figure(figsize=(WIDTH, sum(heights)))
-    axes = figure.subplots(len(heights), 1, sharex=share, squeeze=False, height_ratios=heights)[:, 0]
+    return Figure
+
+
+def _figure(heights: Sequence[float]) -> tuple[Any, list[Any]]:
+    figure = load()(figsize=(WIDTH, sum(heights)))
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25, linewidth=0.6)
@@ -133,7 +145,7 @@ def entropy(run: Run, found: Facts) -> Any | None:
     if not groups:
         return None
     figure, axes = _figure([1.5, *[1.5, 1.5] * len(groups)])
-    losses = run.series("train/loss")
+    losses = run.series(LOSS)
     _line(axes[0], *losses, color="#333333", linewidth=1.2)
     _log_scale(axes[0], losses.values)
     axes[0].set_ylabel("training loss")
@@ -235,11 +247,11 @@ def sharpness(run: Run, found: Facts) -> Any | None:
 
 def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
     """Loss and lowest layer's entropy of all runs, coloured by arm; None if nothing was logged."""
-    shown = [run for run in runs if run.series("train/loss").values]
+    shown = [run for run in runs if run.series(LOSS).values]
     if not shown:
         return None
     arms = list(dict.fromkeys(arm(run) for run in shown))
-    with_entropy = any("attention/entropy_min" in run.names for run in shown)
+    with_entropy = any(LOWEST in run.names for run in shown)
     figure, axes = _figure([2.2, 2.0] if with_entropy else [2.4])
     named = len(arms) <= len(PALETTE) * len(DASHES) and len(arms) <= 12
     seen: set[str] = set()
@@ -250,11 +262,11 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
         if named:
             dash = DASHES[place // len(PALETTE) % len(DASHES)]
             options |= {"color": PALETTE[place % len(PALETTE)], "linestyle": dash}
-        losses = run.series("train/loss")
+        losses = run.series(LOSS)
         everything += losses.values
         _line(axes[0], *losses, **options)
         if with_entropy:
-            _line(axes[1], *run.series("attention/entropy_min"), **options)
+            _line(axes[1], *run.series(LOWEST), **options)
         if named and arm(run) not in seen:
             seen.add(arm(run))
             axes[0].plot([], [], label=_shortened(arm(run)), **(options | {"alpha": 1.0}))

@@ -15,9 +15,8 @@ from sigmarep.training.metrics import FILE, metric_names, read_metrics
 
 CONFIG = "config.json"
 
-
 # Folders of runs: of each the sweep that it is part of, if any, and what that recorded of it.
-Places = dict[str, tuple[str | None, dict[str, Any]]]
+Folders = dict[str, tuple[str | None, dict[str, Any]]]
 
 
 class Series(NamedTuple):
@@ -61,6 +60,11 @@ class Run:
         found = [(row["step"], row[name]) for row in self.rows if name in row]
         return Series([step for step, _ in found], [value for _, value in found])
 
+    def only(self, names: Sequence[str]) -> "Run":
+        """The same run with these metrics alone."""
+        rows = [{name: row[name] for name in ("step", *names) if name in row} for row in self.rows]
+        return dataclasses.replace(self, rows=rows)
+
     @functools.cached_property
     def names(self) -> list[str]:
         """The metrics that were logged, in order of their first appearance."""
@@ -72,25 +76,34 @@ class Run:
         return self.rows[-1]["step"] if self.rows else 0
 
 
-class Found(NamedTuple):
-    """`runs`, in the order of the folders; `notes`, what a reader must know of folders that gave none."""
+class Place(NamedTuple):
+    """Where a run lies: its `folder`, the short `name` of that, its `sweep`'s folder, and what the sweep `recorded`."""
 
-    runs: list[Run]
+    folder: str
+    name: str
+    sweep: str | None
+    recorded: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """`places` of runs, in the order of the folders; `notes`, what a reader must know of folders that gave none."""
+
+    places: list[Place]
     notes: list[str]
 
 
 def find(folders: Sequence[str]) -> Found:
-    """The runs of every folder, which is a run itself, a sweep's, or holds runs.
+    """Where the runs of every folder lie, which is a run itself, a sweep's, or holds runs. Reads none of them.
 
     Raises:
       BadInput: a folder does not exist, or there is no run in any of them.
     """
-    places: Places = {}
+    places: Folders = {}
     notes = []
     for folder in folders:
         if not os.path.isdir(folder):
             raise BadInput(f"{folder}: there is no such folder")
-        found = _places(folder)
+        found = _folders(folder)
         if not found:
             notes.append(f"{folder} holds no run.")
         # A run that is named twice keeps what its sweep knows of it.
@@ -101,17 +114,17 @@ def find(folders: Sequence[str]) -> Found:
             "scripts/train.py --workdir makes it"
         )
     names = _short(list(places))
-    return Found([_read(place, names[place], *of) for place, of in places.items()], notes)
+    return Found([Place(folder, names[folder], *of) for folder, of in places.items()], notes)
 
 
-def _places(folder: str) -> Places:
+def _folders(folder: str) -> Folders:
     """Folders of runs in `folder`: of each the sweep that it belongs to, if any, and what that recorded of it."""
     folder = os.path.normpath(folder)
     if _is_run(folder):
         return {folder: (None, {})}
     record = read_record(folder)
     if record or os.path.exists(os.path.join(folder, RECORD)):
-        inside: Places = {os.path.join(folder, name): (folder, of) for name, of in record.items()}
+        inside: Folders = {os.path.join(folder, name): (folder, of) for name, of in record.items()}
         # The record has a run when it has ended.
         return inside | {each: (folder, {}) for each in _inside(folder) if each not in inside}
     return {each: (None, {}) for each in _inside(folder)}
@@ -135,7 +148,17 @@ def _short(folders: list[str]) -> dict[str, str]:
     return {folder: os.path.relpath(os.path.abspath(folder), common) for folder in folders}
 
 
-def _read(folder: str, name: str, sweep: str | None, record: dict[str, Any]) -> Run:
+def size(place: Place) -> int:
+    """Bytes of metrics that `read` would read."""
+    try:
+        return os.path.getsize(os.path.join(place.folder, FILE))
+    except OSError:
+        return 0
+
+
+def read(place: Place) -> Run:
+    """The run of a place, as far as it has come."""
+    folder, name, sweep, record = place
     path = os.path.join(folder, FILE)
     unreadable = None
     try:

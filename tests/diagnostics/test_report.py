@@ -49,8 +49,12 @@ def collapsing(rise=400):
     ]
 
 
+def read_all(*folders):
+    return [runs.read(place) for place in runs.find([str(each) for each in folders]).places]
+
+
 def read(folder):
-    (run,) = runs.find([str(folder)]).runs
+    (run,) = read_all(folder)
     return run, findings.facts(run)
 
 
@@ -209,8 +213,7 @@ def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
     record["arm=sigma,learning_rate=0.01,seed=1"]["state"] = "failed"
     (folder / "sweep.json").write_text(json.dumps(record))
     (folder / "arm=sigma,learning_rate=0.01,seed=1/log.txt").write_text("first\nout of memory\n")
-    found = runs.find([str(folder)])
-    states = {run.name: run.state for run in found.runs}
+    states = {run.name: run.state for run in read_all(folder)}
     assert len(states) == 12
     assert states["arm=sigma,learning_rate=0.01,seed=1"] == "failed"
     assert states["arm=sigma,learning_rate=0.1,seed=1"] == "done"
@@ -221,7 +224,7 @@ def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
 def test_only_fields_that_differ_are_shown(tmp_path):
     run_folder(tmp_path / "runs/a", [row(1, 1.0)], config={"model": {"norm": "pre", "depth": 2}})
     run_folder(tmp_path / "runs/b", [row(1, 1.0)], config={"model": {"norm": "post", "depth": 2}, "new": 0.5})
-    found = runs.find([str(tmp_path / "runs")]).runs
+    found = read_all(tmp_path / "runs")
     assert findings.differences(found) == {"model.norm": ["pre", "post"], "new": [None, 0.5]}
 
 
@@ -241,7 +244,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(tmp_path):
 def test_names_tell_runs_of_one_name_apart(tmp_path):
     for folder in ("x/run", "y/run"):
         run_folder(tmp_path / folder, [row(1, 1.0)])
-    found = runs.find([str(tmp_path / "x"), str(tmp_path / "y")]).runs
+    found = read_all(tmp_path / "x", tmp_path / "y")
     assert [run.name for run in found] == ["x/run", "y/run"]
 
 
