@@ -24,6 +24,8 @@ MOST_POINTS = 600
 LOSS, LOWEST = "train/loss", "attention/entropy_min"
 # What `together` draws of all runs.
 ALL = (LOSS, LOWEST)
+# Ticks are multiples of these.
+ROUND = (1, 2, 2.5, 5, 10)
 BLOCK = re.compile(r"block_(\d+)")
 
 
@@ -49,12 +51,18 @@ def load() -> Any:
 
 
 def _figure(heights: Sequence[float]) -> tuple[Any, list[Any]]:
-    figure = load()(figsize=(WIDTH, sum(heights)))
+    new = load()
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new(figsize=(WIDTH, sum(heights)))
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25, linewidth=0.6)
         each.tick_params(labelsize=8)
+        # Ticks are most of what a picture costs. Steps and logarithmic rates are the only horizontal axes.
+        each.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
+        each.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
         each.margins(x=0.02)
         each.xaxis.label.set_size(9)
         each.yaxis.label.set_size(9)
@@ -91,10 +99,16 @@ def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options:
 
 
 def _log_scale(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis if the values are positive and spread over more than a decade."""
+    """A logarithmic axis if no value is negative and they spread over more than a decade; a zero leaves it downwards."""
     found = [value for value in values if math.isfinite(value)]
-    if found and min(found) > 0 and max(found) > 10 * min(found):
+    above = [value for value in found if value > 0]
+    if above and min(found) >= 0 and max(above) > 10 * min(above):
+        from matplotlib.ticker import LogLocator
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        # Powers as mathematics take as long as the whole axis.
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
 
 
@@ -311,6 +325,7 @@ def rates(table: sensitivity.Table) -> Any:
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)
     axes[0].set(ylabel="training loss at the end", xscale="log")
+    axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].minorticks_off()
     axes[1].axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
     axes[1].set(ylabel="lowest entropy\nof the run, nats", xlabel="learning rate", ylim=(0, None))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sigmarep import tasks
-from sigmarep.diagnostics import findings, report, runs
+from sigmarep.diagnostics import findings, plots, report, runs
 from sigmarep.errors import BadInput
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
@@ -253,6 +253,37 @@ def test_two_hundred_runs_are_all_in_the_table_and_a_few_are_drawn(tmp_path):
     page, pictures = page_of(tmp_path, folder, most=2)
     assert page.count('<th scope="row">arm=arm_') == 200
     assert len(pictures) == 4
+
+
+def test_processes_of_their_own_write_the_same_report(tmp_path, monkeypatch):
+    folder = sweep(tmp_path)
+
+    def written(jobs):
+        files = report.write([str(folder)], str(tmp_path / str(jobs) / "page.html"), most=3, jobs=jobs)
+        page, *pictures = [Path(each).read_bytes() for each in files]
+        return re.sub(rb"Read on .{19}", b"", page), [Path(each).name for each in files], pictures
+
+    alone = written(1)
+    with report._processes(runs.find([str(folder)]).places, 2) as each:
+        assert each is map, "so little to read is read here"
+    monkeypatch.setattr(report, "WORTH_A_PROCESS", 1)
+    with report._processes(runs.find([str(folder)]).places, 2) as each:
+        assert each is not map
+    assert written(2) == alone
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(BadInput, match="a report needs matplotlib"):
+        page_of(tmp_path, run_folder(tmp_path / "a", [row(1, 1.0)]))
+
+
+def test_a_gradient_norm_of_zero_leaves_the_axis_logarithmic(tmp_path):
+    rows = [row(step, 1.0, **{"gradient/norm/head": 10.0**-step if step < 5 else 0.0}) for step in range(6)]
+    (axes,) = plots.updates(*read(run_folder(tmp_path / "a", rows))).axes
+    assert axes.get_yscale() == "log"
+    # Zero is far below what is seen, the least value above it is not.
+    assert 0 < axes.get_ylim()[0] < 1e-4
 
 
 def test_every_tasks_headline_is_known_to_the_report():
