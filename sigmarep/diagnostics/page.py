@@ -21,7 +21,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; color: #1b1b1b; background: #fff;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.5rem; margin: 24px 0 4px; }
+h1 { font-size: 1.5rem; margin: 24px 0 4px; overflow-wrap: anywhere; }
 h2 { overflow-wrap: anywhere; font-size: 1.2rem; margin: 40px 0 8px; padding-top: 12px; border-top: 1px solid #ccc; }
 h3 { font-size: 1rem; margin: 28px 0 4px; overflow-wrap: anywhere; }
 p, ul { margin: 6px 0; max-width: 80ch; }

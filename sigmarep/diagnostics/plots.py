@@ -61,8 +61,10 @@ def _figure(heights: Sequence[float]) -> tuple[Any, list[Any]]:
         each.grid(alpha=0.25, linewidth=0.6)
         each.tick_params(labelsize=8)
         # Ticks are most of what a picture costs. Steps and logarithmic rates are the only horizontal axes.
-        each.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
+        each.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=ROUND))
         each.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+        # No offset or power beside the axis, where a legend is.
+        each.yaxis.set_major_formatter("{x:g}")
         each.margins(x=0.02)
         each.xaxis.label.set_size(9)
         each.yaxis.label.set_size(9)
@@ -83,7 +85,7 @@ def _arrange(figure: Any) -> None:
     top = total
     for axes, height, room in zip(figure.axes, heights, above, strict=True):
         top -= room + height
-        axes.set_position((0.15, top / total, 0.83, height / total))
+        axes.set_position((0.17, top / total, 0.81, height / total))
 
 
 def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options: Any) -> None:
@@ -98,9 +100,13 @@ def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options:
     axes.plot([x for x, _ in points], [y for _, y in points], **(marker | options))
 
 
-def _log_scale(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis if no value is negative and they spread over more than a decade; a zero leaves it downwards."""
+def _scale(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis if no value is negative and they spread over more than a decade; a zero leaves it downwards.
+    Without any finite value the axis says so."""
     found = [value for value in values if math.isfinite(value)]
+    if not found:
+        axes.text(0.03, 0.5, "no finite value", transform=axes.transAxes, fontsize=8, color="#595959")
+        axes.set_yticks([])
     above = [value for value in found if value > 0]
     if above and min(found) >= 0 and max(above) > 10 * min(above):
         from matplotlib.ticker import LogLocator
@@ -161,7 +167,7 @@ def entropy(run: Run, found: Facts) -> Any | None:
     figure, axes = _figure([1.5, *[1.5, 1.5] * len(groups)])
     losses = run.series(LOSS)
     _line(axes[0], *losses, color="#333333", linewidth=1.2)
-    _log_scale(axes[0], losses.values)
+    _scale(axes[0], losses.values)
     axes[0].set_ylabel("training loss")
     for (group, layers), above, below in zip(groups.items(), axes[1::2], axes[2::2], strict=True):
         colours = _by_depth(layers)
@@ -233,7 +239,7 @@ def _by_kind(run: Run, found: Facts, panels: Mapping[str, str]) -> Any | None:
             everything += values
             _line(each, steps, values, linewidth=0.9, label=None if kind in named else kind, **options)
             named.add(kind)
-        _log_scale(each, everything)
+        _scale(each, everything)
         each.set_ylabel(title)
         _legend(each, len(each.get_legend_handles_labels()[1]))
     _events(axes, run, found)
@@ -251,7 +257,7 @@ def sharpness(run: Run, found: Facts) -> Any | None:
         values, limit = run.series(name), run.series(SHARPNESS[name])
         _line(each, *values, color=PALETTE[0], label="measured")
         _line(each, *limit, color=PALETTE[1], linestyle="--", label="threshold")
-        _log_scale(each, [*values.values, *limit.values])
+        _scale(each, [*values.values, *limit.values])
         each.set_ylabel("largest eigenvalue" + (",\npreconditioned Hessian" if "precond" in name else ",\nHessian"))
         _legend(each, 2)
     _events(axes, run, found)
@@ -284,7 +290,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
         if named and arm(run) not in seen:
             seen.add(arm(run))
             axes[0].plot([], [], label=_shortened(arm(run)), **(options | {"alpha": 1.0}))
-    _log_scale(axes[0], everything)
+    _scale(axes[0], everything)
     axes[0].set_ylabel("training loss")
     if with_entropy:
         axes[1].axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")

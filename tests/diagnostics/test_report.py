@@ -286,6 +286,15 @@ def test_a_gradient_norm_of_zero_leaves_the_axis_logarithmic(tmp_path):
     assert 0 < axes.get_ylim()[0] < 1e-4
 
 
+def test_pictures_of_a_single_step_without_numbers_say_so(tmp_path):
+    found = read(run_folder(tmp_path / "a", [row(1, "nan", 0.0)]))
+    loss, *_, below = plots.entropy(*found).axes
+    assert [text.get_text() for text in loss.texts] == ["no finite value"]
+    assert not below.texts
+    left, right = below.get_xlim()
+    assert [tick for tick in below.get_xticks() if left <= tick <= right] == [1]
+
+
 def test_every_tasks_headline_is_known_to_the_report():
     headlines = {
         vars(each).get("headline")
