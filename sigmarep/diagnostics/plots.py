@@ -112,7 +112,9 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
         from matplotlib.ticker import LogLocator
 
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        # Powers of ten alone are few on an axis of one or two decades.
+        subs = (1, 2, 5) if max(above) < 100 * min(above) else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
         # Powers as mathematics take as long as the whole axis.
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
