@@ -15,7 +15,7 @@ from sigmarep.diagnostics.page import Detail, Picture, Sweep, render
 from sigmarep.diagnostics.runs import Place, Run
 from sigmarep.errors import BadInput
 
-# A process of its own costs half a second, in which another one reads a hundred megabytes of metrics.
+# A process starts in 0.2 seconds and loads what draws in 0.6: in that time another one reads and judges 130 megabytes.
 WORTH_A_PROCESS = 64 * 2**20
 
 PICTURES: tuple[tuple[str, str, Callable[[Run, Facts], Any]], ...] = (
