@@ -25,9 +25,9 @@ REPEATS = flags.DEFINE_integer("repeats", 15, "How often each way is timed.", lo
 def main() -> None:
     import numpy as np
 
-    from sigmarep.data import audio
+    from sigmarep.data.audio import features
 
-    filterbank = audio.LogMel()
+    filterbank = features.LogMel()
     rng = np.random.default_rng(0)
     count = round(SECONDS.value * filterbank.sample_rate)
     # Four syllables a second.
@@ -35,9 +35,9 @@ def main() -> None:
     signals = [(0.1 * envelope * rng.standard_normal(count)).astype(np.float32) for _ in range(UTTERANCES.value)]
 
     def augmented(signal: np.ndarray) -> np.ndarray:
-        features = filterbank(signal)
-        return audio.spec_augment(
-            features, rng, freq_masks=2, freq_width=27, time_masks=2, time_width=100, time_fraction=1.0
+        spectrum = filterbank(signal)
+        return features.spec_augment(
+            spectrum, rng, freq_masks=2, freq_width=27, time_masks=2, time_width=100, time_fraction=1.0
         )
 
     ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {"log-mel": filterbank, "log-mel and SpecAugment": augmented}

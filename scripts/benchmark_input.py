@@ -65,14 +65,15 @@ class Photographs:
 
 def pictures() -> None:
     """From JPEG to batches for training, with and without RandAugment, mixup and CutMix."""
-    from sigmarep.data import images, pipeline
+    from sigmarep.data import pipeline
+    from sigmarep.data.images import transforms
 
     for name, strong in (("crop and flip", False), ("with RandAugment, mixup and CutMix", True)):
-        config = images.default_config()
-        images.imagenet_2012(config)
+        config = transforms.default_config()
+        transforms.imagenet_2012(config)
         if not strong:
             config.augment.randaugment_layers, config.augment.mixup, config.augment.cutmix = 0, 0.0, 0.0
-        transform, pair_transform = images.train_transforms(config)
+        transform, pair_transform = transforms.train_transforms(config)
         stream = pipeline.training_stream(
             Photographs(),
             batch_size=32,
@@ -87,29 +88,30 @@ def pictures() -> None:
 
 
 def main() -> None:
-    from sigmarep.data import parallel_text, pipeline, text
+    from sigmarep.data import pipeline
+    from sigmarep.data.text import documents, parallel
 
-    windows = text.default_config()
+    windows = documents.default_config()
     windows.data_dir, windows.sequence_length, windows.vocabulary.size = DATA_DIR.value, SEQUENCE_LENGTH.value, 4000
-    pairs = parallel_text.default_config()
+    pairs = parallel.default_config()
     pairs.data_dir, pairs.vocabulary.size, pairs.num_threads = DATA_DIR.value, 4000, THREADS.value
     print(f"{os.cpu_count()} CPU cores, {THREADS.value} threads, batches of {BATCH_TOKENS.value} tokens")
 
-    vocabulary = text.open_vocabulary(windows)
-    for packing in text.PACKINGS:
+    vocabulary = documents.open_vocabulary(windows)
+    for packing in documents.PACKINGS:
         windows.packing = packing
-        source = text.open_windows(windows, vocabulary, "train", train=True)
+        source = documents.open_windows(windows, vocabulary, "train", train=True)
         rows = max(BATCH_TOKENS.value // SEQUENCE_LENGTH.value, 1)
         stream = pipeline.training_stream(source, batch_size=rows, seed=0, num_threads=THREADS.value)
         tokens, positions = draw(stream, lambda batch: (int(batch["weights"].sum()), batch["weights"].size))
         print(
             f"language model, {packing}: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s "
-            f"({windows.name}, {source.num_tokens:,} tokens; tokenised at {tokenise(windows, text, vocabulary)})"
+            f"({windows.name}, {source.num_tokens:,} tokens; tokenised at {tokenise(windows, documents, vocabulary)})"
         )
 
-    vocabulary = parallel_text.open_vocabulary(pairs)
-    corpus = parallel_text.PairCorpus(pairs, vocabulary, "train")
-    batches = parallel_text.BucketedBatches(corpus, batch_tokens=BATCH_TOKENS.value, seed=0)
+    vocabulary = parallel.open_vocabulary(pairs)
+    corpus = parallel.PairCorpus(pairs, vocabulary, "train")
+    batches = parallel.BucketedBatches(corpus, batch_tokens=BATCH_TOKENS.value, seed=0)
     tokens, positions = draw(
         batches.stream(start=0, process_index=0, process_count=1),
         lambda batch: (
@@ -119,7 +121,7 @@ def main() -> None:
     )
     print(
         f"translation, source and target: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s "
-        f"({pairs.name}, {len(corpus):,} pairs; tokenised at {tokenise(pairs, parallel_text, vocabulary)})"
+        f"({pairs.name}, {len(corpus):,} pairs; tokenised at {tokenise(pairs, parallel, vocabulary)})"
     )
     pictures()
 

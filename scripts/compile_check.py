@@ -56,10 +56,10 @@ def main() -> None:
         table()
         return
     config = command.resolved_config(CONFIG)
-    from sigmarep.training import ahead
+    from sigmarep.compile import aot_compile
 
-    target = ahead.target(TOPOLOGY.value)
-    found = ahead.compile_step(config, target, panel=PANEL.value)
+    target = aot_compile.target(TOPOLOGY.value)
+    found = aot_compile.compile_step(config, target, panel=PANEL.value)
     memory, costs = found.memory, found.costs
     print(
         f"{len(target.devices)} x {target.kind} ({target.name}), mesh {_mesh(found.mesh)}, batch {_batch(found.batch)}"
@@ -85,7 +85,7 @@ def table() -> None:
     import jax
     import jaxlib
 
-    from sigmarep.training import ahead
+    from sigmarep.compile import aot_compile
 
     versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, libtpu {_version('libtpu')}"
     folder = os.path.join(os.path.dirname(__file__), "..", "configs")
@@ -96,11 +96,11 @@ def table() -> None:
             key = (f"`{recipe}`", topology)
             if ONLY.value not in recipe or (key in made and not ONLY.value):
                 continue
-            target = ahead.target(topology)
+            target = aot_compile.target(topology)
             config = command.load_config_file(os.path.join(folder, path)).get_config(arguments)
             try:
-                made[key] = _cells(ahead.compile_step(config, target), target)
-            except ahead.DoesNotFit as error:
+                made[key] = _cells(aot_compile.compile_step(config, target), target)
+            except aot_compile.DoesNotFit as error:
                 made[key] = (str(error),)
             print(" | ".join((*key, *made[key])), flush=True)
             _write(OUTPUT.value, made, versions)

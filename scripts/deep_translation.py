@@ -32,7 +32,7 @@ def context_free_loss(task) -> float:
     """The entropy of the distribution of training tokens, ends of sentences among them, in nats."""
     import numpy as np
 
-    from sigmarep.data.vocabulary import EOS
+    from sigmarep.data.text.vocabulary import EOS
 
     corpus = task.corpus
     tokens = np.concatenate([[*corpus.target_ids(i), EOS] for i in range(len(corpus))])

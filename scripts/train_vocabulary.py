@@ -11,8 +11,9 @@ import os
 from absl import flags
 
 from sigmarep import command
-from sigmarep.data import parallel_text, text, vocabulary
+from sigmarep.data.text import documents, parallel, vocabulary
 from sigmarep.errors import BadInput
+from sigmarep.files import write_atomically
 
 CONFIG = command.define_config_flag()
 OUTPUT = flags.DEFINE_string("output", None, "File to write.")
@@ -23,11 +24,11 @@ def main() -> None:
     data = config.data
     if "vocabulary" not in data:
         raise BadInput(f"--config: the data of task {config.task!r} has no vocabulary")
-    module = parallel_text if "source_feature" in data else text
+    module = parallel if "source_feature" in data else documents
     trained = vocabulary.train(data.vocabulary, module.texts(data, data.train_split))
     try:
         os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
-        vocabulary.write(output, trained.to_bytes())
+        write_atomically(output, trained.to_bytes())
     except OSError as error:
         raise BadInput(f"--output {output}: cannot be written ({error.strerror})") from error
     print(f"{data.vocabulary.kind} vocabulary of {trained.size} tokens: {output}")

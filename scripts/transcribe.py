@@ -20,7 +20,7 @@ def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
     if not AUDIO.value:
         raise BadInput("--audio is missing: name an audio file")
-    from sigmarep.data import audio
+    from sigmarep.data.audio import features
     from sigmarep.training.loop import restore
     from sigmarep.training.step import evaluation_variables
 
@@ -33,8 +33,8 @@ def main() -> None:
     utterances, problems = {}, []
     for path in AUDIO.value:
         try:
-            recording = audio.read(path)
-        except audio.AudioError as error:
+            recording = features.read(path)
+        except features.AudioError as error:
             problems.append(str(error))
             continue
         seconds = len(recording.samples) / recording.rate
@@ -43,7 +43,7 @@ def main() -> None:
                 f"{path}: lasts {seconds:.1f} s; the model was given at most {longest} s (config.data.buckets)"
             )
             continue
-        utterances[path] = audio.resampled(recording.samples, recording.rate, rate)
+        utterances[path] = features.resampled(recording.samples, recording.rate, rate)
     texts = task.transcribe(evaluation_variables(state), list(utterances.values())) if utterances else []
     for path, text in zip(utterances, texts, strict=True):
         print(f"{path}\t{text}")

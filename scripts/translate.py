@@ -20,7 +20,7 @@ def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
     if bool(TEXT.value) == bool(INPUT.value):
         raise BadInput("--text, --input: give the one or the other")
-    from sigmarep.data import text_folder
+    from sigmarep.data.datasets import text_folder
     from sigmarep.training.loop import restore
     from sigmarep.training.step import evaluation_variables
 

@@ -8,7 +8,6 @@ A file's `sweep()` returns points. A point maps a name to a value: `arm` is an a
 """
 
 import concurrent.futures
-import fcntl
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput, Diverged, Stopped
+from sigmarep.files import locked, write_atomically
 from sigmarep.training.metrics import read_metrics
 
 Point = dict[str, Any]
@@ -184,13 +184,8 @@ def _reason(folder: str, state: str) -> str:
 def _note(workdir: str, name: str, outcome: dict[str, Any]) -> None:
     """Adds what became of a run to the record."""
     path = os.path.join(workdir, RECORD)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        record = read_record(workdir) | {name: outcome}
-        temporary = f"{path}.{os.getpid()}"
-        with open(temporary, "w") as file:
-            json.dump(record, file, indent=2)
-        os.replace(temporary, path)
+    with locked(path):
+        write_atomically(path, json.dumps(read_record(workdir) | {name: outcome}, indent=2))
 
 
 def table(todo: Sequence[Run], workdir: str) -> list[tuple[str, str, str, str]]:

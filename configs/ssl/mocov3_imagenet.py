@@ -12,7 +12,7 @@ al., 2023) belongs to it.
 Not run by this project: it has only been built and checked, for want of the data.
 """
 
-from sigmarep.data.views import imagenet_2012
+from sigmarep.data.images.views import imagenet_2012
 from sigmarep.models.vit import variant
 from sigmarep.tasks.contrastive import set_arm
 from sigmarep.training.config import arguments, default_config

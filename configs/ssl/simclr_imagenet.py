@@ -15,7 +15,7 @@ normalisation. SimCLR's temperature of 0.1 is this project's choice.
 Not run by this project: it has only been built and checked, for want of the data.
 """
 
-from sigmarep.data.views import imagenet_2012
+from sigmarep.data.images.views import imagenet_2012
 from sigmarep.models.vit import variant
 from sigmarep.tasks.contrastive import set_arm
 from sigmarep.training.config import arguments, default_config

@@ -3,14 +3,14 @@
     python scripts/train.py --config configs/stability/speech.py:arm=sigma,learning_rate=0.03 --workdir runs/one
     python scripts/sweep.py --config configs/stability/speech.py --workdir runs/stability_speech  # 4 arms, 3 seeds
 
-Arguments: arm (one of sigmarep.training.remedies.ARMS), learning_rate (0.01), steps (200).
+Arguments: arm (one of sigmarep.remedies.ARMS), learning_rate (0.01), steps (200).
 Everything else is the same in all arms. The learning rate is that of the blocks' matrices, which Muon trains; Adam trains
 all else at 0.01. sweep() has the arms of SWEPT at six learning rates over two and a half decades.
 """
 
+from sigmarep.remedies import RATES, SWEPT, set_arm
 from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, default_config
-from sigmarep.training.remedies import RATES, SWEPT, set_arm
 
 
 def get_config(text=""):

@@ -13,7 +13,7 @@ are this project's choice for it. Repeated augmentation, part of DeiT's recipe, 
 Not run by this project: it has only been built and checked, for want of the data.
 """
 
-from sigmarep.data.images import imagenet_2012
+from sigmarep.data.images.transforms import imagenet_2012
 from sigmarep.models.vit import variant
 from sigmarep.training.config import arguments, default_config
 

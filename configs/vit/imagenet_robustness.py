@@ -9,7 +9,7 @@ Notes on the paper report that seven of its eight pre-LN settings diverge; the t
 and warmup is this project's reading. Not run by this project: it has only been built and checked, for want of the data.
 """
 
-from sigmarep.data.images import imagenet_2012
+from sigmarep.data.images.transforms import imagenet_2012
 from sigmarep.models.vit import variant
 from sigmarep.training.config import arguments, default_config
 

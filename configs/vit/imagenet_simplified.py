@@ -17,7 +17,7 @@ augmentation, which is DeiT's without repeats and erasing.
 Not run by this project: it has only been built and checked, for want of the data.
 """
 
-from sigmarep.data.images import imagenet_2012
+from sigmarep.data.images.transforms import imagenet_2012
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import variant
 from sigmarep.training.config import arguments, default_config

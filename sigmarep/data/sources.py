@@ -5,7 +5,6 @@ needs TensorFlow.
 """
 
 import difflib
-import fcntl
 import functools
 import glob
 import hashlib
@@ -18,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from sigmarep.errors import BadInput
+from sigmarep.files import locked
 
 
 class Source(Protocol):
@@ -38,18 +38,18 @@ class Description(NamedTuple):
 
 # Builders of this project, by module.
 OWN = {
-    "digits": ("sigmarep.data.digits", "Digits"),
-    "mnist5k": ("sigmarep.data.mnist5k", "Mnist5k"),
-    "python_docs": ("sigmarep.data.python_docs", "PythonDocs"),
-    "interface_en_de": ("sigmarep.data.interface_en_de", "InterfaceEnDe"),
-    "libreoffice_help_en_de": ("sigmarep.data.libreoffice_help", "LibreofficeHelpEnDe"),
-    "spoken_sentences": ("sigmarep.data.spoken_sentences", "SpokenSentences"),
-    "stamp_recordings": ("sigmarep.data.stamp_recordings", "StampRecordings"),
+    "digits": ("sigmarep.data.datasets.digits", "Digits"),
+    "mnist5k": ("sigmarep.data.datasets.mnist5k", "Mnist5k"),
+    "python_docs": ("sigmarep.data.datasets.python_docs", "PythonDocs"),
+    "interface_en_de": ("sigmarep.data.datasets.interface_en_de", "InterfaceEnDe"),
+    "libreoffice_help_en_de": ("sigmarep.data.datasets.libreoffice_help", "LibreofficeHelpEnDe"),
+    "spoken_sentences": ("sigmarep.data.datasets.spoken_sentences", "SpokenSentences"),
+    "stamp_recordings": ("sigmarep.data.datasets.stamp_recordings", "StampRecordings"),
 }
 # Those whose content is a folder of files.
 FOLDERS = {
-    "text_folder": ("sigmarep.data.text_folder", "TextFolder"),
-    "speech_folder": ("sigmarep.data.speech_folder", "SpeechFolder"),
+    "text_folder": ("sigmarep.data.datasets.text_folder", "TextFolder"),
+    "speech_folder": ("sigmarep.data.datasets.speech_folder", "SpeechFolder"),
 }
 NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -242,10 +242,8 @@ def _own(name: str, root: str, folder: str = ""):
     if found.is_prepared():
         return found
     try:
-        os.makedirs(root, exist_ok=True)
         # Two processes may start at once on a machine that has nothing yet.
-        with open(os.path.join(root, f".{name.replace('/', '-')}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(os.path.join(root, f".{name.replace('/', '-')}")):
             found = made(data_dir=root, file_format="array_record")
             if not found.is_prepared():
                 import tensorflow_datasets as tfds

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import pipeline, sources, views
+from sigmarep.data import pipeline, sources
+from sigmarep.data.images import views
 from sigmarep.errors import BadInput
 from sigmarep.models import simclr
 from sigmarep.tasks import features, image_classification

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from sigmarep.data import images, pipeline, sources
+from sigmarep.data import pipeline, sources
+from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import ViT
 from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
@@ -22,7 +23,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.positions = "learned"
     config.model.pool = "token"
     config.model.patch_gain = 1.0
-    config.data = images.default_config()
+    config.data = transforms.default_config()
     config.label_smoothing = 0.0
     return config
 
@@ -61,7 +62,7 @@ class ImageClassification(Task):
     def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
         self.config = config
         data = config.data
-        images.check(data)
+        transforms.check(data)
         describe = sources.published if abstract else sources.describe
         described = describe(data.name, data_dir=data.data_dir)
         self.model = create_model(config, described.num_classes)
@@ -90,7 +91,7 @@ class ImageClassification(Task):
 
     def train_stream(self, *, start, process_index, process_count):
         data = self.config.data
-        transform, pair_transform = images.train_transforms(data)
+        transform, pair_transform = transforms.train_transforms(data)
         return pipeline.training_stream(
             self.train_source,
             batch_size=self.config.batch_size,
@@ -131,7 +132,7 @@ class ImageClassification(Task):
 
     def evaluations(self):
         data = self.config.data
-        transform = images.eval_transform(data)
+        transform = transforms.eval_transform(data)
 
         def of_split(split):
             def batches(*, process_index, process_count):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import baselines, pipeline, text, vocabulary
-from sigmarep.data.vocabulary import BOS, EOS, PAD
+from sigmarep.data import pipeline
+from sigmarep.data.text import baselines, documents, vocabulary
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.models import decoding
 from sigmarep.models.lm import LanguageModel
@@ -44,7 +45,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.output_logit_cap = 0.0
     # Positions whose logits exist at a time, 0 for all.
     config.model.logit_chunk = 0
-    config.data = text.default_config()
+    config.data = documents.default_config()
     config.label_smoothing = 0.0
     # Weight of the squared log-normaliser of the logits (Chowdhery et al., 2022).
     config.z_loss = 0.0
@@ -100,16 +101,16 @@ class LanguageModeling(Task):
             self.model = create_model(config, vocabulary.planned_size(data.vocabulary))
             self.num_train_examples = UNKNOWN_EXAMPLES
             return
-        self.vocabulary = text.open_vocabulary(data)
+        self.vocabulary = documents.open_vocabulary(data)
         self.model = create_model(config, self.vocabulary.size)
-        self.train_windows = text.open_windows(data, self.vocabulary, data.train_split, train=True)
+        self.train_windows = documents.open_windows(data, self.vocabulary, data.train_split, train=True)
         self.num_train_examples = len(self.train_windows)
 
     def units_per_step(self):
         return self.config.batch_size * self.config.data.sequence_length
 
     def files(self):
-        return text.run_files(self.vocabulary, self.train_windows)
+        return documents.run_files(self.vocabulary, self.train_windows)
 
     def init(self, rng):
         tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
@@ -166,7 +167,7 @@ class LanguageModeling(Task):
         return [self._evaluation(split) for split in self.config.data.eval_splits]
 
     def _evaluation(self, split):
-        windows = text.open_windows(self.config.data, self.vocabulary, split, train=False)
+        windows = documents.open_windows(self.config.data, self.vocabulary, split, train=False)
 
         def batches(*, process_index, process_count):
             return pipeline.evaluation_batches(
@@ -185,7 +186,7 @@ class LanguageModeling(Task):
             return {
                 "unigram_perplexity": math.exp(nats / windows.num_tokens),
                 "unigram_bits_per_byte": nats / math.log(2) / windows.num_bytes,
-                "gzip_bits_per_byte": baselines.gzip_bits_per_byte(text.texts(self.config.data, split)),
+                "gzip_bits_per_byte": baselines.gzip_bits_per_byte(documents.texts(self.config.data, split)),
             }
 
         def finish(results):

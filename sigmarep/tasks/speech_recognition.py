@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import labels, speech, speech_baselines
+from sigmarep.data.audio import baselines, labels, speech
+from sigmarep.data.audio.ngram import NGram
 from sigmarep.data.buckets import planned_rows
-from sigmarep.data.ngram import NGram
 from sigmarep.errors import BadInput
 from sigmarep.models import ctc
 from sigmarep.models.speech import SpeechTransformer
@@ -312,8 +312,8 @@ class SpeechRecognition(Task):
 
     def _baselines(self, corpus) -> dict[str, float]:
         train = self.corpus
-        most = speech_baselines.most_frequent(train.texts)
-        nearest = speech_baselines.nearest_neighbour(
+        most = baselines.most_frequent(train.texts)
+        nearest = baselines.nearest_neighbour(
             [train.features(i) for i in range(len(train))],
             train.texts,
             [corpus.features(i) for i in range(len(corpus))],

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from sigmarep.data.speech import SpeechCorpus
+from sigmarep.data.audio.speech import SpeechCorpus
 from sigmarep.tasks import error_rates
 from sigmarep.tasks.protocol import Outputs
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import baselines, parallel_text, vocabulary
 from sigmarep.data.buckets import planned_rows
-from sigmarep.data.vocabulary import BOS, EOS, PAD
+from sigmarep.data.text import baselines, parallel, vocabulary
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.models import decoding
 from sigmarep.models.seq2seq import Seq2Seq, deepnorm_constants
@@ -39,7 +39,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.share_embeddings = True
     config.model.tie_embeddings = True
     config.model.reparam_embedding = False
-    config.data = parallel_text.default_config()
+    config.data = parallel.default_config()
     config.decoding = ml_collections.ConfigDict()
     config.decoding.beam_size = 4
     # α of ((5 + length)/6)^α.
@@ -112,15 +112,15 @@ class Translation(Task):
             self._shapes = [(count, length, length) for length, count in zip(data.buckets, rows, strict=True)]
             self.num_train_examples = UNKNOWN_EXAMPLES
             return
-        self.vocabulary = parallel_text.open_vocabulary(data)
+        self.vocabulary = parallel.open_vocabulary(data)
         self.model = create_model(config, self.vocabulary.size)
-        self.corpus = parallel_text.PairCorpus(data, self.vocabulary, data.train_split)
+        self.corpus = parallel.PairCorpus(data, self.vocabulary, data.train_split)
         self.train_batches = self._batches(self.corpus)
         self._shapes = self.train_batches.shapes
         self.num_train_examples = self.train_batches.batches_per_epoch * config.batch_size
 
     def _batches(self, corpus):
-        return parallel_text.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
+        return parallel.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
 
     def batch_rows(self):
         # Of the buckets that only an evaluation fills too.
@@ -128,7 +128,7 @@ class Translation(Task):
         return tuple(rows for rows in planned_rows(data.buckets, self.config.batch_size, data.rows_multiple) if rows)
 
     def files(self):
-        return parallel_text.run_files(self.vocabulary, self.corpus)
+        return parallel.run_files(self.vocabulary, self.corpus)
 
     def init(self, rng):
         tokens = jnp.zeros((1, 8), jnp.int32)
@@ -175,7 +175,7 @@ class Translation(Task):
         return [self._evaluation(split) for split in self.config.data.eval_splits]
 
     def _evaluation(self, split):
-        corpus = parallel_text.PairCorpus(self.config.data, self.vocabulary, split)
+        corpus = parallel.PairCorpus(self.config.data, self.vocabulary, split)
         batches = self._batches(corpus)
 
         @functools.cache

@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from sigmarep.errors import BadInput
+from sigmarep.files import write_atomically
 from sigmarep.training.mesh import path_name
 
 # What Orbax logs about a checkpoint is said here, in one line, where it matters.
@@ -193,13 +194,7 @@ def _files(path: str) -> dict[str, int]:
 def _write_manifest(path: str) -> None:
     if not os.path.isdir(path):
         return
-    temporary = os.path.join(path, f"{MANIFEST}.tmp")
-    sums = _files(path)
-    with open(temporary, "w") as file:
-        json.dump(sums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, os.path.join(path, MANIFEST))
+    write_atomically(os.path.join(path, MANIFEST), json.dumps(_files(path), indent=1), sync=True)
 
 
 def _problem(path: str) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sigmarep.errors import BadInput
+from sigmarep.files import write_atomically
 
 _loads: Callable[[bytes | str], Any] = json.loads
 # The same numbers in a fifth of the time: a report reads hundreds of megabytes. It comes with the extra "report".
@@ -130,12 +131,7 @@ def _drop_after(path: str, step: int) -> None:
     except FileNotFoundError:
         return
     rows = [line for line in lines[:-1] if line and _loads(line)["step"] <= step]
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w") as file:
-        file.writelines(line + "\n" for line in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, "".join(line + "\n" for line in rows), sync=True)
 
 
 def _tensorboard(workdir: str, resume_step: int):

@@ -19,6 +19,7 @@ import jax
 import ml_collections
 
 from sigmarep.errors import BadInput
+from sigmarep.files import write_atomically
 from sigmarep.tasks.protocol import Outputs
 from sigmarep.training.config import default_config, flatten
 
@@ -63,9 +64,11 @@ def claim(
         if jax.process_index() != 0:
             return
         for name, content in files.items():
-            _write(os.path.join(workdir, name), content)
-        _write(path, _json(json.loads(config.to_json())))
-        _write(os.path.join(workdir, "environment.json"), _json({"total_steps": total_steps, **_environment(workdir)}))
+            write_atomically(os.path.join(workdir, name), content)
+        write_atomically(path, _json(json.loads(config.to_json())))
+        write_atomically(
+            os.path.join(workdir, "environment.json"), _json({"total_steps": total_steps, **_environment(workdir)})
+        )
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -155,18 +158,11 @@ def write_outputs(workdir: str, outputs: Mapping[str, Outputs]) -> None:
         folder = os.path.join(workdir, "outputs", split)
         os.makedirs(folder, exist_ok=True)
         for name, text in found.files.items():
-            _write(os.path.join(folder, name), text.encode())
+            write_atomically(os.path.join(folder, name), text.encode())
 
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
-
-
-def _write(path: str, content: bytes) -> None:
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
 
 
 def _environment(workdir: str) -> dict[str, Any]:

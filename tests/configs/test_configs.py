@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sigmarep.data import labels
+from sigmarep.data.audio import labels
 from sigmarep.errors import BadInput
 from sigmarep.tasks import contrastive, image_classification, language_modeling, speech_recognition, translation
 from sigmarep.training.config import arguments, default_config, validate

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from sigmarep.data import audio
+from sigmarep.data.audio import features as audio
 from sigmarep.errors import BadInput
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sigmarep.data import augment, images
+from sigmarep.data.images import augment, transforms
 from sigmarep.errors import BadInput
 
 
@@ -12,7 +12,7 @@ def picture(height=20, width=30, channels=3, seed=0):
 
 
 def config(**augmentation):
-    made = images.default_config()
+    made = transforms.default_config()
     made.image_size, made.mean, made.std = 16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     made.augment.update(augmentation)
     return made
@@ -154,7 +154,7 @@ def test_mixing_happens_with_its_probability_and_either_kind():
 
 
 def test_examples_are_normalised_and_have_fixed_types():
-    transform, mix = images.train_transforms(config())
+    transform, mix = transforms.train_transforms(config())
     assert mix is None
     image = picture(16, 16)
     example = transform({"image": image, "label": 3}, np.random.default_rng(0))
@@ -170,7 +170,7 @@ def test_examples_are_normalised_and_have_fixed_types():
 
 def test_a_seed_gives_the_same_augmentation():
     made = config(crop="resized", flip=True, color_jitter=0.3, randaugment_layers=2, erasing=0.5)
-    transform, _ = images.train_transforms(made)
+    transform, _ = transforms.train_transforms(made)
     example = {"image": picture(40, 50), "label": 1}
     first, again, other = (transform(example, np.random.default_rng(seed))["image"] for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
@@ -178,10 +178,10 @@ def test_a_seed_gives_the_same_augmentation():
 
 
 def test_flips_happen_half_the_time():
-    transform, _ = images.train_transforms(config(flip=True))
+    transform, _ = transforms.train_transforms(config(flip=True))
     example = {"image": picture(16, 16), "label": 1}
     rng = np.random.default_rng(0)
-    plain = images.eval_transform(config())(example)["image"]
+    plain = transforms.eval_transform(config())(example)["image"]
     flipped = [np.allclose(transform(example, rng)["image"], plain[:, ::-1]) for _ in range(300)]
     assert 0.4 < np.mean(flipped) < 0.6
 
@@ -190,19 +190,19 @@ def test_flips_happen_half_the_time():
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (5, 6, 2), (5, 6, 3), (5, 6, 4)])
 def test_any_picture_gets_the_asked_channels(shape, channels):
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    assert images.with_channels(image, channels).shape == (5, 6, channels)
+    assert transforms.with_channels(image, channels).shape == (5, 6, channels)
 
 
 @pytest.mark.parametrize("image", [np.zeros((5, 6, 5), np.uint8), np.zeros((5, 6, 1), np.uint16)])
 def test_images_of_another_kind_are_refused(image):
     with pytest.raises(BadInput, match=r"expected uint8 \(height, width\) with 1 to 4 channels"):
-        images.with_channels(image, 3)
+        transforms.with_channels(image, 3)
 
 
 def test_four_channels_are_cyan_magenta_yellow_black():
     cyan = np.zeros((2, 2, 4), np.uint8)
     cyan[..., 0] = 255
-    np.testing.assert_array_equal(images.with_channels(cyan, 3)[0, 0], (0, 255, 255))
+    np.testing.assert_array_equal(transforms.with_channels(cyan, 3)[0, 0], (0, 255, 255))
 
 
 @pytest.mark.parametrize(
@@ -224,4 +224,4 @@ def test_impossible_values_are_refused_by_name(field, value, message):
     block = made.augment if field.startswith("augment.") else made
     block[field.rsplit(".", 1)[-1]] = value
     with pytest.raises(BadInput, match=rf"config\.data\.{field}.*{message}"):
-        images.check(made)
+        transforms.check(made)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sigmarep.data import labels
+from sigmarep.data.audio import labels
 from sigmarep.errors import BadInput
 
 TEXTS = ["The cat  sat", "a tin can", "cats and cans"] * 20

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from sigmarep.data.ngram import NGram
+from sigmarep.data.audio.ngram import NGram
 
 VOCABULARY = 5
 

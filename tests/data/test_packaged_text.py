@@ -4,13 +4,16 @@ import os
 
 import pytest
 
-from sigmarep.data import libreoffice_help, parallel_text, python_docs, splitting, text
+from sigmarep.data import splitting
+from sigmarep.data.datasets import libreoffice_help, python_docs
+from sigmarep.data.text import documents
+from sigmarep.data.text import parallel as parallel_text
 from sigmarep.errors import BadInput
 
 
 def opened(tmp_path, split="train", *, parallel=False, **fields):
     """The strings of a split."""
-    module = parallel_text if parallel else text
+    module = parallel_text if parallel else documents
     data = module.default_config()
     data.update({"data_dir": str(tmp_path / "data"), **fields})
     return list(module.texts(data, split))

@@ -7,8 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from sigmarep.data import interface_en_de, parallel_text
-from sigmarep.data.vocabulary import BOS, EOS, PAD
+from sigmarep.data.datasets import interface_en_de
+from sigmarep.data.text import parallel
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 
 RNG = np.random.default_rng(0)
@@ -26,7 +27,7 @@ def write(folder, pairs, split="train"):
 def data(tmp_path):
     write(tmp_path / "pairs", [*PAIRS, LONG, EMPTY])
     write(tmp_path / "pairs", [LONG, *PAIRS[:5]], "test")
-    config = parallel_text.default_config()
+    config = parallel.default_config()
     config.name, config.folder, config.data_dir = "text_folder", str(tmp_path / "pairs"), str(tmp_path / "data")
     config.source_feature, config.target_feature = "source", "target"
     config.vocabulary.kind = "byte"
@@ -36,11 +37,11 @@ def data(tmp_path):
 
 
 def corpus(data, split="train"):
-    return parallel_text.PairCorpus(data, parallel_text.open_vocabulary(data), split)
+    return parallel.PairCorpus(data, parallel.open_vocabulary(data), split)
 
 
 def batches(data, split="train", tokens=200, seed=0):
-    return parallel_text.BucketedBatches(corpus(data, split), batch_tokens=tokens, seed=seed)
+    return parallel.BucketedBatches(corpus(data, split), batch_tokens=tokens, seed=seed)
 
 
 def sentences(found):
@@ -114,7 +115,7 @@ def test_what_is_left_out_is_counted(data):
     found = corpus(data)
     assert found.report == {"pairs": len(PAIRS) + 2, "empty": 1, "too_long": 1}
     assert len(found) == len(PAIRS)
-    files = parallel_text.run_files(parallel_text.open_vocabulary(data), found)
+    files = parallel.run_files(parallel.open_vocabulary(data), found)
     assert b'"too_long": 1' in files["data.json"]
 
 
@@ -124,7 +125,7 @@ def test_aligned_files_are_pairs(data, tmp_path):
     (folder / "train.en").write_text("one\ntwo\n")
     (folder / "train.de").write_text("eins\nzwei\n")
     data.folder, data.source_feature, data.target_feature = str(folder), "en", "de"
-    assert list(parallel_text.pairs(data, "train")) == [("one", "eins"), ("two", "zwei")]
+    assert list(parallel.pairs(data, "train")) == [("one", "eins"), ("two", "zwei")]
 
 
 @pytest.mark.parametrize(
@@ -211,23 +212,23 @@ def test_interface_strings_come_from_packages_of_both_forms(tmp_path, monkeypatc
     with zipfile.ZipFile(folder / "two-2.whl", "w") as package:
         package.writestr("two/components/lamp/translations/en.json", json.dumps(COMPONENT))
         package.writestr("two/components/lamp/translations/de.json", json.dumps(GERMAN_COMPONENT))
-    config = parallel_text.default_config()
+    config = parallel.default_config()
     config.data_dir = str(tmp_path)
     # The string of the computer has four words in a row of a held-out one: it is in neither split.
     monkeypatch.setattr(
         interface_en_de, "fraction", lambda name: 0.5 if "computer" in name or "window" in name else 0.01
     )
-    train, test = (list(parallel_text.pairs(config, split)) for split in ("train", "test"))
+    train, test = (list(parallel.pairs(config, split)) for split in ("train", "test"))
     assert sorted(test) == [("Choose a file from your disk", "Datei der Festplatte"), ("Living room lamp", "Stehlampe")]
     assert train == [("Open the window", "Fenster öffnen")]
 
 
 def test_packages_that_cannot_be_fetched_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(interface_en_de, "PROGRAMS", ("no-such-program-of-sigmarep==1",))
-    config = parallel_text.default_config()
+    config = parallel.default_config()
     config.data_dir = str(tmp_path)
     with pytest.raises(BadInput) as error:
-        list(parallel_text.pairs(config, "train"))
+        list(parallel.pairs(config, "train"))
     assert "its packages cannot be fetched" in str(error.value)
     assert "put the wheels of no-such-program-of-sigmarep==1 into" in str(error.value)
 

@@ -14,7 +14,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from sigmarep.data import images, sources
+from sigmarep.data import sources
+from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
 
 
@@ -136,17 +137,17 @@ def test_a_prepared_imagenet_travels_the_same_road(tmp_path):
     prepare_imagenet(tmp_path)
     described = sources.describe("imagenet2012", data_dir=str(tmp_path))
     assert described.num_classes == 1000
-    config = images.default_config()
-    images.imagenet_2012(config)
+    config = transforms.default_config()
+    transforms.imagenet_2012(config)
     config.image_size = 32
-    transform, mix = images.train_transforms(config)
+    transform, mix = transforms.train_transforms(config)
     source = sources.open_source("imagenet2012", "train", data_dir=str(tmp_path))
     rng = np.random.default_rng(0)
     examples = [transform(source[i], rng) for i in range(6)]
     assert all(example["image"].shape == (32, 32, 3) for example in examples)
     pair = mix({name: np.stack([examples[0][name], examples[1][name]]) for name in examples[0]}, rng)
     assert pair["image"].dtype == np.float32
-    evaluate = images.eval_transform(config)
+    evaluate = transforms.eval_transform(config)
     validation = sources.open_source("imagenet2012", "validation", data_dir=str(tmp_path))
     assert evaluate(validation[1])["image"].shape == (32, 32, 3)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from sigmarep.data import sources, speech_folder, splitting, spoken_sentences, stamp_recordings
+from sigmarep.data import sources, splitting
+from sigmarep.data.datasets import speech_folder, spoken_sentences, stamp_recordings
 from sigmarep.errors import BadInput
 
 

@@ -6,8 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from sigmarep.data import baselines, pipeline, text, vocabulary
-from sigmarep.data.vocabulary import BOS, EOS, PAD
+from sigmarep.data import pipeline
+from sigmarep.data.text import baselines, documents, vocabulary
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 
 DOCUMENTS = ["alpha beta", "a", "gamma delta epsilon zeta", "x" * 37, "eta theta"]
@@ -22,7 +23,7 @@ def data(tmp_path):
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts")
     write(tmp_path / "texts", ["held out", "another text here"], "test.txt")
-    config = text.default_config()
+    config = documents.default_config()
     config.name, config.folder, config.data_dir = "text_folder", str(tmp_path / "texts"), str(tmp_path / "data")
     config.vocabulary.kind = "byte"
     config.sequence_length = 16
@@ -30,7 +31,7 @@ def data(tmp_path):
 
 
 def windows(data, split="train", train=True):
-    found = text.open_windows(data, text.open_vocabulary(data), split, train=train)
+    found = documents.open_windows(data, documents.open_vocabulary(data), split, train=train)
     return found, [found[i] for i in range(len(found))]
 
 
@@ -81,7 +82,7 @@ def test_packed_windows_hold_whole_pieces_apart(data):
 
 def test_packing_leaves_little_room_on_real_lengths():
     lengths = np.random.default_rng(0).integers(1, 300, 2000)
-    packed = text._pack(lengths, 256)
+    packed = documents._pack(lengths, 256)
     used = [sum(last - first for _, first, last in window) for window in packed]
     assert max(used) <= 256
     assert sum(used) == lengths.sum()
@@ -132,9 +133,9 @@ def test_wikitext_files_are_documents_by_title(data, tmp_path):
     content = " \n = First = \n \n some words \n = = Section = = \n more \n \n = Second = \n \n end \n"
     (folder / "wiki.train.tokens").write_text(content)
     data.folder = str(folder)
-    documents = list(text.texts(data, "train"))
-    assert [document.split("\n")[0] for document in documents if document.strip()] == [" = First = ", " = Second = "]
-    words = sum(len(vocabulary.split_words(document)) for document in documents if document.strip())
+    texts = list(documents.texts(data, "train"))
+    assert [document.split("\n")[0] for document in texts if document.strip()] == [" = First = ", " = Second = "]
+    words = sum(len(vocabulary.split_words(document)) for document in texts if document.strip())
     # Every word and every line's end of the file but for the blank first line, which belongs to no document.
     assert words == len(content.split()) + content.count("\n") - 1
 
@@ -144,7 +145,7 @@ def test_gzipped_files_are_read(data, tmp_path):
     folder.mkdir()
     (folder / "train.txt.gz").write_bytes(gzip.compress(b"one\n\ntwo\n"))
     data.folder = str(folder)
-    assert list(text.texts(data, "train")) == ["one", "two"]
+    assert list(documents.texts(data, "train")) == ["one", "two"]
 
 
 @pytest.mark.parametrize(

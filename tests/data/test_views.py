@@ -7,11 +7,11 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy.ndimage import gaussian_filter1d
 
-from sigmarep.data import images, views
+from sigmarep.data.images import transforms, views
 
 
 def config(channels=3, **fields):
-    made = images.default_config()
+    made = transforms.default_config()
     made.views = views.default_config()
     made.image_size = 16
     made.mean, made.std = (0.5, 0.4, 0.3)[:channels], (0.2, 0.3, 0.4)[:channels]

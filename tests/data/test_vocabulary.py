@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from sigmarep.data import vocabulary
-from sigmarep.data.vocabulary import BOS, EOS, PAD, UNK
+from sigmarep.data.text import vocabulary
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD, UNK
 from sigmarep.errors import BadInput
 
 TEXTS = [

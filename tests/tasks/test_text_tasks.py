@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from sigmarep.data.vocabulary import BOS, EOS, PAD
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.tasks import translation
 from sigmarep.training import evaluate, train_and_evaluate

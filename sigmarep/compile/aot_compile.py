@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
+from sigmarep.compile import hlo_cost
 from sigmarep.errors import BadInput, SigmarepError
-from sigmarep.training import program
 from sigmarep.training.config import validate
 from sigmarep.training.experiment import build
 
@@ -74,7 +74,7 @@ class Compiled(NamedTuple):
 
     Attributes:
       batch: shapes of the batch it was compiled for, the largest of the task.
-      costs: see `sigmarep.training.program.Costs`; of one device.
+      costs: see `sigmarep.compile.hlo_cost.Costs`; of one device.
       seconds: that compiling took.
       text: the optimised program.
     """
@@ -82,8 +82,8 @@ class Compiled(NamedTuple):
     mesh: dict[str, int]
     batch: dict[str, tuple[int, ...]]
     memory: Memory
-    costs: program.Costs
-    collectives: list[program.Collective]
+    costs: hlo_cost.Costs
+    collectives: list[hlo_cost.Collective]
     seconds: float
     text: str
 
@@ -166,8 +166,8 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
         mesh=dict(experiment.runner.mesh.shape),
         batch={name: tuple(x.shape) for name, x in batch.items()},
         memory=memory,
-        costs=program.costs(text, compiled.cost_analysis()),
-        collectives=program.collectives(text),
+        costs=hlo_cost.costs(text, compiled.cost_analysis()),
+        collectives=hlo_cost.collectives(text),
         seconds=seconds,
         text=text,
     )

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sigmarep.data import audio, text_folder
+from sigmarep.data.audio import features
+from sigmarep.data.datasets import text_folder
 from sigmarep.errors import BadInput
 
 RATE = 16000
@@ -126,8 +127,8 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
         kind, reason = entry.problem, f"{named}: {entry.reason}"
         if not kind:
             try:
-                read = audio.read(entry.path)
-            except audio.AudioError as error:
+                read = features.read(entry.path)
+            except features.AudioError as error:
                 reason = str(error).replace(entry.path, named)
                 kind = "empty_audio" if "holds no samples" in reason else "unreadable"
         if kind:
@@ -138,7 +139,7 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
             self._problems.setdefault("resampled", []).append(f"{named}: {read.rate} Hz")
         if read.channels > 1:
             self._problems.setdefault("averaged", []).append(f"{named}: {read.channels} channels")
-        return audio.to_int16(audio.resampled(read.samples, read.rate, RATE))
+        return features.to_int16(features.resampled(read.samples, read.rate, RATE))
 
 
 def problems(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
-from sigmarep.data import labels as label_sets
-from sigmarep.data import sources, tokenised
-from sigmarep.data.audio import LogMel, spec_augment
+from sigmarep.data import sources, token_cache
+from sigmarep.data.audio import labels as label_sets
+from sigmarep.data.audio.features import LogMel, spec_augment
+from sigmarep.data.audio.labels import Labels
 from sigmarep.data.buckets import Buckets, Share, checked, planned_rows
-from sigmarep.data.labels import Labels
-from sigmarep.data.speech_folder import problems
-from sigmarep.data.vocabulary import locked, write
+from sigmarep.data.datasets.speech_folder import problems
 from sigmarep.errors import BadInput
+from sigmarep.files import write_atomically
 
 # Letters of fast speech.
 LABELS_PER_SECOND = 20
@@ -124,15 +124,15 @@ def _fingerprint(data, split):
 def _index(data: ml_collections.ConfigDict, split: str) -> Index:
     """Reads every utterance once, and keeps what was found beside the data sets."""
     names = (data.audio_feature, data.text_feature, data.speaker_feature, data.id_feature)
-    key = tokenised.key_digest(f"{_fingerprint(data, split)}|{names}")
+    key = token_cache.key_digest(f"{_fingerprint(data, split)}|{names}")
     path = os.path.join(sources.data_folder(data.data_dir), "utterances", f"{key}.npz")
-    with locked(path):
+    with token_cache.cache_lock(path):
         if not os.path.exists(path):
             found = _read_all(data, split)
             content = io.BytesIO()
             words = json.dumps([found.texts, found.speakers, found.ids]).encode()
             np.savez(content, samples=found.samples, words=np.frombuffer(words, np.uint8))
-            write(path, content.getvalue())
+            write_atomically(path, content.getvalue())
         with np.load(path) as stored:
             return Index(stored["samples"], *json.loads(stored["words"].tobytes()))
 
@@ -146,9 +146,9 @@ def _read_all(data, split) -> Index:
     for i in range(len(source)):
         example = source[i]
         lengths.append(len(_audio(data, example)))
-        texts.append(tokenised.feature(example, data.text_feature, "text_feature"))
+        texts.append(token_cache.feature(example, data.text_feature, "text_feature"))
         for name, found in ((data.speaker_feature, speakers), (data.id_feature, ids)):
-            found.append(tokenised.feature(example, name, "") if name in example else "")
+            found.append(token_cache.feature(example, name, "") if name in example else "")
     return Index(np.array(lengths, np.int64), texts, speakers, ids)
 
 
@@ -239,7 +239,7 @@ class SpeechCorpus:
         self.texts = [labels.normalised(index.texts[i]) for i in self._kept]
         self.speakers = [index.speakers[i] for i in self._kept]
         self.names = [_name(index, int(i)) for i in self._kept]
-        self.fingerprint = tokenised.key_digest(f"{_fingerprint(data, split)}|{self._filterbank}|{stride}")
+        self.fingerprint = token_cache.key_digest(f"{_fingerprint(data, split)}|{self._filterbank}|{stride}")
         self._features = functools.cache(self._computed) if data.in_memory else self._computed
 
     def __len__(self):

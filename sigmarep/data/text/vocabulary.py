@@ -8,7 +8,6 @@ Numbers 0 to 3 are the same in all kinds: padding, begin, end, unknown.
 """
 
 import collections
-import fcntl
 import hashlib
 import io
 import json
@@ -19,7 +18,9 @@ from typing import Any, Protocol
 import ml_collections
 import numpy as np
 
+from sigmarep.data.token_cache import cache_lock
 from sigmarep.errors import BadInput
+from sigmarep.files import write_atomically
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL = 4
@@ -172,9 +173,9 @@ def obtain(
     settings = f"{key}|{config.kind}|{config.model}|{config.size}"
     name = f"{config.kind}-{config.size}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.model"
     path = os.path.join(cache_dir, name)
-    with locked(path):
+    with cache_lock(path):
         if not os.path.exists(path):
-            write(path, train(config, texts()).to_bytes())
+            write_atomically(path, train(config, texts()).to_bytes())
         return load(path)
 
 
@@ -267,37 +268,3 @@ def _content(tokens) -> list[int]:
     ends = np.flatnonzero(tokens == EOS)
     tokens = tokens[: ends[0]] if ends.size else tokens
     return [int(token) for token in tokens if token not in (PAD, BOS)]
-
-
-class locked:
-    """Holds `path`'s lock: two processes that want the same file make it once.
-
-    Raises:
-      BadInput: the folder cannot be written.
-    """
-
-    def __init__(self, path: str):
-        self._path = f"{path}.lock"
-
-    def __enter__(self):
-        try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._file = open(self._path, "w")
-        except OSError as error:
-            folder = os.path.dirname(self._path)
-            raise BadInput(
-                f"config.data.data_dir: {folder} cannot be written ({error.strerror}); set another with "
-                "--config.data.data_dir"
-            ) from error
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_):
-        self._file.close()
-
-
-def write(path: str, content: bytes) -> None:
-    """Writes a file that is whole or not there."""
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)

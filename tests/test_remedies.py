@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from sigmarep.errors import BadInput
+from sigmarep.remedies import ARMS, SWEPT, set_arm
 from sigmarep.training.config import default_config, flatten, validate
-from sigmarep.training.remedies import ARMS, SWEPT, set_arm
 from sigmarep.training.step import create_state, make_train_step
 from tests.training.test_step import TinyTask, batches
 

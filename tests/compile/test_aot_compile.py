@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sigmarep import tasks
+from sigmarep.compile import aot_compile, hlo_cost
 from sigmarep.errors import BadInput
-from sigmarep.training import ahead, program
 from sigmarep.training import mesh as meshes
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
@@ -36,7 +36,7 @@ def gathered(data, fsdp, tensor, reparam, power_vectors=1, qkv="fused"):
     config.optimizer.name = "sgd"
     experiment = build(validate(config), abstract=True)
     lowered = experiment.runner.lower(experiment.abstract_state, experiment.task.abstract_batches()[-1], panel=False)
-    shapes = program.shapes_of(lowered.compile().as_text(), "all-gather")
+    shapes = hlo_cost.shapes_of(lowered.compile().as_text(), "all-gather")
     return sorted(shape for shape in shapes if math.prod(shape) >= 32 * 64)
 
 
@@ -76,7 +76,7 @@ def test_a_loop_is_counted_as_often_as_it_turns():
         return jax.lax.scan(outer, x @ w, None, length=5)[0]
 
     compiled = jax.jit(looped).lower(matrix, matrix).compile()
-    found = program.costs(compiled.as_text(), compiled.cost_analysis())
+    found = hlo_cost.costs(compiled.as_text(), compiled.cost_analysis())
     assert sorted(found.turns.values()) == [5, 15]
     np.testing.assert_allclose(found.flops, (1 + 15) * 2 * 64**3, rtol=0.02)
     assert found.flops > 5 * found.once[0]
@@ -114,9 +114,9 @@ ENTRY %main (p: (s32[], f32[8,4])) -> bf16[16,4] {
   ROOT %done = bf16[16,4]{1,0} all-gather-done(%start)
 }
 """
-    assert program.collectives(text) == [
-        program.Collective("all-reduce", 12, 12 * 8 * 4 * 4),
-        program.Collective("all-gather", 1, 16 * 4 * 2),
+    assert hlo_cost.collectives(text) == [
+        hlo_cost.Collective("all-reduce", 12, 12 * 8 * 4 * 4),
+        hlo_cost.Collective("all-gather", 1, 16 * 4 * 2),
     ]
 
 
@@ -147,7 +147,7 @@ ENTRY %main (p: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
 }
 """
     # 0, 2, 4, 6 and 8 are below 9.
-    assert program.collectives(text) == [program.Collective("collective-permute", 5, 5 * 8 * 4 * 2)]
+    assert hlo_cost.collectives(text) == [hlo_cost.Collective("collective-permute", 5, 5 * 8 * 4 * 2)]
 
 
 PAGE = "One line of text, and another.\nA second paragraph of it.\n" * 20
@@ -193,8 +193,8 @@ def test_an_abstract_task_has_the_shapes_of_the_real_one(task, tmp_path):
 def test_a_step_is_compiled_for_the_devices_present(parallel):
     config = small()
     config.parallel = parallel
-    target = ahead.target("local")
-    found = ahead.compile_step(config, target)
+    target = aot_compile.target("local")
+    found = aot_compile.compile_step(config, target)
     assert found.mesh == {"data": 8, "fsdp": 1, "tensor": 1}
     assert found.batch["image"] == (16, 8, 8, 1)
     assert 0 < found.memory.total < target.memory
@@ -207,19 +207,21 @@ def test_a_step_is_compiled_for_the_devices_present(parallel):
 
 
 def test_what_does_not_fit_says_what_to_change():
-    target = ahead.target("local")._replace(memory=300_000)
+    target = aot_compile.target("local")._replace(memory=300_000)
     config = small()
-    with pytest.raises(ahead.DoesNotFit, match=r"GiB a device of .*; grow config\.mesh\.fsdp from 1 to 2"):
-        ahead.compile_step(config, target)
+    with pytest.raises(aot_compile.DoesNotFit, match=r"GiB a device of .*; grow config\.mesh\.fsdp from 1 to 2"):
+        aot_compile.compile_step(config, target)
     config.mesh.fsdp = 8
-    with pytest.raises(ahead.DoesNotFit, match=r"set config\.model\.remat = 'full'"):
-        ahead.compile_step(config, target)
+    with pytest.raises(aot_compile.DoesNotFit, match=r"set config\.model\.remat = 'full'"):
+        aot_compile.compile_step(config, target)
     config.model.remat = "full"
-    with pytest.raises(ahead.DoesNotFit, match=r"double config\.accumulation \(1\), or grow config\.mesh\.tensor"):
-        ahead.compile_step(config, target)
+    with pytest.raises(
+        aot_compile.DoesNotFit, match=r"double config\.accumulation \(1\), or grow config\.mesh\.tensor"
+    ):
+        aot_compile.compile_step(config, target)
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v9:2x2", "pod", ""])
 def test_an_unknown_topology_lists_those_that_there_are(name):
     with pytest.raises(BadInput, match=r"expected local or one of v4:\{2x2x1,.*v5e:\{2x2,"):
-        ahead.target(name)
+        aot_compile.target(name)

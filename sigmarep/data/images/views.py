@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from sigmarep.data import augment, images
+from sigmarep.data.images import augment, transforms
 from sigmarep.errors import BadInput
 
 VIEWS = 2
@@ -53,9 +53,9 @@ def imagenet_2012(data: ml_collections.ConfigDict) -> None:
 
 def check(config: Any) -> None:
     """Raises BadInput where a field of `config.data` or `config.data.views` has a value that means nothing."""
-    images.check_pictures(config)
+    transforms.check_pictures(config)
     v = config.views
-    images.check_crop_scale("views.crop_scale", v.crop_scale)
+    transforms.check_crop_scale("views.crop_scale", v.crop_scale)
     for name in ("flip", "jitter", "greyscale", "brightness", "contrast", "saturation"):
         if not 0 <= v[name] <= 1:
             raise BadInput(f"config.data.views.{name} = {v[name]}: expected a number from 0 to 1")
@@ -84,7 +84,7 @@ def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Gener
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
 
     def transform(example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        image = images.with_channels(example["image"], channels)
+        image = transforms.with_channels(example["image"], channels)
         crops = [
             augment.random_resized_crop(image, size, v.crop_scale, config.interpolation, rng) for _ in range(VIEWS)
         ]
@@ -107,12 +107,12 @@ def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Gener
 
 
 def evaluation_transform(config: Any, *, seed: int | None = None) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """The deterministic transform of evaluation: `image` and `label` as in `images.eval_transform`.
+    """The deterministic transform of evaluation: `image` and `label` as in `transforms.eval_transform`.
 
     Args:
       seed: adds `views`, drawn from it and the example's `index`: the same at every evaluation.
     """
-    plain, random = images.eval_transform(config), train_transform(config)
+    plain, random = transforms.eval_transform(config), train_transform(config)
 
     def transform(example: Mapping[str, Any]) -> dict[str, Any]:
         found = plain(example)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sigmarep.data.text import Windows
+from sigmarep.data.text.documents import Windows
 from sigmarep.errors import BadInput
 
 

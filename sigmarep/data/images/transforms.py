@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import config_dict
 from PIL import Image
 
-from sigmarep.data import augment
+from sigmarep.data.images import augment
 from sigmarep.errors import BadInput
 
 CROPS = ("none", "pad", "resized")

@@ -3,9 +3,9 @@
 Nobody speaks here: an error rate on this set says that a recogniser learns, not how well it would hear people.
 
 The text is some two thousand distinct phrases of two to six words, of the letters a to z and the apostrophe, out of
-the pages of `sigmarep.data.python_docs`; those of the most frequent words are taken. A voice is an accent and a speaker
-of espeak-ng; rate and pitch of every utterance follow from a hash of its name, and so does the sound, to the last bit,
-on one build of the library.
+the pages of `sigmarep.data.datasets.python_docs`; those of the most frequent words are taken. A voice is an accent and a
+speaker of espeak-ng; rate and pitch of every utterance follow from a hash of its name, and so does the sound, to the
+last bit, on one build of the library.
 
 - train: phrases spoken by training voices.
 - dev: other phrases spoken by training voices, for choosing how to decode.
@@ -28,7 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sigmarep.data import audio, splitting
+from sigmarep.data import splitting
+from sigmarep.data.audio import features
 from sigmarep.errors import BadInput
 
 RATE = 16000
@@ -165,7 +166,7 @@ def spoken(utterance: Utterance) -> np.ndarray:
     key = f"{utterance.voice} {utterance.text}"
     rate = _between(WORDS_PER_MINUTE, f"rate {key}")
     samples, sample_rate = _synthesised(utterance, rate, _between(PITCH, f"pitch {key}"))
-    return audio.to_int16(audio.resampled(samples / audio.FULL_SCALE, sample_rate, RATE))
+    return features.to_int16(features.resampled(samples / features.FULL_SCALE, sample_rate, RATE))
 
 
 def _runs(phrase: str) -> set[str]:

@@ -12,9 +12,10 @@ import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
-from sigmarep.data import sources, tokenised, vocabulary
+from sigmarep.data import sources, token_cache
 from sigmarep.data.buckets import Buckets, Share
-from sigmarep.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from sigmarep.data.text import vocabulary
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD, Vocabulary
 from sigmarep.errors import BadInput
 
 
@@ -62,8 +63,8 @@ def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
 
 def _texts(data, example) -> tuple[str, str]:
     return (
-        tokenised.feature(example, data.source_feature, "source_feature"),
-        tokenised.feature(example, data.target_feature, "target_feature"),
+        token_cache.feature(example, data.source_feature, "source_feature"),
+        token_cache.feature(example, data.target_feature, "target_feature"),
     )
 
 
@@ -107,7 +108,7 @@ class PairCorpus:
             return [vocab.encode(text.strip()) for pair in pairs(data, split) for text in pair], {}
 
         # A source at every even place, its translation behind it.
-        self._corpus = tokenised.obtain(folder, key, encode)
+        self._corpus = token_cache.obtain(folder, key, encode)
         lengths = np.diff(self._corpus.offsets).reshape(-1, 2)
         empty = lengths.min(axis=1) == 0
         too_long = (lengths + 1 > np.array(self._limits)).any(axis=1) & ~empty

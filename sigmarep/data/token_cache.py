@@ -1,16 +1,17 @@
 """Texts as numbers, made once and kept: one array of all tokens, and where each text begins in it."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sigmarep.data.vocabulary import locked
 from sigmarep.errors import BadInput
+from sigmarep.files import locked
 
 
 class Corpus:
@@ -36,6 +37,24 @@ class Corpus:
         return np.asarray(self._tokens[self.offsets[index] : self.offsets[index + 1]])
 
 
+@contextlib.contextmanager
+def cache_lock(path: str) -> Iterator[None]:
+    """Holds the lock of the cached file or folder `path`: two processes that want the same one make it once.
+
+    Raises:
+      BadInput: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except OSError as error:
+            raise BadInput(
+                f"config.data.data_dir: {os.path.dirname(path)} cannot be written ({error.strerror}); set another with "
+                "--config.data.data_dir"
+            ) from error
+        yield
+
+
 def key_digest(key: str) -> str:
     """The file name of what is kept under `key`."""
     return hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -48,7 +67,7 @@ def obtain(folder: str, key: str, encode: Callable[[], tuple[Sequence[np.ndarray
       BadInput: the folder cannot be written.
     """
     path = os.path.join(folder, key_digest(key))
-    with locked(path):
+    with cache_lock(path):
         if not os.path.exists(path):
             arrays, counts = encode()
             tokens = np.concatenate([np.zeros(0, np.int32), *arrays])

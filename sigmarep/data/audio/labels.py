@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 import ml_collections
 import numpy as np
 
-from sigmarep.data import vocabulary
-from sigmarep.data.vocabulary import SPECIAL, SubwordVocabulary
+from sigmarep.data.text import vocabulary
+from sigmarep.data.text.vocabulary import SPECIAL, SubwordVocabulary
 from sigmarep.errors import BadInput
 
 BLANK = 0
@@ -97,7 +97,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.lowercase = True
     # Of the character kind; empty for all that the training split has.
     config.characters = ""
-    # Of the subword kind: see sigmarep.data.vocabulary.
+    # Of the subword kind: see sigmarep.data.text.vocabulary.
     config.size = 1000
     config.model = "unigram"
     config.file = ""
@@ -118,7 +118,7 @@ def obtain(
 
     Args:
       texts: the transcripts of the training split.
-      cache_dir, key: see `sigmarep.data.vocabulary.obtain`.
+      cache_dir, key: see `sigmarep.data.text.vocabulary.obtain`.
 
     Raises:
       BadInput: a field has an unknown word, or no labels can be made of the texts.

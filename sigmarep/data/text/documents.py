@@ -12,8 +12,9 @@ import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
-from sigmarep.data import sources, tokenised, vocabulary
-from sigmarep.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from sigmarep.data import sources, token_cache
+from sigmarep.data.text import vocabulary
+from sigmarep.data.text.vocabulary import BOS, EOS, PAD, Vocabulary
 from sigmarep.errors import BadInput
 
 PACKINGS = ("documents", "stream")
@@ -49,7 +50,7 @@ def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
     """
     source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
     for i in range(len(source)):
-        yield tokenised.feature(source[i], data.text_feature, "text_feature")
+        yield token_cache.feature(source[i], data.text_feature, "text_feature")
 
 
 def open_vocabulary(data: ml_collections.ConfigDict) -> Vocabulary:
@@ -82,7 +83,7 @@ def open_windows(data: ml_collections.ConfigDict, vocab: Vocabulary, split: str,
         )
     key = f"{_fingerprint(data, split)}|{data.text_feature}|{vocabulary.fingerprint(vocab)}"
     folder = os.path.join(sources.data_folder(data.data_dir), "tokenised")
-    corpus = tokenised.obtain(folder, key, lambda: _encoded(texts(data, split), vocab))
+    corpus = token_cache.obtain(folder, key, lambda: _encoded(texts(data, split), vocab))
     if not len(corpus):
         raise BadInput(f"config.data: the split {split!r} of {data.name} has no text")
     stride = data.eval_stride if not train else 0
@@ -120,7 +121,7 @@ class Windows:
       fingerprint: names the content and the cutting.
     """
 
-    def __init__(self, corpus: tokenised.Corpus, length: int, *, packing: str, stride: int = 0):
+    def __init__(self, corpus: token_cache.Corpus, length: int, *, packing: str, stride: int = 0):
         self._corpus, self._length, self._stride = corpus, length, stride
         # Targets before each document.
         self._starts = corpus.offsets + np.arange(len(corpus) + 1)

@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sigmarep.data import audio, speech_folder, splitting
+from sigmarep.data import splitting
+from sigmarep.data.audio import features
+from sigmarep.data.datasets import speech_folder
 from sigmarep.errors import BadInput
 
 RATE = 16000
@@ -103,8 +105,8 @@ class StampRecordings(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, root, rows):
         for row in rows:
             name = os.path.relpath(row.path, root).removesuffix(".ogg")
-            read = audio.read(row.path)
-            samples = audio.to_int16(audio.resampled(read.samples, read.rate, RATE))
+            read = features.read(row.path)
+            samples = features.to_int16(features.resampled(read.samples, read.rate, RATE))
             example = {"audio": samples, "text": row.text, "speaker": row.language, "language": row.language}
             yield name, {**example, "id": name}
         # Beside the records, where `speech_folder.problems` looks for it.
@@ -139,8 +141,8 @@ def recordings(root: str, language: str) -> tuple[list[Recording], dict[str, lis
         else:
             contents.add(digest)
             try:
-                read = audio.read(path)
-            except audio.AudioError as error:
+                read = features.read(path)
+            except features.AudioError as error:
                 left_out["unreadable"].append(str(error).replace(path, os.path.relpath(path, root)))
                 continue
             found.append(Recording(path, text, language, len(read.samples) / read.rate))

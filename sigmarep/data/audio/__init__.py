@@ -1,0 +1,1 @@
+"""Speech: log-mel features, utterances, and the labels of CTC."""

@@ -1,0 +1,1 @@
+"""Pictures: normalization, augmentation, and views for contrastive learning."""

@@ -1,0 +1,1 @@
+"""Text: vocabularies, packed documents, and pairs of sentences."""
