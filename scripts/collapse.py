@@ -1,8 +1,8 @@
 """Runs both arms of configs/collapse.py with three seeds and prints accuracy and attention entropy side by side.
 
-    python scripts/collapse.py --workdir runs/collapse [--seeds 3] [--learning_rate 0.02]
+    python scripts/collapse.py --workdir runs/collapse [--seeds 3] [--learning_rate 0.02] [--jobs 1]
 
-Runs that are finished are not repeated.
+A sweep like any other: scripts/report.py reads its folder, and finished runs are not repeated.
 """
 
 import os
@@ -15,41 +15,35 @@ from sigmarep import command
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "Peak learning rate of both arms.")
-CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "collapse.py")
+JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
+HERE = os.path.dirname(__file__)
+CONFIG = os.path.join(HERE, "..", "configs", "collapse.py")
 
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
-    from sigmarep.errors import Diverged
-    from sigmarep.training.divergence import PREFIX
-    from sigmarep.training.loop import train_and_evaluate
-    from sigmarep.training.metrics import read_metrics
+    from sigmarep import sweeps
 
-    module = command.load_config_file(CONFIG)
+    arms = tuple(command.load_config_file(CONFIG).ARMS)
+    points = sweeps.product(
+        sweeps.values("arm", *arms), sweeps.values("learning_rate", LEARNING_RATE.value), sweeps.seeds(SEEDS.value)
+    )
+    command.stop_with_runs()
+    outcomes = sweeps.compare(CONFIG, points, workdir, os.path.join(HERE, "train.py"), jobs=JOBS.value)
     print("arm     seed  test accuracy  lowest entropy at the end (layer)  lowest of the run")
-    for arm in module.ARMS:
+    for arm in arms:
         accuracies, ends = [], []
-        for seed in range(SEEDS.value):
-            config = module.get_config(f"arm={arm},learning_rate={LEARNING_RATE.value}")
-            config.seed = seed
-            config.writers.progress = "off"
-            folder = os.path.join(workdir, f"{arm}-{LEARNING_RATE.value:g}-{seed}")
-            try:
-                result = train_and_evaluate(config, folder)
-            except Diverged as error:
-                print(f"{arm:7} {seed:4}  {error}", flush=True)
+        for outcome in (each for each in outcomes if each.point["arm"] == arm):
+            seed = outcome.point["config.seed"]
+            if outcome.state == "diverged":
+                print(f"{arm:7} {seed:4}  diverged at step {outcome.logged[-1]['step']}")
                 continue
-            rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
-            last = [row for row in rows if "train/loss" in row][-1]
-            layers = {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
-            layer = min(layers, key=lambda name: layers[name])
-            accuracies.append(result["eval/test/accuracy"])
-            ends.append(layers[layer])
-            print(
-                f"{arm:7} {seed:4}  {accuracies[-1]:13.1%}  {ends[-1]:8.3f} nats ({layer}) "
-                f"{result['attention/entropy_lowest']:14.3f} nats",
-                flush=True,
-            )
+            entropies = outcome.entropies()
+            layer = min(entropies, key=lambda name: entropies[name])
+            lowest = min(row["attention/entropy_min"] for row in outcome.logged)
+            accuracies.append(outcome.evaluation["eval/test/accuracy"])
+            ends.append(entropies[layer])
+            print(f"{arm:7} {seed:4}  {accuracies[-1]:13.1%}  {ends[-1]:8.3f} nats ({layer}) {lowest:14.3f} nats")
         if accuracies:
             spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
             mean = statistics.mean(accuracies)

@@ -3,8 +3,9 @@
     python scripts/deep_translation.py --workdir runs/deep [--seeds 3] [--depth 100] [--steps 200]
 
 The loss, −ln p a token without label smoothing, is the mean of what was logged in the last quarter of the steps; above
-the table stands that of the best guess without any context, the entropy of the training tokens. Runs that are finished are
-not repeated. At the end, the time to compile the training step at this depth and at 6 + 6 blocks, by turns.
+the table stands that of the best guess without any context, the entropy of the training tokens. A sweep like any other:
+scripts/report.py reads its folder, and finished runs are not repeated. At the end, the time to compile the training step
+at this depth and at 6 + 6 blocks, by turns.
 """
 
 import os
@@ -20,7 +21,9 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
 DEPTH = flags.DEFINE_integer("depth", 100, "Blocks of the encoder and of the decoder.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 200, "Training steps.", lower_bound=20)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Compilations of each depth; 0 for none.", lower_bound=0)
-CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "mt", "deep.py")
+JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
+HERE = os.path.dirname(__file__)
+CONFIG = os.path.join(HERE, "..", "configs", "mt", "deep.py")
 KINDS = {
     "encoder": "encoder/block_{}",
     "decoder, itself": "decoder/block_{}",
@@ -63,47 +66,41 @@ def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
     import jax
 
-    from sigmarep.errors import Diverged
+    from sigmarep import sweeps
     from sigmarep.training.config import validate
-    from sigmarep.training.divergence import PREFIX
     from sigmarep.training.experiment import build
-    from sigmarep.training.loop import train_and_evaluate
-    from sigmarep.training.metrics import read_metrics
 
     module = command.load_config_file(CONFIG)
     guess = context_free_loss(build(validate(module.get_config())).task)
+    fixed = sweeps.zipped(sweeps.values("depth", DEPTH.value), sweeps.values("steps", STEPS.value))
+    points = sweeps.product(sweeps.values("arm", *module.ARMS), fixed, sweeps.seeds(SEEDS.value))
+    command.stop_with_runs()
+    outcomes = sweeps.compare(CONFIG, points, workdir, os.path.join(HERE, "train.py"), jobs=JOBS.value)
     print(
         f"{DEPTH.value} + {DEPTH.value} blocks, {STEPS.value} steps; the loss of a guess without context: {guess:.3f}\n"
     )
     print(
         "| arm | seed | loss at the start | second quarter | last quarter | below the guess |\n|---|---|---|---|---|---|"
     )
-    last: dict[str, list[dict[str, float]]] = {arm: [] for arm in module.ARMS}
-    for arm in module.ARMS:
-        for seed in range(SEEDS.value):
-            config = module.get_config(f"arm={arm},depth={DEPTH.value},steps={STEPS.value}")
-            config.seed = seed
-            config.writers.progress = "off"
-            folder = os.path.join(workdir, f"{arm}-{DEPTH.value}-{STEPS.value}-{seed}")
-            try:
-                train_and_evaluate(config, folder)
-            except Diverged as error:
-                print(f"| {arm} | {seed} | {error} | | | |", flush=True)
-                continue
-            rows = [row for row in read_metrics(os.path.join(folder, "metrics.jsonl")) if "train/loss" in row]
-            losses = [row["train/nll"] for row in rows]
-            quarter = len(losses) // 4
-            early, end = (statistics.mean(part) for part in (losses[quarter : 2 * quarter], losses[-quarter:]))
-            last[arm].append(rows[-1])
-            print(f"| {arm} | {seed} | {losses[0]:.3f} | {early:.3f} | {end:.3f} | {guess - end:.3f} |", flush=True)
+    entropies: dict[str, list[dict[str, float]]] = {arm: [] for arm in module.ARMS}
+    for outcome in outcomes:
+        arm, seed = outcome.point["arm"], outcome.point["config.seed"]
+        if outcome.state == "diverged":
+            print(f"| {arm} | {seed} | diverged at step {outcome.logged[-1]['step']} | | | |")
+            continue
+        losses = [row["train/nll"] for row in outcome.logged]
+        quarter = len(losses) // 4
+        early, end = (statistics.mean(part) for part in (losses[quarter : 2 * quarter], losses[-quarter:]))
+        entropies[arm].append(outcome.entropies())
+        print(f"| {arm} | {seed} | {losses[0]:.3f} | {early:.3f} | {end:.3f} | {guess - end:.3f} |")
 
     print("\nAttention entropy after the last step, nats, mean over heads and seeds, by block:\n")
     print(f"| arm | attention of | {' | '.join(str(i + 1) for i in layers())} |\n|---|---{'|---' * len(layers())}|")
-    for arm, found in last.items():
+    for arm, ends in entropies.items():
         for kind, name in KINDS.items():
-            values = [statistics.mean(row[PREFIX + name.format(i)] for row in found) for i in layers() if found]
+            values = [statistics.mean(each[name.format(i)] for each in ends) for i in layers() if ends]
             if values:
-                print(f"| {arm} | {kind} | {' | '.join(f'{value:.2f}' for value in values)} |", flush=True)
+                print(f"| {arm} | {kind} | {' | '.join(f'{value:.2f}' for value in values)} |")
 
     jax.config.update("jax_enable_compilation_cache", False)
     depths = (6, DEPTH.value)

@@ -3,8 +3,8 @@
     python scripts/intervention.py --workdir runs/intervention [--seeds 3] [--temperature 0.1] [--plot intervention.png]
 
 Runs both arms of configs/stability/intervention.py. Before and after are the means of what was logged in the last 25 steps
-before the intervention and the first 25 after it. Runs that are finished are not repeated. A plot needs matplotlib:
-pip install "sigmarep[report]".
+before the intervention and the first 25 after it. A sweep like any other: scripts/report.py reads its folder, and finished
+runs are not repeated. A plot needs matplotlib: pip install "sigmarep[report]".
 """
 
 import importlib.util
@@ -19,8 +19,10 @@ from sigmarep.errors import BadInput
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.1, "What the temperature is multiplied by.")
+JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
 PLOT = flags.DEFINE_string("plot", None, "Also draws the first seed of both arms into this file.")
-CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "stability", "intervention.py")
+HERE = os.path.dirname(__file__)
+CONFIG = os.path.join(HERE, "..", "configs", "stability", "intervention.py")
 SHOWN = {
     "lowest layer's entropy, nats": "attention/entropy_min",
     "sharpness": "sharpness/hessian",
@@ -32,8 +34,8 @@ WINDOW = 25
 
 def series(rows, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def draw(path: str, runs, step: int) -> None:
@@ -64,36 +66,32 @@ def main() -> None:
     # Before the runs, not after them.
     if PLOT.value and importlib.util.find_spec("matplotlib") is None:
         raise BadInput('--plot: needs matplotlib; pip install "sigmarep[report]"')
-    from sigmarep.errors import Diverged
-    from sigmarep.training.loop import train_and_evaluate
-    from sigmarep.training.metrics import read_metrics
+    from sigmarep import sweeps
 
     module = command.load_config_file(CONFIG)
+    step = int(module.get_config().intervention.at_steps)
+    points = sweeps.product(
+        sweeps.values("arm", *module.ARMS),
+        sweeps.values("temperature", TEMPERATURE.value),
+        sweeps.seeds(SEEDS.value),
+    )
+    command.stop_with_runs()
+    outcomes = sweeps.compare(CONFIG, points, workdir, os.path.join(HERE, "train.py"), jobs=JOBS.value)
     first: dict[str, list[dict[str, float]]] = {}
-    step = 0
     print(f"| arm | seed | {' | '.join(f'{name}: before → after' for name in SHOWN)} | threshold | test accuracy |")
     print(f"|---|---{'|---' * (len(SHOWN) + 2)}|")
-    for arm in module.ARMS:
-        for seed in range(SEEDS.value):
-            config = module.get_config(f"arm={arm},temperature={TEMPERATURE.value}")
-            config.seed = seed
-            config.writers.progress = "off"
-            step = int(config.intervention.at_steps)
-            folder = os.path.join(workdir, f"{arm}-{TEMPERATURE.value:g}-{seed}")
-            try:
-                accuracy = f"{train_and_evaluate(config, folder)['eval/test/accuracy']:.1%}"
-            except Diverged:
-                accuracy = "diverged"
-            rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
-            first.setdefault(arm, rows)
-            cells = []
-            for name in SHOWN.values():
-                found = list(zip(*series(rows, name), strict=True))
-                before = statistics.mean(value for at, value in found if step - WINDOW < at <= step)
-                after = statistics.mean(value for at, value in found if step < at <= step + WINDOW)
-                cells.append(f"{before:.3g} → {after:.3g}")
-            limit = series(rows, "sharpness/preconditioned_threshold")[1][-1]
-            print(f"| {arm} | {seed} | {' | '.join(cells)} | {limit:.4g} | {accuracy} |", flush=True)
+    for outcome in outcomes:
+        arm, seed = outcome.point["arm"], outcome.point["config.seed"]
+        first.setdefault(arm, outcome.rows)
+        accuracy = f"{outcome.evaluation['eval/test/accuracy']:.1%}" if outcome.evaluation else "diverged"
+        cells = []
+        for name in SHOWN.values():
+            logged = list(zip(*series(outcome.rows, name), strict=True))
+            before = statistics.mean(value for at, value in logged if step - WINDOW < at <= step)
+            after = statistics.mean(value for at, value in logged if step < at <= step + WINDOW)
+            cells.append(f"{before:.3g} → {after:.3g}")
+        limit = series(outcome.rows, "sharpness/preconditioned_threshold")[1][-1]
+        print(f"| {arm} | {seed} | {' | '.join(cells)} | {limit:.4g} | {accuracy} |")
     if PLOT.value:
         draw(PLOT.value, first, step)
 

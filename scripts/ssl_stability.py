@@ -2,8 +2,9 @@
 
     python scripts/ssl_stability.py --workdir runs/ssl_stability [--seeds 3] [--learning_rate 0.01] [--epochs 10]
 
-Every arm is configs/ssl/quickstart.py with one word changed, logged at every step. Runs that are finished are not
-repeated. A loss spike is a stretch of steps whose loss is more than a tenth above the mean of the twenty before it.
+Every arm is configs/ssl/quickstart.py with one word changed, logged at every step. A sweep like any other:
+scripts/report.py reads its folder, and finished runs are not repeated. A loss spike is a stretch of steps whose loss is
+more than a tenth above the mean of the twenty before it.
 """
 
 import os
@@ -17,7 +18,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.01, "Peak learning rate of all arms.")
 EPOCHS = flags.DEFINE_float("epochs", 10.0, "Epochs of every run.")
-CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "ssl", "quickstart.py")
+JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
+HERE = os.path.dirname(__file__)
+CONFIG = os.path.join(HERE, "..", "configs", "ssl", "quickstart.py")
 FIRST_BLOCK = "attention/entropy/vit/encoder/block_0"
 WINDOW, MARGIN = 20, 0.1
 
@@ -30,7 +33,7 @@ def spikes(losses: list[float]) -> int:
         above = len(calm) >= WINDOW and not loss <= (1 + MARGIN) * statistics.mean(calm[-WINDOW:])
         count += above and not high
         high = above
-        # What is inside a spike is no measure of what is above it.
+        # Losses inside a spike do not raise the level that later ones are compared with.
         if not above:
             calm.append(loss)
     return count
@@ -42,43 +45,41 @@ def row(arm: str, seed: int | str, spikes: str, entropy: str, probe: str, knn: s
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
-    from sigmarep.errors import Diverged
-    from sigmarep.tasks.contrastive import ARMS
-    from sigmarep.training.loop import train_and_evaluate
-    from sigmarep.training.metrics import read_metrics
+    from sigmarep import sweeps
+    from sigmarep.remedies import SELF_SUPERVISED
 
-    module = command.load_config_file(CONFIG)
+    fixed = {
+        "learning_rate": LEARNING_RATE.value,
+        "epochs": EPOCHS.value,
+        "config.log_every_steps": 1,
+        "config.probe.baselines": False,
+    }
+    points = sweeps.product(sweeps.values("arm", *SELF_SUPERVISED), [fixed], sweeps.seeds(SEEDS.value))
+    command.stop_with_runs()
+    outcomes = sweeps.compare(CONFIG, points, workdir, os.path.join(HERE, "train.py"), jobs=JOBS.value)
     print(row("arm", "seed", "spikes", "lowest entropy 1st", "probe accuracy", "k-NN accuracy"))
-    print("|---|---|---|---|---|---|", flush=True)
-    for arm in ARMS:
+    print("|---|---|---|---|---|---|")
+    for arm in SELF_SUPERVISED:
         probes: list[float] = []
-        neighbours: list[float] = []
+        neighbors: list[float] = []
         lowest: list[float] = []
         counts: list[int] = []
         diverged = 0
-        for seed in range(SEEDS.value):
-            config = module.get_config(f"arm={arm},learning_rate={LEARNING_RATE.value},epochs={EPOCHS.value}")
-            config.seed = seed
-            config.log_every_steps = 1
-            config.writers.progress = "off"
-            config.probe.baselines = False
-            folder = os.path.join(workdir, f"{arm}-{LEARNING_RATE.value:g}-{EPOCHS.value:g}-{seed}")
-            try:
-                result = train_and_evaluate(config, folder)
-            except Diverged:
-                result, diverged = {}, diverged + 1
-            logged = [each for each in read_metrics(os.path.join(folder, "metrics.jsonl")) if "train/loss" in each]
-            counts.append(spikes([each["train/loss"] for each in logged]))
-            lowest.append(min(each[FIRST_BLOCK] for each in logged))
-            if result:
-                probes.append(result["eval/test/probe_accuracy"])
-                neighbours.append(result["eval/test/knn_accuracy"])
-            said = (f"{probes[-1]:.1%}", f"{neighbours[-1]:.1%}") if result else ("diverged", "diverged")
-            print(row(arm, seed, str(counts[-1]), f"{lowest[-1]:.3f} nats", *said), flush=True)
+        for outcome in (each for each in outcomes if each.point["arm"] == arm):
+            counts.append(spikes([each["train/loss"] for each in outcome.logged]))
+            lowest.append(min(each[FIRST_BLOCK] for each in outcome.logged))
+            cells = ("diverged", "diverged")
+            if outcome.evaluation:
+                probes.append(outcome.evaluation["eval/test/probe_accuracy"])
+                neighbors.append(outcome.evaluation["eval/test/knn_accuracy"])
+                cells = (f"{probes[-1]:.1%}", f"{neighbors[-1]:.1%}")
+            else:
+                diverged += 1
+            print(row(arm, outcome.point["config.seed"], str(counts[-1]), f"{lowest[-1]:.3f} nats", *cells))
         entropy = f"{min(lowest):.3f} to {max(lowest):.3f}"
-        said = (f"{_spread(probes)}, best {max(probes):.1%}", _spread(neighbours)) if probes else ("none", "none")
+        cells = (f"{_spread(probes)}, best {max(probes):.1%}", _spread(neighbors)) if probes else ("none", "none")
         name = arm if not diverged else f"{arm} ({diverged} diverged)"
-        print(row(name, "all", str(sum(counts)), entropy, *said), flush=True)
+        print(row(name, "all", str(sum(counts)), entropy, *cells))
 
 
 def _spread(values: list[float]) -> str:

@@ -17,7 +17,6 @@ Ctrl-C too: the runs save their states first.
 import collections
 import os
 import shlex
-import signal
 import sys
 
 from absl import flags
@@ -66,18 +65,13 @@ def main() -> None:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
-    # Whichever of these arrives, the runs are sent SIGTERM; under nohup a lost terminal is ignored, as asked for.
-    for stop in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(stop) is not signal.SIG_IGN:
-            signal.signal(stop, lambda *_: sys.exit(143))
-    command.ctrl_c_is_sigterm()
-    environment = {"JAX_COMPILATION_CACHE_DIR": os.path.join(os.path.abspath(workdir), ".compiled"), **os.environ}
+    command.stop_with_runs()
     record = sweeps.execute(
         runs,
         workdir,
-        jobs=JOBS.value or max((os.cpu_count() or 2) // 2, 1),
+        jobs=JOBS.value or sweeps.default_jobs(),
         say=lambda text: print(text, flush=True),
-        environment=environment,
+        environment=sweeps.shared_cache(workdir),
     )
     if RUN.value is not None and record[runs[0].name]["state"] == "stopped":
         sys.exit(143)

@@ -91,6 +91,17 @@ def ctrl_c_is_sigterm() -> None:
     signal.signal(signal.SIGINT, first)
 
 
+def stop_with_runs() -> None:
+    """Makes SIGTERM, SIGHUP and the first Ctrl-C end a command that makes runs with status 143, after it has stopped them.
+
+    Under nohup a lost terminal is ignored, as asked for.
+    """
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            signal.signal(stop, lambda *_: sys.exit(143))
+    ctrl_c_is_sigterm()
+
+
 def fail(error: SigmarepError) -> None:
     """Prints the error's line and ends the process with its status."""
     print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)

@@ -42,6 +42,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "bounded": PLAIN | {"optimizer.spectral_bound": 0.05},
     "muon": PLAIN | {"optimizer.name": "muon"},
 }
+# The arms of the paper's self-supervised comparison; the patch embedding as it was initialised is MoCo v3's remedy.
+SELF_SUPERVISED: dict[str, dict[str, Any]] = {
+    "pre_ln": PLAIN,
+    "frozen_patch": PLAIN | {"freeze_patch_embedding": True},
+    "sigma": {"model.norm": "none", "model.reparam": "sigma"},
+    "sigma_pre_ln": {"model.norm": "pre", "model.reparam": "sigma"},
+}
 # Those that the sweeps of configs/stability compare unless they are told otherwise.
 SWEPT = ("pre_ln", "sigma", "sigma_free", "qk_norm")
 RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -54,3 +61,14 @@ def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
       BadInput: there is no such arm.
     """
     config.update_from_flattened_dict(choice("arm", name, ARMS))
+
+
+def set_self_supervised_arm(config: ml_collections.ConfigDict, name: str) -> None:
+    """Makes `config` the arm `name` of `SELF_SUPERVISED`.
+
+    Raises:
+      BadInput: there is no such arm.
+    """
+    config.update_from_flattened_dict(choice("arm", name, SELF_SUPERVISED))
+    if config.freeze_patch_embedding:
+        config.optimizer.no_decay = (*config.optimizer.no_decay, "patch_embedding")

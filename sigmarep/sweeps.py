@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sigmarep.errors import BadInput, Diverged, Stopped
+from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped
 from sigmarep.files import locked, write_atomically
+from sigmarep.training.divergence import PREFIX
 from sigmarep.training.metrics import read_metrics
 
 Point = dict[str, Any]
@@ -68,6 +69,31 @@ class Run(NamedTuple):
     name: str
     point: Point
     command: list[str]
+
+
+class Outcome(NamedTuple):
+    """A final run: its `point`, its `state` ("done" or "diverged"), and `rows`, its metrics in the order of the steps."""
+
+    point: Point
+    state: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def logged(self) -> list[dict[str, Any]]:
+        """The rows of training steps."""
+        return [row for row in self.rows if "train/loss" in row]
+
+    @property
+    def evaluation(self) -> dict[str, float]:
+        """The last evaluation, {} if the run diverged."""
+        if self.state == "diverged":
+            return {}
+        return {name: value for row in self.rows for name, value in row.items() if name.startswith("eval/")}
+
+    def entropies(self) -> dict[str, float]:
+        """The attention entropy of every layer in nats after the last logged step."""
+        last = self.logged[-1]
+        return {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
 
 
 def runs(path: str, points: Sequence[Point], workdir: str, script: str) -> list[Run]:
@@ -170,6 +196,50 @@ def execute(
                 process.terminate()
             raise
     return record
+
+
+def compare(path: str, points: Sequence[Point], workdir: str, script: str, *, jobs: int | None = None) -> list[Outcome]:
+    """Makes every run of `points` that is not final yet, as scripts/sweep.py does, and reads the metrics of each.
+
+    Progress goes to the standard error stream.
+
+    Args:
+      path, points, workdir, script: see `runs`.
+      jobs: runs at a time, `default_jobs()` if None.
+
+    Returns:
+      One outcome a point, in their order.
+
+    Raises:
+      BadInput: see `runs`.
+      SigmarepError: a run failed, was refused or was stopped.
+    """
+    todo = runs(path, points, workdir, script)
+    os.makedirs(workdir, exist_ok=True)
+    record = execute(
+        todo,
+        workdir,
+        jobs=jobs or default_jobs(),
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+        environment=shared_cache(workdir),
+    )
+    outcomes = []
+    for run in todo:
+        folder, state = os.path.join(workdir, run.name), record[run.name]["state"]
+        if state not in FINAL:
+            raise SigmarepError(f"{folder}: {state}{_reason(folder, state)}; the same command makes this run again")
+        outcomes.append(Outcome(run.point, state, read_metrics(os.path.join(folder, "metrics.jsonl"))))
+    return outcomes
+
+
+def default_jobs() -> int:
+    """Runs at a time where nothing is asked for: half of the cores."""
+    return max((os.cpu_count() or 2) // 2, 1)
+
+
+def shared_cache(workdir: str) -> dict[str, str]:
+    """An environment in which the runs of a sweep compile the programs that they share once."""
+    return {"JAX_COMPILATION_CACHE_DIR": os.path.join(os.path.abspath(workdir), ".compiled"), **os.environ}
 
 
 def _reason(folder: str, state: str) -> str:

@@ -10,7 +10,7 @@ patch embedding as initialised), method (simclr), learning_rate (0.001), epochs 
 A recipe of this project; no figure of the paper belongs to it. Not run yet: it has only been built and checked.
 """
 
-from sigmarep.tasks.contrastive import set_arm
+from sigmarep.remedies import set_self_supervised_arm
 from sigmarep.training.config import arguments, default_config
 
 
@@ -28,7 +28,7 @@ def get_config(text=""):
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 8, 384, 6, 1536
     config.model.patch_size = 4
     config.model.positions = "sincos"
-    set_arm(config, args["arm"])
+    set_self_supervised_arm(config, args["arm"])
     config.projector.hidden, config.projector.width = 1024, 128
     config.predictor.hidden, config.predictor.width = 1024, 128
 

@@ -14,7 +14,7 @@ Not run by this project: it has only been built and checked, for want of the dat
 
 from sigmarep.data.images.views import imagenet_2012
 from sigmarep.models.vit import variant
-from sigmarep.tasks.contrastive import set_arm
+from sigmarep.remedies import set_self_supervised_arm
 from sigmarep.training.config import arguments, default_config
 
 
@@ -38,7 +38,7 @@ def get_config(text=""):
     config.model.positions = "sincos"
     config.model.pool = "token"
     config.model.qkv = "fused"
-    set_arm(config, args["arm"])
+    set_self_supervised_arm(config, args["arm"])
     config.projector.hidden, config.projector.width = 4096, 256
     config.predictor.hidden, config.predictor.width = 4096, 256
 

@@ -7,7 +7,7 @@ Arguments: arm (sigma_pre_ln: σReparam with pre-LN; sigma: σReparam without a 
 patch embedding as initialised), method (simclr), learning_rate (0.003), epochs (60).
 """
 
-from sigmarep.tasks.contrastive import set_arm
+from sigmarep.remedies import set_self_supervised_arm
 from sigmarep.training.config import arguments, default_config
 
 
@@ -23,7 +23,7 @@ def get_config(text=""):
 
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 4, 128, 4, 256
     config.model.patch_size = 2
-    set_arm(config, args["arm"])
+    set_self_supervised_arm(config, args["arm"])
     config.model.init_std = 0.1
 
     config.optimizer.name = "adamw"

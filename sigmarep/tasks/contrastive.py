@@ -25,27 +25,6 @@ PATCH_KERNEL = "vit/patch_embedding/kernel"
 # Keeps the views of evaluation apart from those of training, which come from config.seed.
 EVALUATION_SEED = 1_000_003
 
-# The arms of the paper's comparison: model.reparam, model.norm, and whether the patch embedding is frozen.
-ARMS = {
-    "pre_ln": ("none", "pre", False),
-    "frozen_patch": ("none", "pre", True),
-    "sigma": ("sigma", "none", False),
-    "sigma_pre_ln": ("sigma", "pre", False),
-}
-
-
-def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
-    """Makes `config` the arm `name` of `ARMS`.
-
-    Raises:
-      BadInput: there is no such arm.
-    """
-    if name not in ARMS:
-        raise BadInput(f"config argument arm = {name!r}: expected one of {', '.join(ARMS)}")
-    config.model.reparam, config.model.norm, config.freeze_patch_embedding = ARMS[name]
-    if config.freeze_patch_embedding:
-        config.optimizer.no_decay = (*config.optimizer.no_decay, "patch_embedding")
-
 
 def default_config() -> ml_collections.ConfigDict:
     """The ViT's `model` and `data` as in image classification, and the fields of the two methods and the evaluators."""
