@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from sigmarep import doors
 from sigmarep.errors import BadInput, Diverged, Stopped
 from sigmarep.training import divergence, workdir
 from sigmarep.training.checkpoints import Checkpointer
@@ -105,9 +106,10 @@ def restored_config(folder: str) -> ml_collections.ConfigDict:
     """The configuration that a workdir was made with.
 
     Raises:
-      BadInput: there is none, or it does not fit this version.
+      BadInput: there is none, it does not fit this version, or it names code that the user did not (`sigmarep.doors`).
     """
     stored = workdir.stored_config(folder)
+    doors.check_stored(stored, folder)
     config = default_config(stored.get("task", ""))
     try:
         config.update(_without_none(stored))
