@@ -38,6 +38,8 @@ def main() -> None:
             f"lowest attention entropy: {result['attention/entropy_lowest']:.3g} nats "
             f"(layer {result['attention/entropy_lowest_layer']}, step {result['attention/entropy_lowest_step']})"
         )
+    if "stopped_early" in result:
+        print(f"stopped early: {result['stopped_early']}")
     for what, where in (("metrics", "metrics.jsonl"), ("checkpoints", "checkpoints"), ("configuration", "config.json")):
         print(f"{what}: {os.path.join(workdir, where)}")
 

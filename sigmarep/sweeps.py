@@ -24,9 +24,10 @@ from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped
 from sigmarep.files import locked, write_atomically
 from sigmarep.training.divergence import PREFIX
 from sigmarep.training.metrics import read_metrics
+from sigmarep.training.stopped import stopped_early
 
 Point = dict[str, Any]
-# What a run's exit status says of it. The first two are final: such a run is not made again.
+# What a run's exit status says of it.
 STATES = {
     0: "done",
     Diverged.exit_status: "diverged",
@@ -35,7 +36,10 @@ STATES = {
     # Before its first step and after its last one a run has nothing to save, and SIGTERM simply ends it.
     -signal.SIGTERM: "stopped",
 }
-FINAL = ("done", "diverged")
+# That of a run which a callback ended; its exit status is 0.
+STOPPED_EARLY = "stopped early"
+# Such runs are not made again.
+FINAL = ("done", STOPPED_EARLY, "diverged")
 RECORD = "sweep.json"
 
 
@@ -179,6 +183,8 @@ def execute(
             status = process.wait()
             processes.discard(process)
         state = STATES.get(status, "failed")
+        if state == "done" and stopped_early(folder):
+            state = STOPPED_EARLY
         with lock:
             seconds = round(time.monotonic() - start, 1)
             record[run.name] = {"point": run.point, "state": state, "status": status, "seconds": seconds}
@@ -243,9 +249,11 @@ def shared_cache(workdir: str) -> dict[str, str]:
 
 
 def _reason(folder: str, state: str) -> str:
-    """The last line that a run printed, for one that did not end well."""
+    """Why a callback ended the run; the last line that it printed, if it did not end well; else nothing."""
     if state == "done":
         return ""
+    if state == STOPPED_EARLY and (stopped := stopped_early(folder)):
+        return f" ({stopped.reason})"
     with open(os.path.join(folder, "log.txt"), errors="replace") as file:
         lines = file.read().strip().splitlines()
     return f" ({lines[-1]})" if lines else ""

@@ -116,6 +116,8 @@ def outcome(run: Run, found: Facts) -> str:
     if run.state == "unfinished":
         ago = _duration(run.age or 0.0)
         return f"Unfinished, at step {run.last_step}{of_total}; the last line was written {ago} ago.{rose}"
+    if run.state == "stopped early":
+        return f"Stopped early after step {run.last_step}{of_total}{why}.{rose}"
     words = f" with {found.final[0]} {found.final[1]:.4g}" if found.final else ""
     return f"Done after {run.last_step} steps{words}.{rose or ' The loss never rose.'}"
 

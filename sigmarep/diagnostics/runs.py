@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
-from sigmarep.sweeps import RECORD, read_record
+from sigmarep.sweeps import RECORD, STOPPED_EARLY, read_record
 from sigmarep.training.metrics import FILE, metric_names, read_metrics
+from sigmarep.training.stopped import stopped_early
 
 CONFIG = "config.json"
 
@@ -33,8 +34,9 @@ class Run:
     Attributes:
       name: its folder, as short as tells it from the others.
       folder: of its files.
-      state: "done"; "diverged"; "unfinished", still going or stopped; "failed" or "bad input", as its sweep recorded.
-      reason: why it diverged or failed, if that is known.
+      state: "done"; "diverged"; "stopped early", by a callback; "unfinished", still going or stopped; "failed" or
+        "bad input", as its sweep recorded.
+      reason: why it diverged, failed or was stopped early, if that is known.
       rows: of its metrics, in order.
       config: by dotted name, {} if there is none.
       environment: what it ran on, {} if that is not known.
@@ -181,6 +183,8 @@ def read(place: Place) -> Run:
     if diagnosis or record.get("state") == "diverged" or broken:
         why = f"the loss became {broken['train/loss']}" if broken else None
         state, reason = "diverged", diagnosis.get("reason", why)
+    elif stopped := stopped_early(folder):
+        state, reason = STOPPED_EARLY, stopped.reason
     elif record.get("state") in ("failed", "bad input"):
         state, reason = record["state"], _last_line(os.path.join(folder, "log.txt"))
     return Run(

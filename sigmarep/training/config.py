@@ -141,8 +141,12 @@ def trainer_defaults() -> ml_collections.ConfigDict:
     config.writers = ml_collections.ConfigDict()
     config.writers.tensorboard = False
     config.writers.wandb_project = ""
+    # Dotted Python names of writers of one's own; see sigmarep.training.metrics.Writer.
+    config.writers.extra = ()
     # "auto": a live line on a terminal, plain lines elsewhere; "plain"; "off".
     config.writers.progress = "auto"
+    # Dotted Python names of what watches the run and may end it early; see sigmarep.training.callbacks.
+    config.callbacks = ()
     return config
 
 

@@ -3,10 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sigmarep.training.metrics import metric_names
+from sigmarep.errors import Diverged
+from sigmarep.training.callbacks import Callback, Run
+from sigmarep.training.metrics import FILE, metric_names, read_metrics
 
 PREFIX = "attention/entropy/"
 # A layer counts as collapsed below this many nats; the paper's own figures show collapsed layers at 0.02 to 0.1.
@@ -77,3 +79,34 @@ def write_diagnosis(workdir: str, step: int, why: str, rows: Sequence[dict[str, 
     with open(os.path.join(workdir, "diagnosis.json"), "w") as file:
         json.dump({"step": step, "reason": why, "message": message, **found}, file, indent=2)
     return message
+
+
+class DivergenceCheck(Callback):
+    """Ends the run as diverged where a logged loss says so, with the diagnosis written.
+
+    Args:
+      workdir: of the run.
+      factor: `config.divergence_factor`.
+      checkpoints: the steps that have one, oldest first.
+      first_loss: the run's first logged loss, None before there is one.
+    """
+
+    def __init__(
+        self, workdir: str, factor: float, checkpoints: Callable[[], Sequence[int]], *, first_loss: float | None
+    ):
+        self._workdir, self._factor, self._checkpoints = workdir, factor, checkpoints
+        self.first_loss = first_loss
+
+    def on_log(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        loss = metrics["train/loss"]
+        self.check(step, loss)
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+
+    def check(self, step: int, loss: float) -> None:
+        """Raises Diverged if `loss` says so."""
+        why = reason(loss, self.first_loss, self._factor)
+        if why is None:
+            return
+        message = write_diagnosis(self._workdir, step, why, read_metrics(os.path.join(self._workdir, FILE)))
+        steps = self._checkpoints()
+        raise Diverged(f"{message}; last finite checkpoint: {f'step {steps[-1]}' if steps else 'none'}")

@@ -1,18 +1,23 @@
 """The one training loop: `train_and_evaluate` and `evaluate`."""
 
 import collections
+import contextlib
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from sigmarep import doors
-from sigmarep.errors import BadInput, Diverged, Stopped
+from sigmarep.errors import BadInput, Stopped
+from sigmarep.tasks.protocol import Batch
 from sigmarep.training import divergence, workdir
+from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
 from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import default_config, validate
+from sigmarep.training.divergence import DivergenceCheck
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, build
 from sigmarep.training.mesh import fits, input_share
@@ -23,33 +28,41 @@ from sigmarep.training.processes import ending_together, steps_in_flight
 from sigmarep.training.progress import Clock, Progress
 from sigmarep.training.sharpness import Sharpness
 from sigmarep.training.step import StepOutput, TrainState
+from sigmarep.training.stopped import FILE as STOPPED
+from sigmarep.training.stopped import StoppedEarly, stopped_early, write_stopped
 
 # Steps given to the devices before the host waits for the oldest: enough to keep them busy, few enough that
 # collectives of several processes cannot pile up.
 STEPS_IN_FLIGHT = 2
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, folder: str) -> dict[str, float]:
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, folder: str, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Trains, evaluates and checkpoints; goes on where an earlier call in the same folder stopped.
 
     Args:
       config: see `sigmarep.training.config.default_config`.
       folder: the workdir; made if missing. See `sigmarep.training.workdir` for what is in it.
+      callbacks: called after those of `config.callbacks`; see `sigmarep.training.callbacks`.
 
     Returns:
-      The last evaluation, and `attention/entropy_lowest`, the lowest layer's entropy of the whole run in nats.
+      The last evaluation; `attention/entropy_lowest`, the lowest layer's entropy of the whole run in nats; and
+      `stopped_early`, the reason, if a callback ended the run.
 
     Raises:
       BadInput: the configuration or the folder is wrong. Nothing was changed.
+      CallbackError: a callback or a writer that is not this project's failed; the message names it.
       Diverged: see `config.divergence_factor`; the last checkpoint before it is kept, `diagnosis.json` is written.
       Stopped: SIGTERM arrived; the state is saved.
     """
     experiment = build(validate(config))
     # What is wrong with a split to be evaluated shows now, before anything is written.
     evaluator = Evaluator(experiment)
+    others = named_callbacks(experiment.config.callbacks, callbacks)
     workdir.claim(folder, experiment.config, experiment.task.files(), total_steps=experiment.total_steps)
     with Preemption(Stopped.exit_status) as preemption:
-        run = _Run(experiment, evaluator, folder, preemption)
+        run = _Run(experiment, evaluator, others, folder, preemption)
         try:
             # Closing waits for all processes: not where one is gone.
             with ending_together():
@@ -127,7 +140,8 @@ def _without_none(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(folder: str) -> dict[str, Any]:
-    """The last evaluation of a run, the lowest layer's attention entropy in nats, and where and when it was."""
+    """The last evaluation of a run; the lowest layer's attention entropy in nats, with its layer and step; and why it was
+    stopped early, if it was."""
     rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
     last: dict[str, Any] = {}
     for row in rows:
@@ -138,101 +152,134 @@ def summary(folder: str) -> dict[str, Any]:
         last["attention/entropy_lowest"] = layers[name]["lowest"]
         last["attention/entropy_lowest_layer"] = name
         last["attention/entropy_lowest_step"] = layers[name]["lowest_step"]
+    if stopped := stopped_early(folder):
+        last["stopped_early"] = stopped.reason
     return last
 
 
 class _Run:
-    """One call of `train_and_evaluate`: the state between steps, and what is written when."""
+    """One call of `train_and_evaluate`: the state between steps, and the order of events. Callbacks see it as their run."""
 
-    def __init__(self, experiment: Experiment, evaluator: Evaluator, folder: str, preemption: Preemption):
+    def __init__(
+        self,
+        experiment: Experiment,
+        evaluator: Evaluator,
+        others: Mapping[str, Callback],
+        folder: str,
+        preemption: Preemption,
+    ):
         config = experiment.config
-        self.experiment, self.folder, self.preemption = experiment, folder, preemption
+        self.experiment, self.evaluator, self.workdir, self.preemption = experiment, evaluator, folder, preemption
+        self.total_steps = experiment.total_steps
         self.clock = Clock()
         # Every process would say the same.
         mode = config.writers.progress if jax.process_index() == 0 else "off"
-        self.progress = Progress(experiment.total_steps, mode=mode, unit=experiment.task.unit)
+        self.progress = Progress(self.total_steps, mode=mode, unit=experiment.task.unit)
         self.checkpoints = Checkpointer(
             os.path.join(folder, "checkpoints"), keep=config.keep_checkpoints, say=self.progress.message
         )
-        self.first_loss: float | None = None
-        self.unlogged: tuple[int, StepOutput] | None = None
         restored = self.checkpoints.restore(experiment.abstract_state)
-        if restored is None:
-            self.start = 0
-            state = experiment.create_state()
-        else:
-            self.start, state, extra = restored
-            self.first_loss = extra["first_loss"]
-            self.clock.load_state_dict(extra["clock"])
-            self.progress.message(f"resumed from the checkpoint of step {self.start}")
-        self.saved_step = self.start
-        self.state = experiment.runner.put_state(state)
-        self.evaluator = evaluator
+        self.step, state, extra = restored or (0, experiment.create_state(), {})
+        if restored is not None:
+            self.progress.message(f"resumed from the checkpoint of step {self.step}")
+        self._state = experiment.runner.put_state(state)
+        self.clock.load_state_dict(extra.get("clock", {}))
+        self.divergence = DivergenceCheck(
+            folder, config.divergence_factor, self.checkpoints.all_steps, first_loss=extra.get("first_loss")
+        )
+        self.writer = MetricWriter(
+            folder,
+            resume_step=self.step,
+            tensorboard=config.writers.tensorboard,
+            wandb_project=config.writers.wandb_project,
+            extra=config.writers.extra,
+            run_config=config.to_dict(),
+        )
+        self.callbacks = Callbacks([self.writer, self.divergence, self.progress], others)
+        self.callbacks.load_state_dict(extra.get("callbacks", {}))
         self.sharpness = Sharpness(experiment)
         # Shapes of batches, with and without the panel, whose programs are compiled.
         self.programs: set[Any] = set()
-        self.writer = MetricWriter(
-            folder,
-            resume_step=self.start,
-            tensorboard=config.writers.tensorboard,
-            wandb_project=config.writers.wandb_project,
-            run_config=config.to_dict(),
-        )
+        self.in_flight: collections.deque[jax.Array] = collections.deque()
+        self.output: StepOutput | None = None
+        self.unlogged: tuple[int, StepOutput] | None = None
+        self.evaluated_step: int | None = None
+        self.saved_step = self.step
+
+    @property
+    def config(self) -> ml_collections.FrozenConfigDict:
+        return self.experiment.config
+
+    @property
+    def state(self) -> TrainState:
+        return self.experiment.runner.get_state(self._state)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        self.writer.write(self.step, metrics)
 
     def train(self) -> None:
-        """Makes the steps that are left.
+        """Makes the steps that are left, until a callback ends the run.
 
-        After step s come, in this order: its log, the evaluation, the checkpoint. A run that resumes from the
+        After step s come, in this order: its log, sharpness, the evaluation, the checkpoint. A run that resumes from the
         checkpoint of step s has therefore every line up to s, and the writer drops those after it.
         """
-        total = self.experiment.total_steps
-        intervention = self.experiment.intervention_step
-        if self.start >= total:
+        total, due = self.total_steps, self.experiment.due
+        if stopped := stopped_early(self.workdir):
+            self.progress.message(f"{stopped}; remove {os.path.join(self.workdir, STOPPED)} to go on")
+            return
+        if self.step >= total:
             self.progress.message(f"all {total} steps are done already")
             return
-        share, most = input_share(self.experiment.runner.mesh), steps_in_flight(STEPS_IN_FLIGHT)
-        stream = self.experiment.task.train_stream(
-            start=self.start, process_index=share.part, process_count=share.parts
-        )
-        in_flight: collections.deque[jax.Array] = collections.deque()
-        for step, batch in zip(range(self.start + 1, total + 1), stream, strict=False):
-            first = step == self.start + 1
-            if intervention is not None and step > intervention and (first or step == intervention + 1):
-                self.intervene()
-                first = True
-            experiment = self.experiment
-            logging = step == 1 or experiment.due("log", step)
-            program = (logging, *(array.shape for array in batch.values()))
-            known = program in self.programs and not first
-            self.programs.add(program)
-            with self.clock.measure("training" if known else "compiling"):
-                self.preemption.nothing_to_save = first
-                self.state, output = experiment.runner.step(self.state, batch, panel=logging)
-                in_flight.append(output.scalars["loss"])
-                if first or len(in_flight) > most:
-                    jax.block_until_ready(in_flight.popleft())
-                self.preemption.nothing_to_save = False
-            self.clock.step(self.experiment.task.units_per_step())
-            # The log of a step is fetched after the next one was given to the devices, which then do not wait for it.
-            self.log()
-            if logging:
-                self.unlogged = (step, output)
-            if experiment.due("sharpness", step):
+        share = input_share(self.experiment.runner.mesh)
+        stream = self.experiment.task.train_stream(start=self.step, process_index=share.part, process_count=share.parts)
+        self.callbacks.emit("on_start", self)
+        for step, batch in zip(range(self.step + 1, total + 1), stream, strict=False):
+            if self.callbacks.stop:
+                break
+            self.make_step(step, batch)
+            self.callbacks.emit("on_step", self)
+            if due("sharpness", step):
                 self.log()
-                with self.clock.measure("evaluating"):
-                    self.writer.write(step, self.sharpness(self.state))
-            if experiment.due("eval", step):
+                self.measure_sharpness()
+            if due("eval", step):
                 self.log()
-                self.evaluate(step, output)
-            stopping = self.preemption.stops_after(step)
-            if experiment.due("checkpoint", step) or stopping:
+                self.evaluate()
+            signalled = self.preemption.stops_after(step)
+            if due("checkpoint", step) or signalled:
                 self.log()
-                self.save(step, output)
-            if stopping and step < total:
+                self.save()
+            if signalled and step < total and not self.callbacks.stop:
                 self.checkpoints.wait()
-                raise Stopped(f"stopped by SIGTERM after step {step} of {total}; the state is saved in {self.folder}")
+                raise Stopped(f"stopped by SIGTERM after step {step} of {total}; the state is saved in {self.workdir}")
         self.log()
+        if self.callbacks.stop and self.step < total:
+            self.end_early(self.callbacks.stop)
         self.checkpoints.wait()
+
+    def make_step(self, step: int, batch: Batch) -> None:
+        """Gives the devices a step, and logs an earlier one that waited for it."""
+        intervention = self.experiment.intervention_step
+        first = not self.programs
+        if intervention is not None and step > intervention and (first or step == intervention + 1):
+            self.intervene()
+            first = True
+        logging = step == 1 or self.experiment.due("log", step)
+        program = (logging, *(array.shape for array in batch.values()))
+        known = program in self.programs and not first
+        self.programs.add(program)
+        with self.clock.measure("training" if known else "compiling"):
+            self.preemption.nothing_to_save = first
+            self._state, self.output = self.experiment.runner.step(self._state, batch, panel=logging)
+            self.step = step
+            self.in_flight.append(self.output.scalars["loss"])
+            if first or len(self.in_flight) > steps_in_flight(STEPS_IN_FLIGHT):
+                jax.block_until_ready(self.in_flight.popleft())
+            self.preemption.nothing_to_save = False
+        self.clock.step(self.experiment.task.units_per_step())
+        # The log of a step is fetched after the next one was given to the devices, which then do not wait for it.
+        self.log()
+        if logging:
+            self.unlogged = (step, self.output)
 
     def intervene(self) -> None:
         """Goes on with the experiment that `config.intervention` makes of this one."""
@@ -246,60 +293,64 @@ class _Run:
         )
 
     def log(self) -> None:
-        """Writes the metrics of the last step to be logged, if they are not written yet."""
+        """Hands over the metrics of the last step to be logged, if that was not done yet."""
         if self.unlogged is None:
             return
         (step, output), self.unlogged = self.unlogged, None
         output = jax.device_get(output)
         scalars = {f"train/{name}": float(value) for name, value in output.scalars.items()}
-        panel = panel_metrics(output.panel)
         speed = {f"train/{self.experiment.task.unit}_per_second": self.clock.units_per_second}
-        self.writer.write(step, {**scalars, **speed, **panel})
-        loss = scalars["train/loss"]
-        self.check(step, loss)
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.progress.update(
-            step,
-            loss=loss,
-            entropy_min=panel.get("attention/entropy_min"),
-            units_per_second=self.clock.units_per_second,
-        )
+        self.callbacks.emit("on_log", self, step, {**scalars, **speed, **panel_metrics(output.panel)})
 
-    def check(self, step: int, loss: float) -> None:
-        """Raises Diverged, with the diagnosis written, if `loss` says so."""
-        why = divergence.reason(loss, self.first_loss, self.experiment.config.divergence_factor)
-        if why is None:
-            return
-        self.writer.flush()
-        rows = read_metrics(os.path.join(self.folder, "metrics.jsonl"))
-        message = divergence.write_diagnosis(self.folder, step, why, rows)
-        kept = self.checkpoints.all_steps()
-        raise Diverged(f"{message}; last finite checkpoint: {f'step {kept[-1]}' if kept else 'none'}")
-
-    def evaluate(self, step: int, output: StepOutput) -> None:
-        self.check(step, float(output.scalars["loss"]))
+    def measure_sharpness(self) -> None:
         with self.clock.measure("evaluating"):
-            metrics = self.evaluator(self.experiment.runner.get_state(self.state))
-        self.writer.write(step, metrics)
-        words = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
-        self.progress.message(f"step {step}: {words}")
+            self.write(self.sharpness(self._state))
+
+    def evaluate(self) -> None:
+        """Evaluates the state, and keeps what the model made; never one whose loss says that the run diverged."""
+        if self.output is not None:
+            self.divergence.check(self.step, float(self.output.scalars["loss"]))
+        with self.clock.measure("evaluating"):
+            metrics = self.evaluator(self.state)
+        self.evaluated_step = self.step
+        self.callbacks.emit("on_evaluation", self, self.step, metrics)
         if jax.process_index() == 0:
-            workdir.write_outputs(self.folder, self.evaluator.outputs)
+            workdir.write_outputs(self.workdir, self.evaluator.outputs)
         for outputs in self.evaluator.outputs.values():
             for line in outputs.samples:
                 self.progress.message(f"  {line}")
 
-    def save(self, step: int, output: StepOutput) -> None:
-        """Saves the state after `step`; never one whose loss was not finite."""
-        loss = float(output.scalars["loss"])
+    def save(self) -> None:
+        """Saves the state; never one whose loss was not finite."""
+        loss = 0.0 if self.output is None else float(self.output.scalars["loss"])
         if not math.isfinite(loss):
-            self.check(step, loss)
+            self.divergence.check(self.step, loss)
         with self.clock.measure("saving"):
-            self.writer.flush(sync=True)
-            extra = {"first_loss": self.first_loss, "clock": self.clock.state_dict(), "next_batch": step}
-            self.checkpoints.save(step, self.experiment.runner.get_state(self.state), extra=extra)
+            self.writer.flush()
+            extra = {
+                "first_loss": self.divergence.first_loss,
+                "clock": self.clock.state_dict(),
+                "next_batch": self.step,
+                "callbacks": self.callbacks.state_dict(),
+            }
+            self.checkpoints.save(self.step, self.state, extra=extra)
+        self.saved_step = self.step
+        self.callbacks.emit("on_checkpoint", self, self.step)
+
+    def end_early(self, stop: Stop) -> None:
+        """Ends the run as a callback asked for, and keeps the reason in the workdir."""
+        if stop.evaluate and self.evaluated_step != self.step:
+            self.evaluate()
+        if self.saved_step != self.step:
+            self.save()
+        self.checkpoints.wait()
+        stopped = StoppedEarly(self.step, self.total_steps, stop.reason)
+        if jax.process_index() == 0:
+            write_stopped(self.workdir, stopped)
+        self.progress.message(str(stopped))
 
     def close(self) -> None:
-        self.checkpoints.close()
-        self.writer.close()
-        self.progress.close()
+        """Ends all callbacks; the last call, however the run ended."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.callbacks.end, self)
+            self.checkpoints.close()

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, always; TensorBoard and Weights & Biases beside it on request.
+"""`metrics.jsonl`, always; TensorBoard, Weights & Biases and writers of one's own on request.
 
 One JSON object a line: `step`, then slash-separated names. Numbers that JSON has no word for are the strings "nan",
 "inf" and "-inf"; `read_metrics` turns them back.
@@ -9,11 +9,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
+from sigmarep import doors
 from sigmarep.errors import BadInput
 from sigmarep.files import write_atomically
+from sigmarep.training.callbacks import Callback, Run, failing_by_name
 
 _loads: Callable[[bytes | str], Any] = json.loads
 # The same numbers in a fifth of the time: a report reads hundreds of megabytes. It comes with the extra "report".
@@ -53,13 +55,35 @@ def _encoded(value: Any) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-class MetricWriter:
-    """Appends rows; on resume it first drops those after the step that is resumed from.
+class Writer(Protocol):
+    """Where a run's metrics go. A word of `config.writers.extra` names what makes one when it is called as
 
-    Only process 0 writes.
+        my_writer(workdir, resume_step=…, config=…)
+
+    with the run's folder, the step that it goes on from (rows after it are not valid any more; 0 at the beginning) and
+    the resolved configuration as a dictionary. Only process 0 makes any.
+    """
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the metrics of a step; may be called several times for one step, with other names."""
+
+    def flush(self) -> None:
+        """Puts everything where it survives this process; called before every checkpoint."""
+
+    def close(self) -> None:
+        """Flushes, and frees what is open; the last call."""
+
+
+class MetricWriter(Callback):
+    """Writes to metrics.jsonl and to all other writers of a run. Only process 0 writes.
+
+    Args:
+      resume_step: rows of metrics.jsonl after this step are dropped.
+      tensorboard, wandb_project, extra: see `config.writers`.
+      run_config: the resolved configuration.
 
     Raises:
-      BadInput: the folder cannot be written, or an extra package is missing.
+      BadInput: the folder cannot be written, an extra package is missing, or a word of `extra` names no writer.
     """
 
     def __init__(
@@ -69,14 +93,67 @@ class MetricWriter:
         resume_step: int = 0,
         tensorboard: bool = False,
         wandb_project: str = "",
+        extra: Sequence[str] = (),
         run_config: Mapping[str, Any] | None = None,
     ):
         # Here, not above: reading metrics needs no JAX.
         import jax
 
-        self._file = self._tensorboard = self._wandb = None
+        makers = {word: doors.load(word, field="config.writers.extra") for word in extra}
+        self._writers: dict[str, Writer] = {}
         if jax.process_index() != 0:
             return
+        self._writers["metrics.jsonl"] = JsonLines(workdir, resume_step=resume_step)
+        if tensorboard:
+            self._writers["TensorBoard"] = TensorBoard(workdir, resume_step=resume_step)
+        if wandb_project:
+            self._writers["Weights & Biases"] = WandB(workdir, project=wandb_project, config=run_config)
+        for word, maker in makers.items():
+            with failing_by_name(word, "its call"):
+                self._writers[word] = maker(workdir, resume_step=resume_step, config=dict(run_config or {}))
+            lacks = [
+                name for name in ("write", "flush", "close") if not callable(getattr(self._writers[word], name, None))
+            ]
+            if lacks:
+                raise BadInput(f"config.writers.extra = {word!r}: its writer has no method {lacks[0]}")
+
+    def on_log(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        self.write(step, metrics)
+
+    def on_evaluation(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        self.write(step, metrics)
+
+    def on_end(self, run: Run) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one row of scalars to each writer."""
+        row = {name: float(value) for name, value in metrics.items()}
+        for name, writer in self._writers.items():
+            with failing_by_name(name, "write"):
+                writer.write(int(step), row)
+
+    def flush(self) -> None:
+        """Flushes each writer."""
+        for name, writer in self._writers.items():
+            with failing_by_name(name, "flush"):
+                writer.flush()
+
+    def close(self) -> None:
+        """Closes each writer, whichever of them fail."""
+        with contextlib.ExitStack() as stack:
+            for name, writer in self._writers.items():
+                stack.callback(self._close, name, writer)
+
+    def _close(self, name: str, writer: Writer) -> None:
+        with failing_by_name(name, "close"):
+            writer.close()
+
+
+class JsonLines:
+    """metrics.jsonl."""
+
+    def __init__(self, workdir: str, *, resume_step: int = 0):
         path = os.path.join(workdir, FILE)
         try:
             os.makedirs(workdir, exist_ok=True)
@@ -84,42 +161,68 @@ class MetricWriter:
             self._file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another") from error
-        if tensorboard:
-            self._tensorboard = _tensorboard(workdir, resume_step)
-        if wandb_project:
-            self._wandb = _wandb(wandb_project, workdir, run_config)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one row."""
-        if self._file is None:
-            return
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {name: _encoded(value) for name, value in metrics.items()}
         # In one call, so that a kill leaves at most one unfinished line.
-        self._file.write(json.dumps({"step": int(step), **row}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, float(value), int(step))
-        if self._wandb is not None:
-            self._wandb.log({name: float(value) for name, value in metrics.items()}, step=int(step))
 
-    def flush(self, *, sync: bool = False) -> None:
-        """Hands everything to the operating system; with `sync`, to the disk."""
-        if self._file is not None:
-            self._file.flush()
-            if sync:
-                os.fsync(self._file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in the workdir's folder `tensorboard`."""
+
+    def __init__(self, workdir: str, *, resume_step: int = 0):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise BadInput(
+                'config.writers.tensorboard = True: needs the extra "tensorboard"; pip install "sigmarep[tensorboard]"'
+            ) from None
+        purge_step = resume_step + 1 if resume_step else None
+        self._writer = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=purge_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases. The name of the workdir identifies it, so that a restart continues it."""
+
+    def __init__(self, workdir: str, *, project: str, config: Mapping[str, Any] | None = None):
+        try:
+            import wandb
+        except ImportError:
+            raise BadInput(
+                f'config.writers.wandb_project = {project!r}: needs the extra "wandb"; pip install "sigmarep[wandb]"'
+            ) from None
+        name = os.path.basename(os.path.abspath(workdir))
+        self._run = wandb.init(
+            project=project, dir=workdir, id=name, name=name, resume="allow", config=dict(config or {})
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def flush(self) -> None:
+        """Its own process sends what it has."""
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def _drop_after(path: str, step: int) -> None:
@@ -132,25 +235,3 @@ def _drop_after(path: str, step: int) -> None:
         return
     rows = [line for line in lines[:-1] if line and _loads(line)["step"] <= step]
     write_atomically(path, "".join(line + "\n" for line in rows), sync=True)
-
-
-def _tensorboard(workdir: str, resume_step: int):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise BadInput(
-            'config.writers.tensorboard = True: needs the extra "tensorboard"; pip install "sigmarep[tensorboard]"'
-        ) from None
-    return SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
-
-
-def _wandb(project: str, workdir: str, run_config):
-    try:
-        import wandb
-    except ImportError:
-        raise BadInput(
-            f'config.writers.wandb_project = {project!r}: needs the extra "wandb"; pip install "sigmarep[wandb]"'
-        ) from None
-    # The name of the folder identifies the run, so that a restart continues it.
-    name = os.path.basename(os.path.abspath(workdir))
-    return wandb.init(project=project, dir=workdir, id=name, name=name, resume="allow", config=dict(run_config or {}))

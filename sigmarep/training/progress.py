@@ -4,11 +4,13 @@ import collections
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import rich.console
 import rich.live
 import rich.text
+
+from sigmarep.training.callbacks import Callback, Run
 
 MODES = ("auto", "plain", "off")
 SECONDS_BETWEEN_PLAIN_LINES = 5.0
@@ -57,7 +59,7 @@ class Clock:
         self._seconds = collections.defaultdict(float, seconds)
 
 
-class Progress:
+class Progress(Callback):
     """One live line on a terminal; elsewhere a plain line every few seconds; or nothing.
 
     Args:
@@ -75,6 +77,21 @@ class Progress:
         if mode == "auto" and sys.stdout.isatty():
             self._live = rich.live.Live(console=rich.console.Console(), refresh_per_second=4)
             self._live.start()
+
+    def on_log(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        self.update(
+            step,
+            loss=metrics["train/loss"],
+            entropy_min=metrics.get("attention/entropy_min"),
+            units_per_second=metrics[f"train/{self._unit}_per_second"],
+        )
+
+    def on_evaluation(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        words = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+        self.message(f"step {step}: {words}")
+
+    def on_end(self, run: Run) -> None:
+        self.close()
 
     def update(
         self,

@@ -2,7 +2,7 @@
 
 `config.json`, the resolved configuration; the files of the task, such as `vocabulary.model`; `environment.json`, versions,
 devices and git revision of the last start and of earlier ones; `metrics.jsonl`; `checkpoints/`; `outputs/<split>/`, what
-the model made at the last evaluation; `diagnosis.json` after a divergence.
+the model made at the last evaluation; `diagnosis.json` after a divergence; `stopped.json` after a callback ended the run.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ FREE = (
     "parallel",
     "mesh.",
     "writers.",
+    "callbacks",
     "sharpness.",
     "keep_checkpoints",
     "log_every_",
