@@ -13,7 +13,7 @@ def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False) -> dict[st
     """Parameters of the same model with `reparam="none"` and identical outputs.
 
     Every kernel is replaced by the effective one that evaluation uses (one power step from the stored u), and γ is
-    dropped. Works for σReparam, spectral and weight normalisation, for layers stacked by `nn.scan` or `nn.vmap`, and
+    dropped. Works for σReparam, spectral and weight normalization, for layers stacked by `nn.scan` or `nn.vmap`, and
     leaves other parameters as they are.
 
     Args:
@@ -35,19 +35,19 @@ def _fold(params, state, stored_sigma):
 
 
 def _effective(kernel, gamma, state, stored_sigma):
-    def reparametrised(kernel, gamma, u, basis):
-        return spectral.reparametrise(kernel, gamma, u, basis=basis).kernel
+    def reparametrized(kernel, gamma, u, basis):
+        return spectral.reparametrize(kernel, gamma, u, basis=basis).kernel
 
     function: Callable[..., jax.Array]
     if "u" not in state:
-        function, arguments, stacked = spectral.weight_normalised, [kernel, gamma], gamma.ndim - 1
+        function, arguments, stacked = spectral.weight_normalized, [kernel, gamma], gamma.ndim - 1
     else:
         stacked = state["sigma"].ndim
         gamma = jnp.ones(state["sigma"].shape, jnp.float32) if gamma is None else gamma
         if stored_sigma:
             function, arguments = spectral.effective_kernel, [kernel, gamma, state["sigma"]]
         else:
-            function, arguments = reparametrised, [kernel, gamma, state["u"], state.get("basis")]
+            function, arguments = reparametrized, [kernel, gamma, state["u"], state.get("basis")]
     for _ in range(stacked):
         function = jax.vmap(function)
     return function(*arguments)

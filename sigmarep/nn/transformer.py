@@ -41,7 +41,7 @@ class TransformerConfig:
       norm_type: what those norms are: "layer", "rms" or "dyt" (`sigmarep.nn.norms.DynamicTanh`).
       norm_epsilon, norm_bias: of the norms that have one.
       branch_scale, layer_scale_init: see `sigmarep.nn.norms.BranchScale`.
-      reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.Reparametrised`.
+      reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.ReparametrizedLayer`.
       qkv, qk_norm, logit_cap, entropy_target, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`,
         whose `temperature` is attention_temperature and whose `weights` are attention_weights.
       seq_vcr: weight of the penalty of `sigmarep.nn.seq_vcr` on what the last block gives, sown in the collection `losses`;
@@ -174,7 +174,7 @@ class TransformerConfig:
             return nn.RMSNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
         return nn.LayerNorm(epsilon=self.norm_epsilon, use_bias=self.norm_bias, dtype=self.dtype, name=name)
 
-    def reparametrisation(self) -> dict[str, Any]:
+    def reparametrization(self) -> dict[str, Any]:
         """The arguments that every reparametrised layer of the model shares."""
         return {
             "reparam": self.reparam,
@@ -193,7 +193,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         c = self.config
-        options = c.reparametrisation() | {
+        options = c.reparametrization() | {
             "kernel_init": c.initializer(c.beta),
             "use_bias": c.use_bias,
         }
@@ -276,7 +276,7 @@ class TransformerBlock(nn.Module):
                 value_scale=c.beta,
                 kernel_init=c.initializer(),
                 name=name,
-                **c.reparametrisation(),
+                **c.reparametrization(),
             )(**options, query_padding=query_padding, cache_length=cache_length, deterministic=deterministic)
 
         shift: jax.Array | float = 0.0

@@ -152,7 +152,7 @@ class LanguageModeling(Task):
         )
         smoothing, weights = self.config.label_smoothing, batch["weights"]
         total = (1 - smoothing) * losses.nll + smoothing * losses.uniform
-        total = total + self.config.z_loss * losses.log_normaliser**2
+        total = total + self.config.z_loss * losses.log_normalizer**2
         count = jnp.sum(weights)
         changed = dict(updates)
         recorded = changed.pop("attention", {})

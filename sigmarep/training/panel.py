@@ -88,7 +88,7 @@ def _of_layer(params, gradients, update, state, kernel, path):
     if "sigma" in state:
         found["norm"] = jnp.ones_like(sigma) if gamma is None else jnp.abs(gamma)
     elif gamma is not None:
-        function = jax.vmap(spectral.weight_normalised) if stacked else spectral.weight_normalised
+        function = jax.vmap(spectral.weight_normalized) if stacked else spectral.weight_normalized
         found["norm"] = norm(function(weights, gamma))
     square = squares(weights)
     return found | {
