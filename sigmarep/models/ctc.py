@@ -1,4 +1,4 @@
-"""Connectionist temporal classification (Graves et al., 2006): its loss, and what a model has heard. Label 0 is the blank.
+"""Connectionist temporal classification (Graves et al., 2006): loss and decoding. Label 0 is the blank.
 
 Shapes: B utterances, T frames, V labels, U labels of a transcript.
 """
@@ -15,57 +15,75 @@ BLANK = 0
 
 
 class CtcLosses(NamedTuple):
-    """`nll` (B,) float32, −ln p of each transcript in nats, 0 where it has no alignment; `possible` (B,) bool."""
+    """CTC losses of transcripts.
+
+    Attributes:
+      nll: (B,) float32, −ln p in nats; 0 for a transcript without an alignment.
+      possible: (B,) bool, True if the transcript has an alignment.
+    """
 
     nll: jax.Array
     possible: jax.Array
 
 
 def repeats(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
-    """How many labels equal the one before them, (B,), of labels (B, U) of which `label_lengths` (B,) count."""
+    """Number of labels that equal the label before them, (B,).
+
+    Args:
+      labels: (B, U).
+      label_lengths: (B,), number of valid labels among the U.
+    """
     inside = jnp.arange(1, labels.shape[1])[None] < label_lengths[:, None]
     return jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
 
 
 def required_frames(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
-    """Frames that the shortest alignment has, (B,): one a label, and a blank between two equal ones."""
+    """Length of the shortest alignment in frames, (B,): one per label, and a blank between two equal labels."""
     return label_lengths + repeats(labels, label_lengths)
 
 
 def ctc_losses(logits: jax.Array, frames: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> CtcLosses:
-    """−ln of the summed probability of all alignments of each transcript.
+    """Computes −ln of the summed probability of all alignments of each transcript.
 
     Args:
-      logits: (B, T, V). frames: (B,) int, how many of T count.
-      labels: (B, U) int. label_lengths: (B,) int, how many of U count; none is a transcript too, of blanks alone.
+      logits: (B, T, V).
+      frames: (B,) int, number of valid frames among the T.
+      labels: (B, U) int.
+      label_lengths: (B,) int, number of valid labels among the U; 0 is the empty transcript, aligned with blanks only.
     """
     possible = (frames > 0) & (frames >= required_frames(labels, label_lengths))
     beyond = jnp.arange(logits.shape[1])[None] >= frames[:, None]
     unwritten = jnp.arange(labels.shape[1])[None] >= label_lengths[:, None]
-    # What is not finite beyond the frames would reach the loss through a product with 0.
+    # Logits beyond the valid frames may be infinite or NaN, and would reach the loss through a product with 0.
     logits = jnp.where(beyond[..., None], 0.0, logits.astype(jnp.float32))
     # optax picks the labels' ln p by a product with one-hot rows, which accelerators would round to TF32 or bfloat16.
     with jax.default_matmul_precision("highest"):
         nll = optax.ctc_loss(logits, beyond.astype(jnp.float32), labels, unwritten.astype(jnp.float32), blank_id=BLANK)
-    # Rounding makes a certain transcript's value slightly negative. The gradient is that of the unrounded value.
+    # Rounding can make the loss of a certain transcript slightly negative. Clipping leaves the gradient as it is.
     nll = nll + jax.lax.stop_gradient(jnp.maximum(nll, 0.0) - nll)
     return CtcLosses(jnp.where(possible, nll, 0.0), possible)
 
 
 def greedy(logits: jax.Array, frames: jax.Array) -> jax.Array:
-    """The likeliest label of each frame, (B, T) int, the blank beyond `frames` (B,)."""
+    """The most likely label of each frame, (B, T) int; the blank beyond `frames` (B,)."""
     return jnp.where(jnp.arange(logits.shape[1])[None] < frames[:, None], jnp.argmax(logits, axis=-1), BLANK)
 
 
 def collapse(path: np.ndarray) -> list[int]:
-    """The labels that an alignment (T,) stands for: equal neighbours count once, blanks not at all."""
+    """Labels of an alignment (T,): runs of equal labels merged, then blanks removed."""
     path = np.asarray(path)
     begins = np.append(True, path[1:] != path[:-1])[: len(path)]
     return [int(label) for label in path[begins & (path != BLANK)]]
 
 
 class Hypothesis(NamedTuple):
-    """`labels`; `log_probability`, ln p of all their alignments that the search has seen; `score`, by which they rank."""
+    """A transcript of a beam search.
+
+    Attributes:
+      labels: the transcript.
+      log_probability: ln of the summed probability of those of its alignments that the search visited.
+      score: the value by which hypotheses are ranked.
+    """
 
     labels: tuple[int, ...]
     log_probability: float
@@ -82,22 +100,25 @@ def prefix_beam_search(
     insertion_bonus: float = 0.0,
     prune: float = 0.0,
 ) -> list[Hypothesis]:
-    """The best transcripts, best first, by prefix beam search (Hannun et al., 2014).
+    """Finds the best transcripts, best first, by prefix beam search (Hannun et al., 2014).
 
-    A prefix ranks by ln p of its alignments + language_weight · ln p of its labels under the language model +
+    A prefix is ranked by ln p of its alignments + language_weight · ln p of its labels under the language model +
     insertion_bonus · its length.
 
     Args:
       log_probabilities: (T, V), ln p of every label at every frame.
-      beam_size: prefixes kept at a frame.
-      label_log_probability: ln p (V,) of what follows a prefix, under a language model.
-      end_log_probability: ln p that nothing does; counts once all frames are heard.
-      prune: labels below this probability at a frame are passed over there.
+      beam_size: number of prefixes that survive a frame.
+      label_log_probability: maps a prefix to ln p (V,) of its next label under a language model.
+      end_log_probability: maps a prefix to ln p of ending there under the language model; added after the last frame.
+      language_weight: weight of the language model.
+      insertion_bonus: added per label.
+      prune: at each frame labels below this probability are skipped.
     """
     rows = np.asarray(log_probabilities, np.float64)
     floor = np.log(prune) if prune > 0 else -np.inf
     prefixes: list[tuple[int, ...]] = [()]
-    # Of each prefix: ln p of the alignments that end in a blank and in the last label, and what is added to rank it.
+    # Per prefix: ln p of its alignments that end in a blank, ln p of those that end in its last label, and the terms added
+    # to rank it.
     blank, label, prior = np.zeros(1), np.full(1, -np.inf), np.zeros(1)
     follows: dict[tuple[int, ...], np.ndarray] = {}
     for row in rows:
@@ -105,7 +126,7 @@ def prefix_beam_search(
         usable = usable[usable != BLANK]
         total = np.logaddexp(blank, label)
         last = np.array([prefix[-1] if prefix else BLANK for prefix in prefixes])
-        # A label equal to the last is another one only behind a blank.
+        # A label equal to the prefix's last label extends the prefix only after a blank.
         longer = np.where(usable == last[:, None], blank[:, None], total[:, None]) + row[usable]
         label = label + row[last]
         _merge(prefixes, usable, longer, label)
@@ -114,7 +135,7 @@ def prefix_beam_search(
             follows = {p: follows[p] if p in follows else label_log_probability(p) for p in prefixes}
             longer_prior = longer_prior + language_weight * np.stack([follows[p] for p in prefixes])[:, usable]
 
-        # First the prefixes as they are, then each of them with each label.
+        # Candidates: first the unchanged prefixes, then every prefix extended by every label.
         blank = np.concatenate([total + row[BLANK], np.full(longer.size, -np.inf)])
         label = np.concatenate([label, longer.ravel()])
         prior = np.concatenate([prior, longer_prior.ravel()])
@@ -135,7 +156,7 @@ def prefix_beam_search(
 
 
 def _merge(prefixes: list[tuple[int, ...]], usable: np.ndarray, longer: np.ndarray, label: np.ndarray) -> None:
-    """Adds to `label` of a prefix what grows into it from the prefix without its last label, and takes it from `longer`."""
+    """Moves probability that extends a prefix into another prefix of the beam from `longer` to that prefix's `label`."""
     place = {prefix: i for i, prefix in enumerate(prefixes)}
     column = {int(symbol): j for j, symbol in enumerate(usable)}
     for i, prefix in enumerate(prefixes):

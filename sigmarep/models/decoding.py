@@ -1,11 +1,11 @@
-"""Sampling and beam search, batched and compiled, over any model that can say what follows.
+"""Batched, compiled sampling and beam search over any autoregressive model.
 
-`step(tokens, position, cache)` gives ln p of the next token (N, V), float32, after `tokens` (N,) at `position` (), and the
-new cache. Every array of a cache has the N sequences on its first axis, or on its second where it is stacked over layers
-(below the name `blocks`).
+A model is given as a function `step(tokens, position, cache)`. For `tokens` (N,) at `position` () it returns ln p of the
+next token, (N, V) float32, and the new cache. Arrays of a cache have the N sequences on their first axis, or on the second
+where they are stacked over layers (below the name `blocks`).
 
-Beam search ranks finished hypotheses by ln p(Y) / lp(Y), lp(Y) = (5 + |Y|)^α / 6^α (Wu et al., 2016, equation 14), where
-|Y| counts the end-of-sentence token.
+Beam search ranks finished hypotheses by ln p(Y) / lp(Y) with lp(Y) = (5 + |Y|)^α / 6^α (Wu et al., 2016, equation 14),
+where |Y| counts the end-of-sentence token.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,21 @@ NEVER = -1e30
 
 
 class Hypotheses(NamedTuple):
-    """The best first: `tokens` (B, K, L), padded behind the end of sentence; `scores` (B, K), ln p / lp; −1e30 where
-    fewer than K were found."""
+    """Finished hypotheses of a beam search, best first.
+
+    Attributes:
+      tokens: (B, K, L), padded after the end-of-sentence token.
+      scores: (B, K), ln p / lp; −1e30 in the place of missing hypotheses if fewer than K were finished.
+    """
 
     tokens: jax.Array
     scores: jax.Array
 
 
 def empty_cache(step: Step, count: int) -> Any:
-    """The cache before the first token of `count` sequences: `step` makes one when it is given none.
+    """Creates the cache of `count` sequences before their first token, by calling `step` with an empty cache.
 
-    What it keeps of a source stays; what it wrote of that call's token is overwritten by the first real one.
+    Entries computed from a source remain; the entry of the dummy token is overwritten by the first real token.
     """
     _, cache = step(jnp.zeros(count, jnp.int32), jnp.zeros((), jnp.int32), {})
 
@@ -40,7 +44,7 @@ def empty_cache(step: Step, count: int) -> Any:
 
 
 def length_penalty(length: jax.Array | int, alpha: float) -> jax.Array:
-    """((5 + length) / 6)^alpha."""
+    """Returns lp = ((5 + length) / 6)^alpha."""
     return ((5.0 + length) / 6.0) ** alpha
 
 
@@ -57,18 +61,20 @@ def beam_search(
     eos: int,
     pad: int = 0,
 ) -> Hypotheses:
-    """The best complete sentences that a beam of `beam_size` finds.
+    """Finds the best complete sentences by beam search.
 
-    A hypothesis that reaches its limit must end there. The search of a sentence ends when no living hypothesis can still
-    score above the worst of its `beam_size` finished ones.
+    A hypothesis that reaches its limit must end there. The search of a sentence stops when no unfinished hypothesis can
+    still score above the worst of its `beam_size` finished ones.
 
     Args:
-      step: see the module docstring, with N = batch · beam_size; the beams of a sentence lie together.
-      cache: at the start.
+      step: see the module docstring, with N = batch · beam_size; the beams of a sentence are adjacent rows.
+      cache: the initial cache.
       batch: B.
-      max_length: L, tokens of the longest hypothesis, the end of sentence among them.
-      limits: (B,), a length for each sentence, at most L.
-      alpha: of the length penalty.
+      beam_size: K.
+      max_length: L, maximal number of tokens, including the end-of-sentence token.
+      limits: (B,), maximal number of tokens of each sentence, at most L; None for L.
+      alpha: exponent of the length penalty.
+      bos, eos, pad: tokens for beginning and end of sentence and for padding.
     """
     b, k = batch, beam_size
     limits = jnp.full(b, max_length) if limits is None else jnp.clip(limits, 1, max_length)
@@ -119,7 +125,7 @@ def beam_search(
     start = State(
         length=jnp.zeros((), jnp.int32),
         alive=jnp.full((b, k, max_length), pad, jnp.int32),
-        # All beams begin alike; only the first counts until they differ.
+        # All beams start identical, so only the first may be extended in the first step.
         alive_log=jnp.where(jnp.arange(k) == 0, 0.0, NEVER) * jnp.ones((b, 1)),
         done=jnp.full((b, k, max_length), pad, jnp.int32),
         done_score=jnp.full((b, k), NEVER),
@@ -130,7 +136,7 @@ def beam_search(
 
 
 def _rows(cache: Any, rows: jax.Array) -> Any:
-    """The cache of the sequences `rows`; what is kept of a source is the same for all beams of it."""
+    """Selects sequences `rows` of the cache; entries of the source are the same for all beams of a sentence."""
 
     def taken(path, x):
         names = [entry.key for entry in path]
@@ -155,18 +161,22 @@ def sample(
     eos: int,
     pad: int = 0,
 ) -> jax.Array:
-    """Continues prompts of different lengths.
+    """Samples continuations of prompts, whose lengths may differ.
 
     Args:
       step: see the module docstring, with N = B.
-      prompt: (B, P) int32, the first `lengths` (B,) ≥ 1 tokens of each row count.
-      max_length: L ≥ P, tokens of the result.
-      temperature: 0 takes the likeliest token.
-      top_k: draws from the k likeliest tokens, 0 for all.
-      top_p: draws from the least number of tokens whose probabilities reach p.
+      cache: the initial cache.
+      prompt: (B, P) int32.
+      lengths: (B,), number of valid tokens of each prompt, at least 1.
+      rng: key of the draws.
+      max_length: L ≥ P, number of tokens of the result.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: draws from the k most likely tokens only; 0 for all.
+      top_p: draws from the smallest set of most likely tokens whose probabilities sum to at least p.
+      eos, pad: tokens for end of sentence and for padding.
 
     Returns:
-      (B, L) int32, the prompt with its continuation, padded behind the end-of-sentence token.
+      (B, L) int32, the prompt and its continuation, padded after the end-of-sentence token.
     """
     batch, width = prompt.shape
     tokens = jnp.pad(prompt, ((0, 0), (0, max_length - width)), constant_values=pad)
@@ -189,7 +199,7 @@ def sample(
 
 
 def draw_token(log_p: jax.Array, key: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """One token (B,) from ln p (B, V); see `sample`."""
+    """Draws one token per row, (B,), from ln p (B, V); see `sample` for the options."""
     if temperature == 0:
         return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
     logits = log_p / temperature
@@ -199,8 +209,8 @@ def draw_token(log_p: jax.Array, key: jax.Array, *, temperature: float, top_k: i
     if top_p < 1:
         ordered = -jnp.sort(-logits, axis=-1)
         p = jax.nn.softmax(ordered, axis=-1)
-        # The tokens before which less than top_p has been gathered: always the first, then up to reaching it.
-        kept = jnp.cumsum(p, axis=-1) - p < top_p
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        # Tokens whose predecessors sum to less than top_p: always the first, up to the one that reaches it.
+        nucleus = jnp.cumsum(p, axis=-1) - p < top_p
+        least = jnp.min(jnp.where(nucleus, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

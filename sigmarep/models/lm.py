@@ -1,4 +1,4 @@
-"""Decoder-only language models, with σReparam by one word."""
+"""Decoder-only language models."""
 
 from collections.abc import Sequence
 
@@ -8,20 +8,20 @@ import jax.numpy as jnp
 
 from sigmarep.nn import TransformerConfig, TransformerStack
 from sigmarep.nn.positions import TokenPositions
-from sigmarep.nn.tokens import TokenLosses, TokenTable
+from sigmarep.nn.tokens import TokenEmbedding, TokenLosses
 
 
 class LanguageModel(nn.Module):
-    """Tokens (B, T) to what follows each.
+    """Predicts the next token at every position of tokens (B, T).
 
     Attributes:
-      transformer: the blocks.
+      transformer: configuration of the blocks.
       vocabulary_size: V.
-      max_length: positions that learned embeddings have.
-      positions: "learned", "sinusoidal", "none"; rotary positions are the transformer's `rotary_base`.
-      tie_embeddings, adaptive_cutoffs, reparam_embedding, output_logit_cap: see `sigmarep.nn.tokens.TokenTable`.
+      max_length: number of learned positions.
+      positions: "learned", "sinusoidal" or "none". Rotary positions are set by the transformer's `rotary_base`.
+      tie_embeddings, adaptive_cutoffs, reparam_embedding, output_logit_cap: see `sigmarep.nn.tokens.TokenEmbedding`.
       dropout: rate on the embeddings.
-      logit_chunk: positions whose logits exist at a time in `losses`, 0 for all.
+      logit_chunk: number of positions whose logits `losses` computes at a time; 0 for all.
     """
 
     transformer: TransformerConfig
@@ -37,13 +37,13 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         c = self.transformer
-        self.tokens = TokenTable(
+        self.tokens = TokenEmbedding(
             self.vocabulary_size,
             c.width,
             tied=self.tie_embeddings,
             cutoffs=self.adaptive_cutoffs,
             reparam_embedding=self.reparam_embedding,
-            reparametrisation=c.reparametrisation(),
+            reparametrization=c.reparametrization(),
             kernel_init=c.initializer(),
             logit_cap=self.output_logit_cap,
         )
@@ -60,7 +60,7 @@ class LanguageModel(nn.Module):
         cache_length: int = 0,
         deterministic: bool = True,
     ) -> jax.Array:
-        """(B, T, D); `positions`, `segments`, `cache_length` as in `sigmarep.nn.MultiHeadAttention`."""
+        """The decoder's states, (B, T, D); for the options see `sigmarep.nn.MultiHeadAttention`."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         x = self.position_embedding(self.tokens.encode(tokens), positions)
@@ -75,9 +75,9 @@ class LanguageModel(nn.Module):
         )
 
     def __call__(self, tokens: jax.Array, **options) -> jax.Array:
-        """ln p of every next token, (B, T, V), float32; options of `hidden`."""
+        """ln p of every next token, (B, T, V), float32; takes the options of `hidden`."""
         return self.tokens.log_probabilities(self.hidden(tokens, **options))
 
     def losses(self, tokens: jax.Array, targets: jax.Array, **options) -> TokenLosses:
-        """Losses of `targets` (B, T); options of `hidden`."""
+        """Losses of `targets` (B, T); takes the options of `hidden`."""
         return self.tokens.losses(self.hidden(tokens, **options), targets, chunk=self.logit_chunk)

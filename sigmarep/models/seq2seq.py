@@ -1,4 +1,4 @@
-"""Encoder-decoder Transformers for translation, with σReparam by one word."""
+"""Encoder-decoder Transformers for translation."""
 
 import flax.linen as nn
 import jax
@@ -6,14 +6,17 @@ import jax.numpy as jnp
 
 from sigmarep.nn import TransformerConfig, TransformerStack
 from sigmarep.nn.positions import TokenPositions
-from sigmarep.nn.tokens import TokenLosses, TokenTable
+from sigmarep.nn.tokens import TokenEmbedding, TokenLosses
 
 PAD = 0
 
 
 def deepnorm_constants(encoder_depth: int, decoder_depth: int) -> dict[str, dict[str, float]]:
-    """α and β of an encoder of N and a decoder of M blocks (Wang et al., 2022, table 1), as fields of each stack's
-    TransformerConfig."""
+    """DeepNorm's α and β for an encoder of N and a decoder of M blocks (Wang et al., 2022, table 1).
+
+    Returns:
+      The fields of `TransformerConfig` to set, for "encoder" and "decoder".
+    """
     n, m = encoder_depth, decoder_depth
     return {
         "encoder": {
@@ -25,16 +28,16 @@ def deepnorm_constants(encoder_depth: int, decoder_depth: int) -> dict[str, dict
 
 
 class Seq2Seq(nn.Module):
-    """Sentences (B, S) and what is written of their translation (B, T) to what follows. Token 0 is padding.
+    """Predicts the next token of a translation (B, T), given its source sentence (B, S). Token 0 is padding.
 
     Attributes:
-      encoder, decoder: the blocks of each, of one width.
-      vocabulary_size: V, of both languages together.
-      max_length: positions that learned embeddings have.
-      positions: "learned", "sinusoidal", "none"; rotary positions are the stacks' `rotary_base`.
-      share_embeddings: one table for both languages; else one each.
-      tie_embeddings: the logits come from the decoder's table.
-      reparam_embedding: see `sigmarep.nn.tokens.TokenTable`.
+      encoder, decoder: configurations of the blocks; both have the same width.
+      vocabulary_size: V, shared by both languages.
+      max_length: number of learned positions.
+      positions: "learned", "sinusoidal" or "none". Rotary positions are set by the stacks' `rotary_base`.
+      share_embeddings: one embedding table for both languages; False gives each its own.
+      tie_embeddings: takes the logits from the decoder's embedding table.
+      reparam_embedding: see `sigmarep.nn.tokens.TokenEmbedding`.
       dropout: rate on the embeddings.
     """
 
@@ -50,12 +53,12 @@ class Seq2Seq(nn.Module):
 
     def setup(self):
         def table(config, tied):
-            return TokenTable(
+            return TokenEmbedding(
                 self.vocabulary_size,
                 config.width,
                 tied=tied,
                 reparam_embedding=self.reparam_embedding,
-                reparametrisation=config.reparametrisation(),
+                reparametrization=config.reparametrization(),
                 kernel_init=config.initializer(),
             )
 
@@ -92,7 +95,7 @@ class Seq2Seq(nn.Module):
         return self.decoder_stack(
             x,
             positions=positions,
-            # Padding stands behind the words, where a causal query never sees it; what it asks itself is not counted.
+            # Padding follows the words, where no causal query sees it; the statistics leave out its own queries.
             query_padding=None if cache_length else inputs != PAD,
             context=memory,
             context_padding=source != PAD,
@@ -106,7 +109,7 @@ class Seq2Seq(nn.Module):
         return self.tokens.log_probabilities(self.hidden(inputs, self.encode(source), source))
 
     def next_token(self, inputs, memory, source, **options) -> jax.Array:
-        """ln p of what follows `inputs`, given the encoder's states; options of `hidden`."""
+        """ln p of every next token of `inputs`, (B, T, V), given the encoder's states; takes the options of `hidden`."""
         return self.tokens.log_probabilities(self.hidden(inputs, memory, source, **options))
 
     def losses(self, source: jax.Array, inputs: jax.Array, targets: jax.Array, *, deterministic=True) -> TokenLosses:

@@ -1,7 +1,7 @@
 """Contrastive learning of a ViT: SimCLR (Chen et al., 2020) and MoCo v3 (Chen, Xie and He, 2021).
 
-Shapes: B pictures, V = 2 views of each, D width of a projection. The views of a picture lie beside each other, in rows
-2i and 2i + 1, so that a batch spread over devices needs no reshuffling.
+Shapes: B images, V = 2 views of each, D features of a projection. The views of image i are the adjacent rows 2i and
+2i + 1, so that a batch spread over devices needs no reshuffling.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ HEAD_NORMS = ("batch", "none")
 
 
 class Sums(NamedTuple):
-    """Over the anchors that this device holds: their losses, how many found their positive first, how many they are."""
+    """Sums over this device's anchors: the losses, the number whose positive ranks first, and the number of anchors."""
 
     loss: jax.Array
     correct: jax.Array
@@ -27,15 +27,17 @@ class Sums(NamedTuple):
 class Head(nn.Module):
     """An MLP of `layers` dense layers: a projector or predictor.
 
-    With normalisation each layer is followed by it, the last without learned scale and bias, and all but the last by
-    ReLU; the layers then need no bias.
+    With norm="batch" every dense layer loses its bias and is followed by batch normalization; the last normalization has
+    no learned scale and bias. A ReLU follows every layer but the last.
 
     Attributes:
-      layers, hidden, width: number of dense layers; features of all but the last; of the last.
+      layers: number of dense layers.
+      hidden: features of every layer but the last.
+      width: features of the last layer.
       norm: "batch", over all rows of the batch, both views together; or "none".
-      reparam: of the dense layers, see `sigmarep.nn.linear.Reparametrised`. Batch normalisation undoes any scale of a
-        layer before it, γ/σ included.
-      axis_name: the axis over which pmap spreads the batch; None where arrays are global already.
+      reparam: see `sigmarep.nn.linear.ReparametrizedLayer`. Batch normalization cancels the scale of the layer before it,
+        γ/σ included.
+      axis_name: axis over which pmap spreads the batch; None where arrays are global already.
     """
 
     layers: int
@@ -48,7 +50,11 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x: (rows, features). Returns (rows, width). Raises ValueError for an unknown word or fewer than one layer."""
+        """(rows, features) to (rows, width).
+
+        Raises:
+          ValueError: `norm` is unknown, or a size is below 1.
+        """
         if self.norm not in HEAD_NORMS:
             raise ValueError(f"norm = {self.norm!r}: expected one of {', '.join(HEAD_NORMS)}")
         for name in ("layers", "hidden", "width"):
@@ -73,8 +79,8 @@ class Head(nn.Module):
         return x
 
 
-class Outputs(NamedTuple):
-    """`features` of the encoder, `projection` of them, and `prediction` from the projection (the same without one)."""
+class ContrastiveOutputs(NamedTuple):
+    """Features of the encoder, their projection, and the prediction: the projection itself without a predictor."""
 
     features: jax.Array
     projection: jax.Array
@@ -82,38 +88,39 @@ class Outputs(NamedTuple):
 
 
 class ContrastiveModel(nn.Module):
-    """A ViT without its classifier, a projector, and in MoCo v3 a predictor. Parameters under these names."""
+    """A ViT without classifier, a projector and, for MoCo v3, a predictor."""
 
     vit: ViT
     projector: Head
     predictor: Head | None = None
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> Outputs:
-        """images: (rows, height, width, channels)."""
+    def __call__(self, images: jax.Array, *, train: bool = False) -> ContrastiveOutputs:
+        """Applies encoder, projector and predictor to images (rows, height, width, channels)."""
         features = self.vit(images, deterministic=not train)
         projection = self.projector(features, train=train)
         prediction = projection if self.predictor is None else self.predictor(projection, train=train)
-        return Outputs(features, projection, prediction)
+        return ContrastiveOutputs(features, projection, prediction)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """The features alone, as evaluation uses them."""
+        """Features of the encoder in evaluation mode, (rows, features)."""
         return self.vit(images, deterministic=True)
 
 
 def nt_xent(projections: jax.Array, temperature: float, *, axis_name: str | None = None) -> Sums:
-    """NT-Xent, the normalised temperature-scaled cross-entropy (Chen et al., 2020, eq. 1), over the global batch.
+    """NT-Xent, the normalized temperature-scaled cross-entropy (Chen et al., 2020, eq. 1), over the global batch.
 
-    With z the rows divided by their norm and p(i) the other view of i's picture, an anchor's loss is
-    −log( exp(z_i·z_p(i)/τ) / Σ_{k≠i} exp(z_i·z_k/τ) ), k over all views of all pictures of all devices.
+    With z the rows divided by their norms and p(i) the other view of the image of row i, the loss of anchor i is
+    −log( exp(z_i·z_p(i)/τ) / Σ_{k≠i} exp(z_i·z_k/τ) ), where k runs over both views of all images on all devices.
 
     Args:
-      projections: (2B, D), the views of a picture in rows 2i and 2i + 1.
-      axis_name: the axis over which pmap spreads the batch; None where the array is global already.
+      projections: (2B, D), the views of image i in rows 2i and 2i + 1.
+      temperature: τ.
+      axis_name: axis over which pmap spreads the batch; None where the array is global already.
 
     Returns:
       Sums over the 2B anchors, in float32.
     """
-    anchors = _normalised(projections)
+    anchors = _normalized(projections)
     everything, first = _gathered(anchors, axis_name)
     row = first + jnp.arange(len(anchors))
     logits = anchors @ everything.T / temperature
@@ -126,16 +133,19 @@ def momentum_contrast(
 ) -> Sums:
     """MoCo v3's symmetric loss (Chen, Xie and He, 2021, algorithm 1) over the global batch.
 
-    A query is the prediction from one view; its positive the momentum encoder's projection of the other view of the
-    same picture, its negatives those of the other view of all others: 2τ·CE, summed over the queries of both views and
-    counted once a picture.
+    A query is the prediction from one view of an image. Its positive is the momentum encoder's projection of the other
+    view of that image; its negatives are the projections of the other view of all other images. The loss is 2τ·CE.
 
     Args:
-      predictions, keys: (2B, D), the views of a picture in rows 2i and 2i + 1. No gradient flows into the keys.
+      predictions, keys: (2B, D), the views of image i in rows 2i and 2i + 1. No gradient flows into the keys.
+      temperature: τ.
       axis_name: as in `nt_xent`.
+
+    Returns:
+      Sums over the queries of both views; the weight counts each image once.
     """
-    queries = _normalised(predictions).reshape(-1, 2, predictions.shape[-1])
-    targets = jax.lax.stop_gradient(_normalised(keys)).reshape(queries.shape)
+    queries = _normalized(predictions).reshape(-1, 2, predictions.shape[-1])
+    targets = jax.lax.stop_gradient(_normalized(keys)).reshape(queries.shape)
     everything, first = _gathered(targets, axis_name)
     row = first + jnp.arange(len(queries))
     parts = [_cross_entropy(queries[:, v] @ everything[:, 1 - v].T / temperature, row) for v in range(2)]
@@ -143,13 +153,13 @@ def momentum_contrast(
     return Sums(2 * temperature * loss, correct, parts[0].weight)
 
 
-def _normalised(x: jax.Array) -> jax.Array:
+def _normalized(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
 
 def _gathered(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array | int]:
-    """The rows of all devices, and at which of them this device's begin."""
+    """Rows of all devices, and the index of this device's first row among them."""
     if axis_name is None:
         return x, 0
     return jax.lax.all_gather(x, axis_name, tiled=True), jax.lax.axis_index(axis_name) * len(x)

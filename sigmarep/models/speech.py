@@ -1,4 +1,4 @@
-"""The speech Transformer of the paper's code: frames of filterbanks to labels, one for every third frame."""
+"""The speech Transformer of the paper's code: filterbank frames to label logits, one for every third frame."""
 
 import math
 from typing import NamedTuple
@@ -13,29 +13,29 @@ from sigmarep.nn.positions import ContinuousPositions
 
 
 class SpeechOutput(NamedTuple):
-    """`logits` (B, ⌈T/stride⌉, V) float32, of which the first `frames` (B,) int32 of each utterance count."""
+    """Label logits (B, ⌈T/stride⌉, V) float32, and the number of valid frames of each utterance, (B,) int32."""
 
     logits: jax.Array
     frames: jax.Array
 
 
 class SpeechTransformer(nn.Module):
-    """Convolution with a gated linear unit, CAPE positions, Transformer blocks and one linear layer to the labels.
+    """Convolution with a gated linear unit, CAPE positions, Transformer blocks, and a linear layer to the labels.
 
-    An utterance's outputs do not depend on how it is padded: the convolution's window of output t begins
-    (conv_kernel − conv_stride)//2 frames before frame stride·t, zeros stand outside the utterance, and ⌊frames/stride⌋
-    outputs count. (Where T is a multiple of the stride that is the padding "SAME" of the paper's code.)
+    Outputs do not depend on padding: the convolution window of output t begins (conv_kernel − conv_stride)//2 frames
+    before frame stride·t, frames outside the utterance are zeros, and ⌊frames/stride⌋ outputs are valid. (This is the
+    "SAME" padding of the paper's code, for T a multiple of the stride.)
 
     Attributes:
-      transformer: the blocks. A number as its `gamma_init` is theirs alone: the last layer starts at 1, so that its logits
-        can differ from the first step on.
-      num_labels: V, the blank (label 0) among them.
-      conv_kernel, conv_stride: frames.
-      conv_reparam: reparametrises the convolution as the blocks are.
-      normalise: normalises each utterance over its real frames and filters first.
+      transformer: configuration of the blocks. A numeric `gamma_init` applies to the blocks only: γ of the last layer
+        starts at 1, so that its logits can differ from the first step.
+      num_labels: V, including the blank (label 0).
+      conv_kernel, conv_stride: in frames.
+      conv_reparam: reparametrizes the convolution like the blocks.
+      normalise: normalizes each utterance over its real frames and filters first.
       dropout: rate after the front end.
       freq_scale, max_global_shift, max_local_shift, max_scale: see `sigmarep.nn.positions.ContinuousPositions`.
-      frame_seconds: between two input frames.
+      frame_seconds: time between two input frames.
     """
 
     transformer: TransformerConfig
@@ -53,14 +53,14 @@ class SpeechTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, frames: jax.Array, *, deterministic: bool = True) -> SpeechOutput:
-        """Logits of every label.
+        """Computes the logits of every label.
 
         Args:
           features: (B, T, F) filterbanks, T a multiple of conv_stride.
-          frames: (B,) int, how many of T are real.
+          frames: (B,) int, number of real frames among the T.
 
         Raises:
-          ValueError: a field has an impossible value, or T is no multiple of the stride.
+          ValueError: conv_stride is below 1 or above conv_kernel, or T is not a multiple of it.
         """
         c, stride, length = self.transformer, self.conv_stride, features.shape[1]
         if stride < 1 or self.conv_kernel < stride:
@@ -85,7 +85,7 @@ class SpeechTransformer(nn.Module):
             padding=[(left, self.conv_kernel - stride - left)],
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform") if plain else c.initializer(),
             bias_init=_uniform(fan_in) if plain else nn.initializers.zeros,
-            **c.reparametrisation() | {"reparam": "none" if plain else c.reparam},
+            **c.reparametrization() | {"reparam": "none" if plain else c.reparam},
             name="front_end",
         )(x)
         x = nn.Dropout(self.dropout)(nn.glu(x), deterministic=deterministic)
@@ -101,7 +101,7 @@ class SpeechTransformer(nn.Module):
         )(x, real, deterministic=deterministic)
         x = TransformerStack(c, name="encoder")(x, key_padding=real, deterministic=deterministic)
         plain = c.reparam == "none"
-        options = c.reparametrisation()
+        options = c.reparametrization()
         if c.gamma_init != "sigma":
             options["gamma_init"] = "one"
         head = SigmaDense(
@@ -115,6 +115,6 @@ class SpeechTransformer(nn.Module):
 
 
 def _uniform(fan_in: int):
-    """U(±1/√fan_in), of the biases of plain layers."""
+    """Initializer of the biases of plain layers: uniform in ±1/√fan_in."""
     limit = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)

@@ -1,4 +1,4 @@
-"""Vision Transformers (Dosovitskiy et al., 2021; Ti and S from Touvron et al., 2021), with σReparam by one word."""
+"""Vision Transformers (Dosovitskiy et al., 2021; sizes Ti and S from Touvron et al., 2021)."""
 
 import re
 from typing import Any
@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def variant(name: str) -> dict[str, int]:
-    """The sizes of a variant such as "B/16": depth, width, num_heads, mlp_dim and patch_size.
+    """Sizes of a variant such as "B/16": depth, width, num_heads, mlp_dim and patch_size.
 
     Raises:
       ValueError: the name is not SIZE/PATCH with a known size.
@@ -34,18 +34,18 @@ def variant(name: str) -> dict[str, int]:
 
 
 class ViT(nn.Module):
-    """Images (B, height, width, channels) to logits (B, num_classes), or to features (B, D) if num_classes is 0.
+    """Maps images (B, height, width, channels) to logits (B, num_classes), or to features (B, D) if num_classes is 0.
 
     Attributes:
-      transformer: the blocks.
-      patch_size: pixels a side of a patch.
-      num_classes: outputs of the last layer; 0 leaves it out.
+      transformer: configuration of the blocks.
+      patch_size: side of a patch, in pixels.
+      num_classes: outputs of the last layer; 0 omits the layer.
       positions: "learned", "sincos" (fixed, two-dimensional) or "none".
       pool: "token", a learned class token; "mean", the mean over patches.
       patch_gain: factor on the initial standard deviation of the patch convolution (0.125 for L and H in the paper's
         code).
       dropout: rate after the position embedding.
-      frozen_patches: no gradient reaches the patch embedding (Chen, Xie and He, 2021, section 4.2).
+      frozen_patches: stops the gradient at the patch embedding (Chen, Xie and He, 2021, section 4.2).
     """
 
     transformer: TransformerConfig
@@ -59,7 +59,11 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Raises ValueError where the patch does not divide the image or a word is unknown."""
+        """Computes logits or features.
+
+        Raises:
+          ValueError: the patch does not divide the image, or `positions` or `pool` is unknown.
+        """
         c, patch = self.transformer, self.patch_size
         batch, height, width, _ = images.shape
         if height % patch or width % patch:
@@ -67,7 +71,7 @@ class ViT(nn.Module):
         for name, words in (("positions", POSITIONS), ("pool", POOLS)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(words)}")
-        shared: dict[str, Any] = c.reparametrisation()
+        shared: dict[str, Any] = c.reparametrization()
         x = SigmaConv(
             c.width,
             (patch, patch),

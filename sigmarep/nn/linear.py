@@ -1,15 +1,15 @@
-"""σReparam in place of Flax's linear layers: `SigmaDense`, `SigmaDenseGeneral`, `SigmaConv`, `SigmaEmbed`.
+"""Flax's linear layers under σReparam: `SigmaDense`, `SigmaDenseGeneral`, `SigmaConv`, `SigmaEmbed`.
 
-Each is the Flax layer of the same name, with the same arguments and behaviour, whose kernel is replaced on its way into
-the product (see `sigmarep.core.spectral`). Variables: `params/{kernel, bias, gamma}` and, changing as training goes on,
-`spectral/{u, sigma}` (and `basis` with more than one power vector), float32 and of fixed shape.
+Each is the Flax layer of that name with the same arguments and behavior, except that the product uses the effective
+kernel (see `sigmarep.core.spectral`). Variables: `params/{kernel, bias, gamma}`, and the collection
+`spectral/{u, sigma}` (also `basis` with more than one power vector), which training updates; float32, of fixed shape.
 
     variables = layer.init(rng, x)
     y, updates = layer.apply(variables, x, mutable=["spectral"])   # training: one power step, stored
     y = layer.apply({"params": params, **updates}, x)              # evaluation: one power step, nothing stored
 
-Each apply that may change `spectral` takes one power step from the state it was given, however often the layer is
-called in it. A stack under `nn.scan` is the exception: each call of it takes one.
+An apply with a mutable `spectral` makes one power step from the state that it was given, however often it calls the
+layer. Layers stacked by `nn.scan` are the exception: they make one step per call.
 """
 
 from typing import Any, ClassVar
@@ -24,17 +24,18 @@ from sigmarep.core import spectral
 REPARAMS = ("none", "sigma", "spectral", "weight")
 
 
-class Reparametrised(nn.Module):
-    """What the layers share: the fields, and the replacement of the kernel.
+class ReparametrizedLayer(nn.Module):
+    """Base class of the layers: their common fields, and the replacement of the kernel by the effective one.
 
     Attributes:
-      reparam: "sigma", Ŵ = (γ/σ)W with γ learned; "spectral", the same with γ = 1 (spectral normalisation);
-        "weight", weight normalisation with one gain an output; "none", the plain layer.
-      gamma_init: γ at the start: a number, "one", or "sigma" for σ(W₀), which makes Ŵ₀ = W₀. For weight normalisation
-        "sigma" stands for each output's own norm, which does the same.
-      gamma_trainable: False keeps γ at its start; it then receives a zero gradient.
-      power_vectors: vectors of the power iteration. 1 is the paper's; 4 follow fast training far more closely, with the
-        same two reads of the kernel (see `sigmarep.core.spectral`). Cut to the smaller side of the kernel's matrix.
+      reparam: "sigma", Ŵ = (γ/σ)W with a learned γ; "spectral", the same with γ = 1 (spectral normalization);
+        "weight", weight normalization with one gain per output; "none", the plain layer.
+      gamma_init: initial γ: a number, "one", or "sigma" for σ(W₀), so that Ŵ₀ = W₀. Under weight normalization "sigma"
+        means the norm of each output's weights, so that again Ŵ₀ = W₀.
+      gamma_trainable: False freezes γ at its initial value and gives it a zero gradient.
+      power_vectors: number of vectors in the power iteration. The paper uses 1; 4 follow fast training far more closely
+        for the same two reads of the kernel (see `sigmarep.core.spectral`). At most the smaller side of the kernel's
+        matrix is used.
     """
 
     reparam: str = "sigma"
@@ -46,7 +47,7 @@ class Reparametrised(nn.Module):
 
     @nn.nowrap
     def param(self, name, init_fn, *init_args, unbox=True, **init_kwargs):
-        """Flax's `param`, except that the layer receives the effective kernel when it asks for its kernel."""
+        """Flax's `param`, except that asking for the kernel returns the effective kernel."""
         value = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
         return self._effective(value) if name == self.matrix_name else value
 
@@ -57,12 +58,12 @@ class Reparametrised(nn.Module):
         if self.reparam not in REPARAMS:
             raise ValueError(f"reparam = {self.reparam!r}: expected one of {', '.join(REPARAMS)}")
         if getattr(self, "batch_dims", ()):
-            raise ValueError("batch_dims: several kernels in one have no single spectral norm; use nn.vmap")
+            raise ValueError("batch_dims: a batch of kernels has no single spectral norm; use nn.vmap")
         features = self.features
         outputs = int(np.prod(features))
         matrix = spectral.matrix_view(kernel, outputs)
         if self.reparam == "weight":
-            return spectral.weight_normalised(kernel, self._gamma(spectral.column_norms(matrix)))
+            return spectral.weight_normalized(kernel, self._gamma(spectral.column_norms(matrix)))
 
         if self.power_vectors < 1:
             raise ValueError(f"power_vectors = {self.power_vectors}: expected at least 1")
@@ -78,7 +79,7 @@ class Reparametrised(nn.Module):
         if not (self.has_variable("spectral", "u") or self.is_mutable_collection("spectral")):
             raise ValueError(
                 f"{type(self).__name__} {'/'.join(self.path)}: no spectral variables were given; pass the 'spectral' "
-                "collection beside 'params', or fold the parameters and use reparam='none'"
+                "collection together with 'params', or fold the parameters and use reparam='none'"
             )
         u = self.variable("spectral", "u", lambda: svd()[0][0])
         basis = self.variable("spectral", "basis", lambda: svd()[0][1:]) if vectors > 1 else None
@@ -87,7 +88,7 @@ class Reparametrised(nn.Module):
         if self.reparam == "sigma":
             gamma = self._gamma(svd()[1] if self.is_initializing() else sigma.value)
         start_u, start_basis = self._start_of_this_apply(u.value, None if basis is None else basis.value)
-        result = spectral.reparametrise(kernel, gamma, start_u, basis=start_basis)
+        result = spectral.reparametrize(kernel, gamma, start_u, basis=start_basis)
         if self.is_mutable_collection("spectral") and not self.is_initializing():
             u.value, sigma.value = result.u, result.sigma
             if basis is not None:
@@ -110,32 +111,32 @@ class Reparametrised(nn.Module):
     @nn.nowrap
     def _start_of_this_apply(self, *vectors: Any) -> tuple[Any, ...]:
         assert self.scope is not None
-        # The root scope lives as long as one apply. The second call of a shared layer starts from the same vectors as
-        # the first, so two views of a batch cost one power step, not two.
+        # The root scope lives as long as one apply. Every call of a shared layer starts from the vectors of the first
+        # call, so that two views of a batch make one power step, not two.
         starts = vars(self.scope.root).setdefault("_spectral_starts", {})
         return starts.setdefault(self.scope.path, vectors)
 
 
-class SigmaDense(Reparametrised, nn.Dense):
-    """`flax.linen.Dense` under σReparam; kernel (inputs, features), γ of shape ()."""
+class SigmaDense(ReparametrizedLayer, nn.Dense):
+    """`flax.linen.Dense` under σReparam: kernel (inputs, features), γ of shape ()."""
 
 
-class SigmaDenseGeneral(Reparametrised, nn.DenseGeneral):
+class SigmaDenseGeneral(ReparametrizedLayer, nn.DenseGeneral):
     """`flax.linen.DenseGeneral` under σReparam.
 
-    σ is that of the matrix contracted axes × features: (d, heads, head_dim) is d × (heads · head_dim).
+    σ is the norm of the matrix (contracted axes, features): a kernel (d, heads, head_dim) is d × (heads · head_dim).
     """
 
 
-class SigmaConv(Reparametrised, nn.Conv):
+class SigmaConv(ReparametrizedLayer, nn.Conv):
     """`flax.linen.Conv` under σReparam.
 
-    σ is that of the kernel read as the matrix (window · in / groups) × features, as in the paper's code; it is not the
-    norm of the convolution operator.
+    σ is the norm of the kernel reshaped to the matrix (window · inputs / groups, features), as in the paper's code. It is
+    not the norm of the convolution operator.
     """
 
 
-class SigmaEmbed(Reparametrised, nn.Embed):
-    """`flax.linen.Embed` under σReparam; σ is that of the table (num_embeddings, features), γ of shape ()."""
+class SigmaEmbed(ReparametrizedLayer, nn.Embed):
+    """`flax.linen.Embed` under σReparam: σ is the norm of the table (num_embeddings, features), γ of shape ()."""
 
     matrix_name: ClassVar[str] = "embedding"

@@ -1,4 +1,4 @@
-"""What stands where a Transformer has LayerNorm, what scales its branches, and the norm of a whole utterance."""
+"""LayerNorm alternatives, residual-branch scales, and utterance normalization."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ BRANCH_SCALES = ("none", "layer_scale", "rezero")
 
 
 class DynamicTanh(nn.Module):
-    """scale · tanh(α x) + bias, without any statistic of x (Zhu et al., 2025, "Transformers without normalization").
+    """scale · tanh(α x) + bias, which uses no statistic of x (Zhu et al., 2025, "Transformers without normalization").
 
     Attributes:
-      alpha_init: α at the start, one number a layer.
+      alpha_init: initial α, one number per layer.
     """
 
     alpha_init: float = 0.5
@@ -32,12 +32,12 @@ class DynamicTanh(nn.Module):
 
 
 class BranchScale(nn.Module):
-    """Multiplies a residual branch by learned numbers that start small.
+    """Multiplies a residual branch by a learned scale that starts small.
 
     Attributes:
-      kind: "layer_scale", one number a feature (Touvron et al., 2021, "Going deeper with image transformers"); "rezero",
-        one for the branch that starts at 0 (Bachlechner et al., 2021).
-      start: of layer_scale.
+      kind: "layer_scale", one number per feature (Touvron et al., 2021, "Going deeper with image transformers");
+        "rezero", one number for the branch, initially 0 (Bachlechner et al., 2021).
+      start: initial value of layer_scale.
     """
 
     kind: str
@@ -54,9 +54,9 @@ class BranchScale(nn.Module):
 
 
 class MaskedNorm(nn.Module):
-    """Normalises each sequence over all its real steps and features at once, then scale · x + bias with two scalars.
+    """Normalizes each sequence over all its real steps and features together, then applies a scalar scale and bias.
 
-    Padding becomes 0, and has no part in the mean and the standard deviation.
+    Padding is set to 0 and does not count in the mean and the standard deviation.
 
     Attributes:
       epsilon: added to the standard deviation.
@@ -66,16 +66,16 @@ class MaskedNorm(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, padding: jax.Array) -> jax.Array:
-        """(B, T, F) to (B, T, F); `padding` (B, T) is True for real steps, as in `MultiHeadAttention`."""
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """(B, T, F) to (B, T, F); `mask` (B, T) is True for real steps."""
         scale = self.param("scale", nn.initializers.ones, ())
         bias = self.param("bias", nn.initializers.zeros, ())
-        real = padding[:, :, None]
+        real = mask[:, :, None]
         x = jnp.where(real, x.astype(jnp.float32), 0.0)
-        count = jnp.maximum(jnp.sum(padding, axis=1), 1)[:, None, None] * x.shape[-1]
-        centred = jnp.where(real, x - jnp.sum(x, axis=(1, 2), keepdims=True) / count, 0.0)
-        # The root of 0 has no derivative.
-        variance = jnp.sum(centred**2, axis=(1, 2), keepdims=True) / count
+        count = jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None, None] * x.shape[-1]
+        centered = jnp.where(real, x - jnp.sum(x, axis=(1, 2), keepdims=True) / count, 0.0)
+        # The square root has no derivative at 0.
+        variance = jnp.sum(centered**2, axis=(1, 2), keepdims=True) / count
         std = jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))
-        normalised = scale * centred / (std + self.epsilon) + bias
-        return jnp.where(real, normalised, 0.0).astype(self.dtype or x.dtype)
+        normalized = scale * centered / (std + self.epsilon) + bias
+        return jnp.where(real, normalized, 0.0).astype(self.dtype or x.dtype)

@@ -12,8 +12,8 @@ TOKEN_POSITIONS = ("learned", "sinusoidal", "none")
 def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
     """Fixed two-dimensional sine-cosine embedding, (height · width, features), as in MoCo v3 and MAE.
 
-    A quarter of the features each holds sin and cos of the column, then sin and cos of the row, at frequencies
-    10000^(−i/(features/4)).
+    The four quarters of the features are the sine and cosine of the column, then the sine and cosine of the row, at
+    frequencies 10000^(−i/(features/4)).
 
     Raises:
       ValueError: 4 does not divide `features`.
@@ -28,7 +28,7 @@ def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
 
 
 def sincos_1d(positions: jax.Array, features: int, base: float = 10_000.0) -> jax.Array:
-    """Sinusoidal embedding of any positions (Vaswani et al., 2017): (..., features), all sines before all cosines.
+    """Sinusoidal embedding of positions (...), (..., features), sines first (Vaswani et al., 2017).
 
     Raises:
       ValueError: `features` is odd.
@@ -40,7 +40,7 @@ def sincos_1d(positions: jax.Array, features: int, base: float = 10_000.0) -> ja
 
 
 def rotated(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotary positions (Su et al., 2021): feature i is paired with feature i + H/2.
+    """Applies rotary positions (Su et al., 2021): feature i is paired with feature i + H/2.
 
     Args:
       x: queries or keys, (B, T, N, H).
@@ -75,11 +75,12 @@ class LearnedPositions(nn.Module):
 
 
 class TokenPositions(nn.Module):
-    """Adds to tokens (B, T, D) the embedding of their positions (B or 1, T).
+    """Adds the embedding of positions (B or 1, T) to tokens (B, T, D).
 
     Attributes:
       kind: one of `TOKEN_POSITIONS`.
-      length: positions that there are vectors for, if they are learned.
+      length: number of learned vectors.
+      std: initial standard deviation of learned vectors.
     """
 
     kind: str
@@ -100,18 +101,18 @@ class TokenPositions(nn.Module):
 
 
 class ContinuousPositions(nn.Module):
-    """Adds sinusoids of continuous positions, which training moves and stretches (CAPE, Likhomanenko et al., 2021).
+    """Adds sinusoids of continuous positions, randomly shifted and scaled in training (CAPE, Likhomanenko et al., 2021).
 
-    A step's position is its time in seconds less the mean time of the sequence's real steps. In training it becomes
+    The position of a step is its time in seconds minus the mean time of the sequence's real steps. In training it becomes
     λ·(position + global shift + local shift). Feature i of D is sin(position · w + (i mod 2)·π/2) with
     w = freq_scale · 10000^(−2⌊i/2⌋/D).
 
     Attributes:
       delta: seconds between two steps.
-      freq_scale: radians a second of the fastest sinusoid.
-      max_global_shift: of a sequence, uniform in ± so many seconds.
-      max_local_shift: of a step, uniform in ± so many steps.
-      max_scale: ln λ of a sequence is uniform in ± ln max_scale.
+      freq_scale: frequency of the fastest sinusoid, in radians per second.
+      max_global_shift: bound of the uniform shift of each sequence, in seconds.
+      max_local_shift: bound of the uniform shift of each step, in steps.
+      max_scale: ln λ of each sequence is uniform in ± ln max_scale.
     """
 
     delta: float = 0.03
@@ -121,11 +122,11 @@ class ContinuousPositions(nn.Module):
     max_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, padding: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """(B, T, D) to (B, T, D); `padding` (B, T) is True for real steps.
+    def __call__(self, x: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """(B, T, D) to (B, T, D); `mask` (B, T) is True for real steps.
 
         Raises:
-          ValueError: a field has an impossible value.
+          ValueError: `max_scale` is below 1 or a shift below 0.
         """
         if self.max_scale < 1 or min(self.max_global_shift, self.max_local_shift) < 0:
             raise ValueError(
@@ -134,10 +135,10 @@ class ContinuousPositions(nn.Module):
             )
         batch, length, features = x.shape
         index = jnp.arange(length, dtype=jnp.float32)[None]
-        count = jnp.maximum(jnp.sum(padding, axis=1, keepdims=True), 1)
-        positions = self.delta * (index - jnp.sum(jnp.where(padding, index, 0.0), axis=1, keepdims=True) / count)
+        count = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        positions = self.delta * (index - jnp.sum(jnp.where(mask, index, 0.0), axis=1, keepdims=True) / count)
         if not deterministic:
-            # Each draw has a key of its own.
+            # Each draw uses its own key.
             if self.max_global_shift:
                 positions += self._uniform((batch, 1), self.max_global_shift)
             if self.max_local_shift:

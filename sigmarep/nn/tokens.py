@@ -1,8 +1,8 @@
-"""Tokens in and out of a Transformer: embeddings, and the losses of the next token, plain or adaptive.
+"""Token embeddings and next-token losses, plain or adaptive.
 
-The adaptive table (Grave et al., 2017; Baevski and Auli, 2019) gives rare words shorter vectors: the words from
-`cutoffs[i - 1]` to `cutoffs[i]` have d/4^i features, projected to d on the way in, and by the transposed projection on the
-way out, where each rare band is one class among the frequent words.
+The adaptive table (Grave et al., 2017; Baevski and Auli, 2019) gives rare words shorter vectors: words from
+`cutoffs[i - 1]` to `cutoffs[i]` have D/4^i features. A projection maps them to D features at the input; its transpose
+maps back at the output, where each band of rare words is one class among the frequent words.
 """
 
 import functools
@@ -16,20 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.core.entropy import soft_capped
-from sigmarep.nn.linear import Reparametrised, SigmaEmbed
+from sigmarep.nn.linear import ReparametrizedLayer, SigmaEmbed
 
 
 class TokenLosses(NamedTuple):
-    """Of every token, float32: `nll`, −ln p of the target; `uniform`, the mean of −ln p over the vocabulary (0 for an
-    adaptive table); `log_normaliser`, ln Σ exp(logits), of the frequent words under an adaptive table."""
+    """Losses per token, float32, in nats.
+
+    Attributes:
+      nll: −ln p of the target.
+      uniform: the mean of −ln p over the vocabulary; 0 for an adaptive table.
+      log_normalizer: ln Σ exp(logits); over the frequent words and the classes only for an adaptive table.
+    """
 
     nll: jax.Array
     uniform: jax.Array
-    log_normaliser: jax.Array
+    log_normalizer: jax.Array
 
 
-class Projection(Reparametrised):
-    """A kernel (inputs, features) that is used in both directions, reparametrised like a `SigmaDense`'s."""
+class Projection(ReparametrizedLayer):
+    """A kernel (inputs, features) used in both directions, reparametrized as in `SigmaDense`."""
 
     inputs: int = 0
     features: int = 0
@@ -39,18 +44,19 @@ class Projection(Reparametrised):
         self.kernel = self.param("kernel", self.kernel_init, (self.inputs, self.features), jnp.float32)
 
 
-class TokenTable(nn.Module):
-    """Embeddings of tokens, and the logits of the next one.
+class TokenEmbedding(nn.Module):
+    """Embeds tokens, and computes the logits and losses of the next token.
 
     Attributes:
-      size: V, tokens. features: D.
-      tied: the logits come from the embeddings; else from a kernel of their own, `head`. An adaptive table is tied.
-      cutoffs: of the adaptive table, rising and below V; none for a plain one.
-      reparam_embedding: reparametrises plain embeddings too.
-      reparametrisation: arguments of the reparametrised layers.
-      kernel_init: of the head and of projections. Embeddings start normal with standard deviation D^−½ and are
-        multiplied by √D on the way in.
-      logit_cap: soft-cap of the logits, off at 0.
+      size: V, the number of tokens.
+      features: D.
+      tied: True takes the logits from the embeddings, False from a separate kernel `head`. An adaptive table must be tied.
+      cutoffs: cutoffs of the adaptive table, increasing and below V; empty for a plain table.
+      reparam_embedding: reparametrizes the embeddings as well.
+      reparametrization: arguments of the reparametrized layers.
+      kernel_init: initializer of the head and the projections. Embeddings are initialized normal with standard deviation
+        D^−½ and multiplied by √D at the input.
+      logit_cap: soft cap of the logits; 0 for none.
     """
 
     size: int
@@ -58,12 +64,12 @@ class TokenTable(nn.Module):
     tied: bool = True
     cutoffs: Sequence[int] = ()
     reparam_embedding: bool = False
-    reparametrisation: Any = None
+    reparametrization: Any = None
     kernel_init: Callable = nn.initializers.lecun_normal()
     logit_cap: float = 0.0
 
     def setup(self):
-        options = dict(self.reparametrisation or {})
+        options = dict(self.reparametrization or {})
         self.dtype = options.get("dtype") or jnp.float32
         inner = options | {"reparam": options.get("reparam", "sigma") if self.reparam_embedding else "none"}
         edges = [0, *self.cutoffs, self.size]
@@ -95,25 +101,28 @@ class TokenTable(nn.Module):
         return Projection(inputs=inputs, features=features, kernel_init=self.kernel_init, **options)
 
     def encode(self, tokens: jax.Array) -> jax.Array:
-        """(…,) to (…, D), multiplied by √D."""
+        """Embeds tokens (…,) as (…, D), multiplied by √D."""
         if not self.projections:
-            found = self.tables[0](tokens)
+            embedded = self.tables[0](tokens)
         else:
-            found, low = 0.0, 0
+            embedded, low = 0.0, 0
             for table, projection in zip(self.tables, self.projections, strict=True):
                 index = tokens - low
                 inside = (index >= 0) & (index < table.num_embeddings)
                 vectors = table(jnp.where(inside, index, 0)) @ projection.kernel.astype(self.dtype)
-                found = jnp.where(inside[..., None], vectors, found)
+                embedded = jnp.where(inside[..., None], vectors, embedded)
                 low += table.num_embeddings
-        return found * jnp.asarray(math.sqrt(self.features), self.dtype)
+        return embedded * jnp.asarray(math.sqrt(self.features), self.dtype)
 
     def losses(self, hidden: jax.Array, targets: jax.Array, *, chunk: int = 0) -> TokenLosses:
         """Losses of `targets` (B, T) given `hidden` (B, T, D).
 
         Args:
-          chunk: computes logits for so many positions at a time, again in the backward pass, so that no array of
-            B × T × V is kept; 0 for all at once.
+          chunk: number of positions whose logits are computed at a time, and recomputed in the backward pass, so that no
+            array of size B × T × V is kept; 0 computes all at once.
+
+        Raises:
+          ValueError: `chunk` does not divide T.
         """
         function = functools.partial(_losses, kernels=self._output_kernels(), logit_cap=self.logit_cap)
         batch, length = targets.shape
@@ -125,8 +134,8 @@ class TokenTable(nn.Module):
         def split(x):
             return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
-        found = jax.lax.map(jax.checkpoint(lambda part: function(*part)), (split(hidden), split(targets)))
-        return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in found))
+        losses = jax.lax.map(jax.checkpoint(lambda part: function(*part)), (split(hidden), split(targets)))
+        return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in losses))
 
     def log_probabilities(self, hidden: jax.Array) -> jax.Array:
         """ln p of every token, (…, D) to (…, V), float32."""
@@ -142,7 +151,7 @@ class TokenTable(nn.Module):
         return _logits(hidden, self._output_kernels(), self.logit_cap)
 
     def _output_kernels(self):
-        """What the logits are made of: tables (V_i, d_i), projections (d_i, D), classes (D, bands − 1) or None."""
+        """Kernels of the logits: tables (V_i, d_i), projections (d_i, D), and classes (D, bands − 1) or None."""
         if self.head is not None:
             return [self.head.kernel.T.astype(self.dtype)], [], None
         cast = functools.partial(jax.tree.map, lambda x: x.astype(self.dtype))
@@ -152,34 +161,34 @@ class TokenTable(nn.Module):
 
 
 def _logits(hidden, kernels, logit_cap):
-    """Logits of the frequent words with the classes behind them, then of each rare band; float32."""
+    """Float32 logits as a list: the frequent words followed by the classes of rare bands, then each band's words."""
     tables, projections, classes = kernels
-    found = []
+    logits_of_bands = []
     for i, table in enumerate(tables):
         narrow = hidden @ projections[i].T if projections else hidden
         logits = jnp.einsum("...d,vd->...v", narrow, table, preferred_element_type=jnp.float32)
         if i == 0 and classes is not None:
-            behind = jnp.einsum("...d,dc->...c", hidden, classes, preferred_element_type=jnp.float32)
-            logits = jnp.concatenate([logits, behind], axis=-1)
-        found.append(soft_capped(logits, logit_cap))
-    return found
+            class_logits = jnp.einsum("...d,dc->...c", hidden, classes, preferred_element_type=jnp.float32)
+            logits = jnp.concatenate([logits, class_logits], axis=-1)
+        logits_of_bands.append(soft_capped(logits, logit_cap))
+    return logits_of_bands
 
 
 def _losses(hidden, targets, *, kernels, logit_cap) -> TokenLosses:
     head, *tails = _logits(hidden, kernels, logit_cap)
-    normaliser = jax.nn.logsumexp(head, axis=-1)
+    normalizer = jax.nn.logsumexp(head, axis=-1)
     frequent = head.shape[-1] - len(tails)
-    nll = normaliser - _taken(head, jnp.minimum(targets, frequent - 1))
+    nll = normalizer - _taken(head, jnp.minimum(targets, frequent - 1))
     low = frequent
     for i, tail in enumerate(tails):
         index = targets - low
         inside = (index >= 0) & (index < tail.shape[-1])
-        rare = normaliser - head[..., frequent + i] + jax.nn.logsumexp(tail, axis=-1)
+        rare = normalizer - head[..., frequent + i] + jax.nn.logsumexp(tail, axis=-1)
         rare = rare - _taken(tail, jnp.where(inside, index, 0))
         nll = jnp.where(inside, rare, nll)
         low += tail.shape[-1]
-    uniform = jnp.zeros_like(nll) if tails else normaliser - jnp.mean(head, axis=-1)
-    return TokenLosses(nll, uniform, normaliser)
+    uniform = jnp.zeros_like(nll) if tails else normalizer - jnp.mean(head, axis=-1)
+    return TokenLosses(nll, uniform, normalizer)
 
 
 def _taken(logits, index):

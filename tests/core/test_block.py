@@ -80,7 +80,7 @@ def test_derivatives_of_both_orders_hold_u_and_v_fixed():
         return jnp.sum(jnp.tanh(g / (step.v @ k @ step.u) * k) * target)
 
     def ours(k, g):
-        return jnp.sum(jnp.tanh(spectral.reparametrise(k, g, u, basis=basis).kernel) * target)
+        return jnp.sum(jnp.tanh(spectral.reparametrize(k, g, u, basis=basis).kernel) * target)
 
     for a, b in zip(jax.grad(ours, (0, 1))(kernel, gamma), jax.grad(fixed, (0, 1))(kernel, gamma), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -99,11 +99,11 @@ def test_tiny_huge_zero_and_rank_deficient_kernels_stay_finite(scale, rank):
     kernel = jnp.asarray(base / np.linalg.norm(base, 2) * scale, jnp.float32)
     block, _ = spectral.svd_block(kernel, 3)
     arguments = {"basis": block[1:]}
-    result = spectral.reparametrise(kernel, jnp.float32(1.0), block[0], **arguments)
+    result = spectral.reparametrize(kernel, jnp.float32(1.0), block[0], **arguments)
     if scale > 1e-35:
         np.testing.assert_allclose(np.linalg.norm(result.kernel, 2), 1.0, rtol=1e-4)
-    again = spectral.reparametrise(kernel, jnp.float32(1.0), result.u, basis=result.basis)
-    gradients = jax.grad(lambda k, g: jnp.sum(spectral.reparametrise(k, g, block[0], **arguments).kernel), (0, 1))(
+    again = spectral.reparametrize(kernel, jnp.float32(1.0), result.u, basis=result.basis)
+    gradients = jax.grad(lambda k, g: jnp.sum(spectral.reparametrize(k, g, block[0], **arguments).kernel), (0, 1))(
         kernel, jnp.float32(1.0)
     )
     for leaf in jax.tree.leaves((result, again, gradients)):

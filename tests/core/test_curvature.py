@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sigmarep.core import curvature
-from sigmarep.core.spectral import reparametrise
+from sigmarep.core.spectral import reparametrize
 
 
 def symmetric(eigenvalues, seed=0):
@@ -57,7 +57,7 @@ def loss_of_two_layers(reparametrised):
         kernels = [flat[:30].reshape(shapes[0]), flat[30:45].reshape(shapes[1])]
         if reparametrised:
             kernels = [
-                reparametrise(kernel, 1 + gamma, u).kernel
+                reparametrize(kernel, 1 + gamma, u).kernel
                 for kernel, gamma, u in zip(kernels, flat[45:], vectors, strict=True)
             ]
         return jnp.mean((jnp.tanh(x @ kernels[0]) @ kernels[1] - y) ** 2)

@@ -74,7 +74,7 @@ def test_first_derivatives_equal_the_formula(shape):
     def loss(function):
         return lambda k, g: jnp.sum(jnp.sin(function(k, g, u)) * target)
 
-    ours = jax.grad(loss(lambda k, g, u: spectral.reparametrise(k, g, u).kernel), (0, 1))(kernel, jnp.float32(0.7))
+    ours = jax.grad(loss(lambda k, g, u: spectral.reparametrize(k, g, u).kernel), (0, 1))(kernel, jnp.float32(0.7))
     reference = jax.grad(loss(plain), (0, 1))(kernel, jnp.float32(0.7))
     np.testing.assert_allclose(ours[0], reference[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(ours[1], reference[1], rtol=1e-5)
@@ -91,7 +91,7 @@ def test_gradient_equals_autodiff_through_the_svd_at_convergence():
         return jnp.sum(jnp.tanh(g / jnp.linalg.svd(k, full_matrices=False)[1][0] * k) * target)
 
     def ours(k, g):
-        return jnp.sum(jnp.tanh(spectral.reparametrise(k, g, u).kernel) * target)
+        return jnp.sum(jnp.tanh(spectral.reparametrize(k, g, u).kernel) * target)
 
     for a, b in zip(
         jax.grad(ours, (0, 1))(kernel, jnp.float32(1.3)),
@@ -105,7 +105,7 @@ def test_gradient_is_orthogonal_to_the_kernel_from_any_u():
     kernel = jnp.asarray(random_matrix(8, 8))
     target = jnp.asarray(random_matrix(8, 8, seed=2))
     u = jnp.ones(8) / np.sqrt(8)
-    grad = jax.grad(lambda k: jnp.sum(spectral.reparametrise(k, jnp.float32(2.0), u).kernel * target))(kernel)
+    grad = jax.grad(lambda k: jnp.sum(spectral.reparametrize(k, jnp.float32(2.0), u).kernel * target))(kernel)
     cosine = jnp.vdot(grad, kernel) / (jnp.linalg.norm(grad) * jnp.linalg.norm(kernel))
     assert abs(cosine) < 1e-6
 
@@ -113,7 +113,7 @@ def test_gradient_is_orthogonal_to_the_kernel_from_any_u():
 def test_effective_norm_is_gamma():
     kernel = jnp.asarray(random_matrix(20, 30))
     u, _ = spectral.svd_start(kernel)
-    effective = spectral.reparametrise(kernel, jnp.float32(-1.7), u).kernel
+    effective = spectral.reparametrize(kernel, jnp.float32(-1.7), u).kernel
     np.testing.assert_allclose(np.linalg.norm(effective, 2), 1.7, rtol=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_hessian_vector_products_agree_in_both_orders_and_with_the_formula():
         return jnp.sum(jnp.tanh(gamma / (step.v @ k @ step.u) * k) * target)
 
     def ours(k):
-        return jnp.sum(jnp.tanh(spectral.reparametrise(k, gamma, u).kernel) * target)
+        return jnp.sum(jnp.tanh(spectral.reparametrize(k, gamma, u).kernel) * target)
 
     expected = jax.jvp(jax.grad(fixed), (kernel,), (direction,))[1]
     forward = jax.jvp(jax.grad(ours), (kernel,), (direction,))[1]
@@ -146,20 +146,20 @@ def test_tiny_huge_zero_and_rank_deficient_kernels_stay_finite(scale, rank):
     base = rng.normal(size=(6, rank)) @ rng.normal(size=(rank, 5))
     kernel = jnp.asarray(base / np.linalg.norm(base, 2) * scale, jnp.float32)
     u, sigma = spectral.svd_start(kernel)
-    result = spectral.reparametrise(kernel, jnp.float32(1.0), u)
+    result = spectral.reparametrize(kernel, jnp.float32(1.0), u)
     if scale > 1e-35:
         np.testing.assert_allclose(sigma, scale, rtol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(result.kernel, 2), 1.0, rtol=1e-4)
-    gradients = jax.grad(lambda k, g: jnp.sum(spectral.reparametrise(k, g, u).kernel), (0, 1))(kernel, jnp.float32(1.0))
+    gradients = jax.grad(lambda k, g: jnp.sum(spectral.reparametrize(k, g, u).kernel), (0, 1))(kernel, jnp.float32(1.0))
     for leaf in jax.tree.leaves((u, sigma, result, gradients)):
         assert np.all(np.isfinite(leaf))
 
 
 def test_a_zero_kernel_receives_a_gradient_and_then_normalises():
     kernel, u = jnp.zeros((4, 3)), spectral.svd_start(jnp.zeros((4, 3)))[0]
-    grad = jax.grad(lambda k: jnp.sum(spectral.reparametrise(k, jnp.float32(1.0), u).kernel))(kernel)
+    grad = jax.grad(lambda k: jnp.sum(spectral.reparametrize(k, jnp.float32(1.0), u).kernel))(kernel)
     assert np.all(grad == 1.0)
-    result = spectral.reparametrise(kernel - 0.1 * grad, jnp.float32(1.0), u)
+    result = spectral.reparametrize(kernel - 0.1 * grad, jnp.float32(1.0), u)
     np.testing.assert_allclose(np.linalg.norm(result.kernel, 2), 1.0, rtol=1e-5)
 
 
@@ -172,8 +172,8 @@ def test_u_in_the_null_space_recovers():
 def test_a_bfloat16_kernel_is_normalised_in_float32():
     kernel = jnp.asarray(random_matrix(64, 64))
     u, _ = spectral.svd_start(kernel)
-    full = spectral.reparametrise(kernel, jnp.float32(1.0), u)
-    half = spectral.reparametrise(kernel, jnp.float32(1.0), u, dtype=jnp.bfloat16)
+    full = spectral.reparametrize(kernel, jnp.float32(1.0), u)
+    half = spectral.reparametrize(kernel, jnp.float32(1.0), u, dtype=jnp.bfloat16)
     assert half.kernel.dtype == jnp.bfloat16
     assert half.sigma.dtype == jnp.float32
     np.testing.assert_array_equal(full.sigma, half.sigma)
@@ -183,7 +183,7 @@ def test_a_bfloat16_kernel_is_normalised_in_float32():
 def test_the_backward_pass_saves_one_array_of_the_kernels_size():
     kernel = jnp.asarray(random_matrix(256, 256))
     u, _ = spectral.svd_start(kernel)
-    _, pullback = jax.vjp(lambda k, g: spectral.reparametrise(k, g, u).kernel, kernel, jnp.float32(1.0))
+    _, pullback = jax.vjp(lambda k, g: spectral.reparametrize(k, g, u).kernel, kernel, jnp.float32(1.0))
     large = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "size", 0) == kernel.size]
     assert len(large) == 1
 
@@ -191,9 +191,9 @@ def test_the_backward_pass_saves_one_array_of_the_kernels_size():
 def test_weight_normalisation_gives_each_output_its_gain():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 3)), jnp.float32)
     gain = jnp.arange(1.0, 7.0)
-    effective = spectral.weight_normalised(kernel, gain).reshape(6, 6)
+    effective = spectral.weight_normalized(kernel, gain).reshape(6, 6)
     np.testing.assert_allclose(np.linalg.norm(effective, axis=0), gain, rtol=1e-6)
-    gradient = jax.grad(lambda k: jnp.sum(spectral.weight_normalised(k, gain)))(jnp.zeros((6, 2, 3)))
+    gradient = jax.grad(lambda k: jnp.sum(spectral.weight_normalized(k, gain)))(jnp.zeros((6, 2, 3)))
     assert np.all(np.isfinite(gradient))
 
 

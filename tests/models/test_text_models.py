@@ -11,7 +11,7 @@ from sigmarep.models.lm import LanguageModel
 from sigmarep.models.seq2seq import Seq2Seq, deepnorm_constants
 from sigmarep.nn import TransformerConfig
 from sigmarep.nn.positions import rotated, sincos_1d
-from sigmarep.nn.tokens import TokenTable
+from sigmarep.nn.tokens import TokenEmbedding
 from tests.nn import reference
 from tests.nn.test_reference import drifted, spectral_state
 
@@ -185,7 +185,7 @@ CUTOFFS = (4, 7)
 
 
 def adaptive(size=VOCABULARY, cutoffs=CUTOFFS, reparam="none", **options):
-    return TokenTable(size, WIDTH, cutoffs=cutoffs, reparametrisation={"reparam": reparam}, **options)
+    return TokenEmbedding(size, WIDTH, cutoffs=cutoffs, reparametrization={"reparam": reparam}, **options)
 
 
 def test_an_adaptive_table_equals_float64():
@@ -239,7 +239,7 @@ def test_losses_by_chunks_equal_losses_at_once(cutoffs):
 
     def total(hidden, params, chunk):
         losses = table.apply({"params": params}, hidden, targets, chunk=chunk, method="losses")
-        return jnp.sum(losses.nll * (targets + 1)) + jnp.sum(losses.log_normaliser**2) + jnp.sum(losses.uniform)
+        return jnp.sum(losses.nll * (targets + 1)) + jnp.sum(losses.log_normalizer**2) + jnp.sum(losses.uniform)
 
     compute = jax.value_and_grad(total, argnums=(0, 1))
     whole, parts = compute(hidden, variables["params"], 0), compute(hidden, variables["params"], 4)
@@ -247,7 +247,7 @@ def test_losses_by_chunks_equal_losses_at_once(cutoffs):
 
 
 def test_smoothing_terms_equal_a_smoothed_target():
-    table = TokenTable(VOCABULARY, WIDTH, tied=False, reparametrisation={"reparam": "sigma"})
+    table = TokenEmbedding(VOCABULARY, WIDTH, tied=False, reparametrization={"reparam": "sigma"})
     hidden = RNG.normal(size=(1, 3, WIDTH)).astype(np.float32)
     targets = np.array([[4, 0, 10]])
     variables = table.init(jax.random.key(0), hidden, targets, method="losses")
