@@ -1,14 +1,14 @@
-"""Compiles the real training step of a configuration for a TPU slice without a TPU, and prints what it takes.
+"""Compiles the real training step of a configuration for a TPU slice without a TPU, and prints its cost.
 
     python scripts/compile_check.py --config configs/vit/imagenet_simplified.py:variant=H/16 --topology v5e:16x16
     python scripts/compile_check.py --all --output docs/compiled.md [--only mt/]
 
-Topologies are v4, v5p (three dimensions, v5p:4x4x4), v5e, v6e (two, v5e:16x16), for which an environment of its own with
-`pip install "sigmarep[tpu-compile]"` is needed, and `local`, the devices present. No data set is read. The table is
-written row by row; the same command goes on with those that it lacks.
+Topologies are `local`, the devices present, or a slice of v4 or v5p (three dimensions: v5p:4x4x4), v5e or v6e (two:
+v5e:16x16). Slices need a separate environment with `pip install "sigmarep[tpu-compile]"`. No data set is read. With
+--all the table is written row by row; the same command continues an unfinished table.
 
-Exit status: 0 if the step fits, 1 if it needs more memory than a device has (the line says what to change), 2 for bad
-input.
+Exit status: 0 if the step fits, 1 if it needs more memory than a device has (the message tells what to change), 2 for
+bad input.
 """
 
 import os
@@ -21,13 +21,13 @@ from sigmarep.errors import BadInput
 
 CONFIG = command.define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "local", "Devices to compile for, such as v5e:16x16.")
-PANEL = flags.DEFINE_boolean("panel", False, "The step that records attention and spectral norms too.")
-HLO = flags.DEFINE_string("hlo", None, "File for the optimised program.")
-ALL = flags.DEFINE_boolean("all", False, "Makes the table of all full-scale recipes instead.")
-ONLY = flags.DEFINE_string("only", "", "With --all: only recipes with this in their names, made anew.")
-OUTPUT = flags.DEFINE_string("output", "docs/compiled.md", "File of that table.")
+PANEL = flags.DEFINE_boolean("panel", False, "Compile the step that also records attention and spectral norms.")
+HLO = flags.DEFINE_string("hlo", None, "File to write the optimized program to.")
+ALL = flags.DEFINE_boolean("all", False, "Make the table of all full-scale recipes instead.")
+ONLY = flags.DEFINE_string("only", "", "With --all: recompile only the recipes whose names contain this.")
+OUTPUT = flags.DEFINE_string("output", "docs/compiled.md", "With --all: file to write the table to.")
 
-# The full-scale recipes, each at the paper's global batch, and where they are compiled for.
+# The full-scale recipes, each at the paper's global batch, and the slices that they are compiled for.
 RECIPES = (
     ("vit/imagenet_simplified.py", ("v5e:16x16", "v4:4x4x4")),
     ("vit/imagenet_simplified.py:variant=L/16", ("v5e:16x16", "v4:4x4x4")),
@@ -59,26 +59,24 @@ def main() -> None:
     from sigmarep.compile import aot_compile
 
     target = aot_compile.target(TOPOLOGY.value)
-    found = aot_compile.compile_step(config, target, panel=PANEL.value)
-    memory, costs = found.memory, found.costs
-    print(
-        f"{len(target.devices)} x {target.kind} ({target.name}), mesh {_mesh(found.mesh)}, batch {_batch(found.batch)}"
-    )
+    step = aot_compile.compile_step(config, target, panel=PANEL.value)
+    memory, costs = step.memory, step.costs
+    print(f"{len(target.devices)} x {target.kind} ({target.name}), mesh {_mesh(step.mesh)}, batch {_batch(step.batch)}")
     print(
         f"memory a device: {_gib(memory.total)} of {_gib(target.memory)} GiB (arguments {_gib(memory.arguments)}, outputs "
         f"{_gib(memory.outputs)}, temporaries {_gib(memory.temporaries)}, program {_gib(memory.code)})"
     )
-    loops = ", ".join(f"{turns}" for turns in costs.turns.values())
+    loops = ", ".join(str(count) for count in costs.trip_counts.values())
     print(
         f"a step, each device: {costs.flops / 1e12:.4g} TFLOP, {costs.bytes / 1e9:.4g} GB read and written"
-        + (f" (loops of {loops} turns counted in full)" if loops else "")
+        + (f" (loops of {loops} iterations counted in full)" if loops else "")
     )
-    for each in found.collectives:
-        print(f"{each.kind}: {each.times}, {each.bytes / 1e6:.4g} MB of results on each device")
-    print(f"compiled in {found.seconds:.0f} s")
+    for each in step.collectives:
+        print(f"{each.kind}: {each.executions}, {each.bytes / 1e6:.4g} MB of results on each device")
+    print(f"compiled in {step.seconds:.0f} s")
     if HLO.value:
         with open(HLO.value, "w") as file:
-            file.write(found.text)
+            file.write(step.text)
 
 
 def table() -> None:
@@ -106,23 +104,23 @@ def table() -> None:
             _write(OUTPUT.value, made, versions)
 
 
-def _cells(found, target) -> tuple[str, ...]:
-    memory = found.memory
-    moved = ", ".join(f"{each.kind} {each.bytes / 1e6:.4g} ({each.times})" for each in found.collectives)
+def _cells(step, target) -> tuple[str, ...]:
+    memory = step.memory
+    moved = ", ".join(f"{each.kind} {each.bytes / 1e6:.4g} ({each.executions})" for each in step.collectives)
     return (
-        _mesh(found.mesh),
-        _batch(found.batch),
+        _mesh(step.mesh),
+        _batch(step.batch),
         *(_gib(part) for part in (memory.arguments, memory.outputs, memory.temporaries)),
         f"{_gib(memory.total)} of {_gib(target.memory)}",
-        f"{found.costs.flops / 1e12:.4g}",
-        f"{found.costs.bytes / 1e9:.4g}",
+        f"{step.costs.flops / 1e12:.4g}",
+        f"{step.costs.bytes / 1e9:.4g}",
         moved or "none",
-        f"{found.seconds:.0f} s",
+        f"{step.seconds:.0f} s",
     )
 
 
 def _read(path: str, versions: str) -> dict[tuple[str, str], tuple[str, ...]]:
-    """The rows of a table that was begun with the same versions."""
+    """Rows of an existing table, if it was compiled with the same versions."""
     if not os.path.exists(path):
         return {}
     with open(path) as file:
@@ -135,16 +133,16 @@ def _write(path: str, made: dict[tuple[str, str], tuple[str, ...]], versions: st
     order = [(f"`{recipe}`", topology) for recipe, topologies in RECIPES for topology in topologies]
     rows = [(*key, *made[key]) for key in order if key in made]
     lines = [
-        "# What every full-scale recipe takes, compiled ahead of time",
+        "# Cost of every full-scale recipe, compiled ahead of time",
         "",
         "    python scripts/compile_check.py --all --output docs/compiled.md",
         "",
         f"The training step of each recipe at its own global batch, compiled by {versions} with no TPU present, on "
-        f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}. All figures are of one chip and one step. Memory, in "
-        "GiB, is the compiler's: arguments are the state and the chip's part of the batch, outputs what does not reuse "
-        "their memory. Operations and bytes are the compiler's own count, a loop's body counted as often as it turns. "
-        "Collectives are counted likewise, and sized by their results on one chip. Nothing here was run: no figure says "
-        "how long a step takes. The batch is the largest that a task has.",
+        f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}. All figures are for one chip and one step. Memory, in "
+        "GiB, is the compiler's: arguments are the state and the chip's part of the batch, outputs are the results that "
+        "do not reuse their memory. Operations and bytes are the compiler's own count, with a loop's body counted once "
+        "per iteration. Collectives are counted likewise, and sized by their results on one chip. Nothing here was run: "
+        "no figure tells how long a step takes. The batch is the largest of the task.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

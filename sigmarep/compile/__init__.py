@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation: programs for devices that are not there, and their cost."""
+"""Ahead-of-time compilation for absent devices, and the cost of compiled programs."""

@@ -1,7 +1,7 @@
-"""The real training step of a configuration, compiled for devices that need not be here.
+"""Ahead-of-time compilation of the real training step, for devices that need not be present.
 
-Nothing runs and no data is read: the step, its mesh and its sharding rules are those of training, the state and the
-batch are shapes. For TPUs the compiler is the one of the package libtpu.
+Nothing runs and no data is read: step, mesh and sharding rules are those of training; state and batch are shapes only.
+For TPUs the compiler comes from the package libtpu.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 
 
 class Family(NamedTuple):
-    """A generation of TPUs: `shapes` of its slices, `memory` of a chip in bytes, the compiler's `options`."""
+    """A generation of TPUs: shapes of its slices, memory of a chip in bytes, and the compiler's options."""
 
     shapes: tuple[str, ...]
     memory: int
     options: dict[str, Any]
 
 
-# A v4 or v5p chip is one device to JAX: its two cores act as one.
+# JAX sees a v4 or v5p chip as one device: its two cores act as one.
 MEGACORE = {"chip_config_name": "megacore"}
 FAMILIES = {
     "v4": Family(_CUBIC, 32 * GIB, MEGACORE),
@@ -50,7 +50,14 @@ class DoesNotFit(SigmarepError):
 
 
 class Target(NamedTuple):
-    """Devices to compile for, what one is called, and its memory in bytes."""
+    """Devices to compile for.
+
+    Attributes:
+      name: the topology, or "local".
+      devices: all of its devices.
+      kind: the device's own name.
+      memory: bytes per device.
+    """
 
     name: str
     devices: Sequence[Any]
@@ -59,8 +66,15 @@ class Target(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes a device: `arguments` (the state and the batch), `outputs` that are not the arguments' own memory, what
-    lives in between, the program, and all of these together."""
+    """Memory of a step in bytes per device.
+
+    Attributes:
+      arguments: the state and the batch.
+      outputs: results that do not reuse the memory of the arguments.
+      temporaries: intermediate values.
+      code: the program itself.
+      total: the sum of these.
+    """
 
     arguments: int
     outputs: int
@@ -70,13 +84,16 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a step.
+    """A compiled training step.
 
     Attributes:
+      mesh: sizes of the mesh axes.
       batch: shapes of the batch it was compiled for, the largest of the task.
-      costs: see `sigmarep.compile.hlo_cost.Costs`; of one device.
-      seconds: that compiling took.
-      text: the optimised program.
+      memory: bytes per device.
+      costs: operations and bytes of one device.
+      collectives: communication of one device, by kind.
+      seconds: duration of the compilation.
+      text: the optimized HLO program.
     """
 
     mesh: dict[str, int]
@@ -89,7 +106,7 @@ class Compiled(NamedTuple):
 
 
 def target(topology: str) -> Target:
-    """The devices of a topology such as "v5e:16x16", or those present for "local".
+    """Returns the devices of a topology such as "v5e:16x16", or for "local" the devices present.
 
     Raises:
       BadInput: there is no such topology, or libtpu is not installed.
@@ -106,9 +123,9 @@ def target(topology: str) -> Target:
             f'--topology {topology}: needs the compiler of TPUs; pip install "sigmarep[tpu-compile]" into an environment '
             "of its own (it disturbs runs on CPU)"
         )
-    # Without these libtpu asks a metadata server that is not there.
+    # Off a TPU host there is no metadata server; without these settings libtpu waits for one.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    # No chip is opened, so several of these may run at a time.
+    # No chip is opened, so several compilations may run at a time.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-256")
@@ -116,10 +133,12 @@ def target(topology: str) -> Target:
     from jax.experimental import topologies
 
     try:
-        found: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology, **FAMILIES[family].options)
+        description: Any = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **FAMILIES[family].options
+        )
     except Exception as error:
         raise BadInput(f"--topology {topology}: the compiler does not know it ({_line(error)})") from error
-    return Target(topology, found.devices, found.devices[0].device_kind, FAMILIES[family].memory)
+    return Target(topology, description.devices, description.devices[0].device_kind, FAMILIES[family].memory)
 
 
 def _local_memory(devices: Sequence[Any]) -> int:
@@ -132,15 +151,19 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
     """Compiles the training step of `config` for the largest batch of its task.
 
     Args:
-      panel: the step that records attention too.
+      config: of the run.
+      on: devices to compile for, see `target`.
+      panel: compiles the step that also records attention statistics.
 
     Raises:
-      BadInput: the configuration is wrong, alone or with the devices.
-      DoesNotFit: the message says what to change.
+      BadInput: the configuration is invalid, by itself or for these devices.
+      DoesNotFit: the step needs more memory than a device has; the message tells what to change.
     """
     config = validate(config)
     if config.parallel != "jit" and on.name != LOCAL:
-        raise BadInput(f"config.parallel = {config.parallel!r}: only 'jit' is compiled for devices that are not here")
+        raise BadInput(
+            f"config.parallel = {config.parallel!r}: expected 'jit' to compile for devices that are not present"
+        )
     experiment = build(config, devices=on.devices, abstract=True)
     batch = experiment.task.abstract_batches()[-1]
     start = time.perf_counter()
@@ -151,9 +174,9 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
         sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
-        # The compiler names what it needs and then what there is.
-        used, there = (float(number) * 1024.0 ** (1 + "KMG".index(unit)) for number, unit in sizes[:2])
-        raise DoesNotFit(_advice(config, experiment, int(used), int(there), on)) from None
+        # The message gives the memory needed first, then the memory available.
+        used, available = (float(number) * 1024.0 ** (1 + "KMG".index(unit)) for number, unit in sizes[:2])
+        raise DoesNotFit(_advice(config, experiment, int(used), int(available), on)) from None
     seconds = time.perf_counter() - start
     stats: Any = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -174,27 +197,27 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of a sharded abstract state on one device."""
+    """Bytes that a sharded abstract state takes on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state) if x.shape)
 
 
-def _advice(config, experiment, used: int, there: int, on: Target) -> str:
+def _advice(config, experiment, used: int, available: int, on: Target) -> str:
     state = state_bytes(experiment.abstract_state)
     mesh = experiment.runner.mesh.shape
-    said = (
-        f"needs {used / GIB:.2f} GiB a device of {there / GIB:.2f} GiB ({on.name}), "
-        f"{state / GIB:.2f} GiB of them for the state"
+    need = (
+        f"needs {used / GIB:.2f} GiB per device but {on.name} has {available / GIB:.2f} GiB; "
+        f"the state takes {state / GIB:.2f} GiB"
     )
-    if state > there / 2 and mesh["fsdp"] < math.prod(mesh.values()):
-        return f"{said}; grow config.mesh.fsdp from {mesh['fsdp']} to {2 * mesh['fsdp']}, which shards the state"
+    if state > available / 2 and mesh["fsdp"] < math.prod(mesh.values()):
+        return f"{need}; increase config.mesh.fsdp from {mesh['fsdp']} to {2 * mesh['fsdp']}, which shards the state"
     if config.model.remat == "none":
-        return f"{said}; set config.model.remat = 'full', which keeps the inputs of each block alone"
+        return f"{need}; set config.model.remat = 'full', which stores only the inputs of each block"
     if config.task != "contrastive":
         return (
-            f"{said}; double config.accumulation ({config.accumulation}), or grow config.mesh.tensor from "
+            f"{need}; double config.accumulation ({config.accumulation}), or increase config.mesh.tensor from "
             f"{mesh['tensor']} to {2 * mesh['tensor']}, which shards the activations"
         )
-    return f"{said}; grow config.mesh.tensor from {mesh['tensor']} to {2 * mesh['tensor']}, or take more devices"
+    return f"{need}; increase config.mesh.tensor from {mesh['tensor']} to {2 * mesh['tensor']}, or use more devices"
 
 
 def _line(error: Exception) -> str:

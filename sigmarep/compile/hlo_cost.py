@@ -1,7 +1,7 @@
-"""What an optimised XLA program does: collectives, and operations and bytes with the turns of its loops counted.
+"""Cost of an optimized XLA program: collectives, operations and bytes, with loop bodies counted once per iteration.
 
-XLA's own cost analysis counts the body of a loop once. A loop that `jax.lax.scan` makes turns a constant number of times,
-which stands in its condition; here every loop's body is counted that often.
+XLA's own cost analysis counts the body of a loop once. The trip count of a loop made by `jax.lax.scan` is a constant in
+the loop's condition; here the body is counted that many times.
 """
 
 import importlib
@@ -23,46 +23,65 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|called_compu
 
 
 class Costs(NamedTuple):
-    """Of one device and one step: `flops` and `bytes` by the compiler's own count; `turns`, how often its loops' bodies
-    were counted, by name; `once`, the same two with every body counted once."""
+    """Operations and bytes of one step on one device.
+
+    Attributes:
+      flops: operations by the compiler's count, loop bodies times their trip counts.
+      bytes: bytes accessed, counted likewise.
+      trip_counts: executions per step of each loop body, by name; empty if no loop could be counted.
+      without_loops: (flops, bytes) with every loop body counted once, as XLA reports them.
+    """
 
     flops: float
     bytes: float
-    turns: dict[str, int]
-    once: tuple[float, float]
+    trip_counts: dict[str, int]
+    without_loops: tuple[float, float]
 
 
 class Collective(NamedTuple):
-    """`times` collectives of one `kind` a step, `bytes` of their results on one device; in loops those of all turns."""
+    """The collectives of one kind in a step; those in loops count once per iteration.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      executions: number per step.
+      bytes: bytes of their results on one device.
+    """
 
     kind: str
-    times: int
+    executions: int
     bytes: int
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    # The text after the opcode: operands and attributes.
+    rest: str
 
 
 class _Computation(NamedTuple):
     lines: list[str]
-    # Name, type and opcode of each instruction, and what stands behind its opcode.
-    instructions: list[tuple[str, str, str, str]]
+    instructions: list[_Instruction]
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a program by kind, the largest first."""
-    computations, entry = _parsed(text)
-    found: dict[str, list[int]] = {}
-    for name, turns in _turns(computations, entry).items():
+    """Collectives of a program by kind, the kind with the most bytes first."""
+    computations, entry = _parse(text)
+    totals: dict[str, list[int]] = {}
+    for name, executions in _executions(computations, entry).items():
         for _, shape, opcode, _ in computations[name].instructions:
             kind = opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                total = found.setdefault(kind, [0, 0])
-                total[0] += turns
-                total[1] += turns * _size(shape, started=opcode != kind)
-    return sorted((Collective(kind, *total) for kind, total in found.items()), key=lambda each: -each.bytes)
+                total = totals.setdefault(kind, [0, 0])
+                total[0] += executions
+                total[1] += executions * _result_bytes(shape, started=opcode != kind)
+    return sorted((Collective(kind, *total) for kind, total in totals.items()), key=lambda each: -each.bytes)
 
 
 def shapes_of(text: str, kind: str) -> list[tuple[int, ...]]:
-    """The shapes of the results of every collective of a kind."""
-    computations, _ = _parsed(text)
+    """Shapes of the results of every collective of a kind, in the order of the program."""
+    computations, _ = _parse(text)
     return [
         tuple(int(n) for n in dims.split(",") if n)
         for computation in computations.values()
@@ -72,33 +91,36 @@ def shapes_of(text: str, kind: str) -> list[tuple[int, ...]]:
     ]
 
 
-def costs(text: str, counted: Any) -> Costs:
-    """Operations and bytes of a program.
+def costs(text: str, analysis: Any) -> Costs:
+    """Operations and bytes of a program, with loop bodies counted once per iteration.
 
     Args:
-      counted: the compiler's analysis of it, as `jax.stages.Compiled.cost_analysis` gives it.
+      text: the optimized HLO program.
+      analysis: the compiler's own analysis, the result of `jax.stages.Compiled.cost_analysis`.
     """
-    counted = counted[0] if isinstance(counted, list) else counted or {}
-    once = (float(counted.get("flops", 0.0)), float(counted.get("bytes accessed", 0.0)))
-    computations, entry = _parsed(text)
-    turns = _turns(computations, entry)
+    analysis = analysis[0] if isinstance(analysis, list) else analysis or {}
+    reported = (float(analysis.get("flops", 0.0)), float(analysis.get("bytes accessed", 0.0)))
+    computations, entry = _parse(text)
+    executions = _executions(computations, entry)
     bodies = {name: _bodies(computations, name) for name in (entry, *_all_bodies(computations, entry))}
-    repeated = {name: turns[name] for name in bodies if turns[name] > 1}
+    repeated = {name: executions[name] for name in bodies if executions[name] > 1}
     if not repeated:
-        return Costs(*once, turns={}, once=once)
-    whole = {name: _analysed(text, name) for name in bodies}
-    if any(each is None for each in whole.values()):
-        return Costs(*once, turns={}, once=once)
-    found: list[float] = []
+        return Costs(*reported, trip_counts={}, without_loops=reported)
+    analyses = {name: _analyze(text, name) for name in bodies}
+    if any(each is None for each in analyses.values()):
+        return Costs(*reported, trip_counts={}, without_loops=reported)
+    counted: list[float] = []
     for i in range(2):
-        sizes = {name: each[i] for name, each in whole.items() if each is not None}
-        total = sum(turns[name] * (sizes[name] - sum(sizes[body] for body, _ in bodies[name])) for name in bodies)
-        # The analysis here knows no padding of a device's tiles; the compiler's own count of the whole does.
-        found.append(once[i] * total / sizes[entry] if sizes[entry] else once[i])
-    return Costs(found[0], found[1], turns=repeated, once=once)
+        sizes = {name: each[i] for name, each in analyses.items() if each is not None}
+        total = sum(executions[name] * (sizes[name] - sum(sizes[body] for body, _ in bodies[name])) for name in bodies)
+        # `_analyze` does not know how the device pads its tiles, the compiler's count of the whole program does: only
+        # the ratio is taken from `_analyze`.
+        counted.append(reported[i] * total / sizes[entry] if sizes[entry] else reported[i])
+    return Costs(counted[0], counted[1], trip_counts=repeated, without_loops=reported)
 
 
-def _parsed(text: str) -> tuple[dict[str, _Computation], str]:
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    """Parses a program into its computations by name; also returns the name of the entry."""
     computations: dict[str, _Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -109,59 +131,60 @@ def _parsed(text: str) -> tuple[dict[str, _Computation], str]:
             entry = head[2] if head[1] else entry
         elif current is not None:
             current.lines.append(line)
-            found = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))
-            if found:
-                current.instructions.append((found[1], found[2], found[3], found[4]))
+            instruction = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))
+            if instruction:
+                current.instructions.append(_Instruction(*instruction.groups()))
             if line == "}":
                 current = None
     return computations, entry
 
 
 def _bodies(computations: dict[str, _Computation], name: str) -> list[tuple[str, int]]:
-    """The loops of a computation and of what it calls, but not those in their bodies: (body, turns)."""
-    found = []
-    for called, turns in _callees(computations[name], computations):
-        found += [(called, turns)] if turns else _bodies(computations, called)
-    return found
+    """(body, trip count) of the outermost loops of a computation and of the computations that it calls."""
+    loops = []
+    for callee, trip_count in _callees(computations[name], computations):
+        loops += [(callee, trip_count)] if trip_count else _bodies(computations, callee)
+    return loops
 
 
 def _all_bodies(computations: dict[str, _Computation], name: str) -> list[str]:
-    found = []
+    """Bodies of all loops, nested ones included."""
+    bodies = []
     for body, _ in _bodies(computations, name):
-        found += [body, *_all_bodies(computations, body)]
-    return list(dict.fromkeys(found))
+        bodies += [body, *_all_bodies(computations, body)]
+    return list(dict.fromkeys(bodies))
 
 
 def _callees(computation: _Computation, computations) -> list[tuple[str, int]]:
-    """What a computation calls; with the number of turns for the body of a loop, 0 for anything else."""
-    found = []
+    """(name, trip count) of the computations that one calls; the trip count is 0 unless the callee is a loop body."""
+    callees = []
     for _, _, opcode, rest in computation.instructions:
         for group in _CALLED.findall(rest):
             for name in re.findall(r"[\w.-]+", group):
                 if name in computations:
-                    found.append((name, _trips(rest, computations) if opcode == "while" else 0))
-    return found
+                    callees.append((name, _trip_count(rest, computations) if opcode == "while" else 0))
+    return callees
 
 
-def _trips(rest: str, computations: dict[str, _Computation]) -> int:
+def _trip_count(rest: str, computations: dict[str, _Computation]) -> int:
+    """Iterations of a loop, given its attributes; 1 if the number is not a constant of the program."""
     known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', rest)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", rest)
     lines = computations[condition[1]].lines if condition else []
     limits = [int(n) for line in lines for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", line)]
-    # A loop whose end is not a constant is counted once.
     return -(-limits[0] // _increment(rest, lines, computations)) if len(limits) == 1 and limits[0] else 1
 
 
 def _increment(rest: str, condition: list[str], computations: dict[str, _Computation]) -> int:
-    """What a loop adds to its counter each turn, if that is a constant: more than 1 where the compiler unrolled it."""
+    """Constant by which an iteration increases the loop's counter: above 1 if the compiler unrolled it; 1 if unknown."""
     body = re.search(r"body=%?([\w.-]+)", rest)
     counter = re.findall(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", "\n".join(condition))
     if not body or len(counter) != 1:
         return 1
     instructions = computations[body[1]].instructions
-    operands = re.findall(r"%([\w.-]+)", instructions[-1][3].partition(")")[0])
+    operands = re.findall(r"%([\w.-]+)", instructions[-1].rest.partition(")")[0])
     index = int(counter[0])
     added = {name: rest for name, _, opcode, rest in instructions if opcode == "add"}
     constants = {
@@ -173,32 +196,33 @@ def _increment(rest: str, condition: list[str], computations: dict[str, _Computa
     return next((constants[term] for term in terms if constants.get(term)), 1)
 
 
-def _turns(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
-    """How often each computation runs in a step."""
-    turns: dict[str, int] = {}
+def _executions(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
+    """Number of executions of each computation in a step."""
+    executions: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
-        turns[name] = turns.get(name, 0) + times
-        for called, trips in _callees(computations[name], computations):
-            visit(called, times * (trips or 1))
+        executions[name] = executions.get(name, 0) + times
+        for callee, trip_count in _callees(computations[name], computations):
+            visit(callee, times * (trip_count or 1))
 
     visit(entry, 1)
-    return turns
+    return executions
 
 
-def _size(shape: str, *, started: bool) -> int:
-    found = _SHAPE.findall(shape)
+def _result_bytes(shape: str, *, started: bool) -> int:
+    """Bytes of a collective's results. `started` tells that its shape is that of an asynchronous start."""
+    arrays = _SHAPE.findall(shape)
     if started:
-        # Handles of a permutation stand beside its operand and result.
-        found = [(kind, dims) for kind, dims in found if (kind, dims) != ("u32", "")]
-    sizes = [BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in found]
-    # What starts a collective holds its operands before its results.
+        # The start of a permutation also returns two scalar handles.
+        arrays = [(kind, dims) for kind, dims in arrays if (kind, dims) != ("u32", "")]
+    sizes = [BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays]
+    # The start of a collective returns its operands, followed by its results.
     return sum(sizes[len(sizes) // 2 :] if started and len(sizes) > 1 else sizes)
 
 
-def _analysed(text: str, name: str) -> tuple[float, float] | None:
-    """Operations and bytes of one computation, the loops in it counted once; None where this jaxlib cannot tell."""
-    # Computations stand behind those that they call: what comes after this one is not needed.
+def _analyze(text: str, name: str) -> tuple[float, float] | None:
+    """Operations and bytes of one computation, its loops counted once; None if this jaxlib cannot analyze it."""
+    # Computations follow the ones they call, so the text after this one is not needed.
     start = re.search(rf"^(?:ENTRY )?%?{re.escape(name)} .*\{{$", text, re.MULTILINE)
     assert start is not None
     end = text.index("\n}", start.start()) + 3
@@ -206,10 +230,10 @@ def _analysed(text: str, name: str) -> tuple[float, float] | None:
     before, itself = text[head : start.start()], text[start.start() : end]
     module = f"HloModule part, is_scheduled=true\n{before}ENTRY {itself.removeprefix('ENTRY ')}"
     try:
-        # What jax.stages.Compiled.cost_analysis is made of, with no public name in jaxlib 0.10.
+        # jax.stages.Compiled.cost_analysis is built on these; jaxlib 0.10 has no public name for them.
         hlo, xla = importlib.import_module("jaxlib._hlo"), importlib.import_module("jaxlib._jax")
         client = jax.local_devices(backend="cpu")[0].client
-        found = xla.hlo_module_cost_analysis(client, hlo.hlo_module_from_text(module))
+        analysis = xla.hlo_module_cost_analysis(client, hlo.hlo_module_from_text(module))
     except Exception:
         return None
-    return float(found["flops"]), float(found["bytes accessed"])
+    return float(analysis["flops"]), float(analysis["bytes accessed"])

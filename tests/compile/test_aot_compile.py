@@ -63,7 +63,7 @@ def test_no_device_computes_the_whole_batch(mesh, monkeypatch):
     assert whole_batches((), monkeypatch, data=1, **mesh)
 
 
-def test_a_loop_is_counted_as_often_as_it_turns():
+def test_a_loop_body_is_counted_once_per_iteration():
     matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 
     def looped(x, w):
@@ -77,12 +77,12 @@ def test_a_loop_is_counted_as_often_as_it_turns():
 
     compiled = jax.jit(looped).lower(matrix, matrix).compile()
     found = hlo_cost.costs(compiled.as_text(), compiled.cost_analysis())
-    assert sorted(found.turns.values()) == [5, 15]
+    assert sorted(found.trip_counts.values()) == [5, 15]
     np.testing.assert_allclose(found.flops, (1 + 15) * 2 * 64**3, rtol=0.02)
-    assert found.flops > 5 * found.once[0]
+    assert found.flops > 5 * found.without_loops[0]
 
 
-def test_collectives_in_a_loop_are_counted_as_often_as_it_turns():
+def test_collectives_in_a_loop_are_counted_once_per_iteration():
     text = """HloModule step
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -120,7 +120,7 @@ ENTRY %main (p: (s32[], f32[8,4])) -> bf16[16,4] {
     ]
 
 
-def test_an_unrolled_loop_turns_less_often():
+def test_an_unrolled_loop_has_fewer_iterations():
     text = """HloModule step
 
 %condition (state.1: (u32[], bf16[8,4])) -> pred[] {
@@ -209,14 +209,14 @@ def test_a_step_is_compiled_for_the_devices_present(parallel):
 def test_what_does_not_fit_says_what_to_change():
     target = aot_compile.target("local")._replace(memory=300_000)
     config = small()
-    with pytest.raises(aot_compile.DoesNotFit, match=r"GiB a device of .*; grow config\.mesh\.fsdp from 1 to 2"):
+    with pytest.raises(aot_compile.DoesNotFit, match=r"GiB per device but .*; increase config\.mesh\.fsdp from 1 to 2"):
         aot_compile.compile_step(config, target)
     config.mesh.fsdp = 8
     with pytest.raises(aot_compile.DoesNotFit, match=r"set config\.model\.remat = 'full'"):
         aot_compile.compile_step(config, target)
     config.model.remat = "full"
     with pytest.raises(
-        aot_compile.DoesNotFit, match=r"double config\.accumulation \(1\), or grow config\.mesh\.tensor"
+        aot_compile.DoesNotFit, match=r"double config\.accumulation \(1\), or increase config\.mesh\.tensor"
     ):
         aot_compile.compile_step(config, target)
 
