@@ -106,17 +106,22 @@ def costs(text: str, analysis: Any) -> Costs:
     repeated = {name: executions[name] for name in bodies if executions[name] > 1}
     if not repeated:
         return Costs(*reported, trip_counts={}, without_loops=reported)
-    analyses = {name: _analyze(text, name) for name in bodies}
-    if any(each is None for each in analyses.values()):
-        return Costs(*reported, trip_counts={}, without_loops=reported)
-    counted: list[float] = []
-    for i in range(2):
-        sizes = {name: each[i] for name, each in analyses.items() if each is not None}
-        total = sum(executions[name] * (sizes[name] - sum(sizes[body] for body, _ in bodies[name])) for name in bodies)
+    analyses = {}
+    for name in bodies:
+        analysis = _analyze(text, name)
+        if analysis is None:
+            return Costs(*reported, trip_counts={}, without_loops=reported)
+        analyses[name] = analysis
+
+    def counted(i: int) -> float:
+        sizes = {name: each[i] for name, each in analyses.items()}
+        own = {name: sizes[name] - sum(sizes[body] for body, _ in inner) for name, inner in bodies.items()}
         # `_analyze` does not know how the device pads its tiles, the compiler's count of the whole program does: only
         # the ratio is taken from `_analyze`.
-        counted.append(reported[i] * total / sizes[entry] if sizes[entry] else reported[i])
-    return Costs(counted[0], counted[1], trip_counts=repeated, without_loops=reported)
+        ratio = sum(executions[name] * own[name] for name in bodies) / sizes[entry] if sizes[entry] else 1.0
+        return reported[i] * ratio
+
+    return Costs(counted(0), counted(1), trip_counts=repeated, without_loops=reported)
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:

@@ -143,16 +143,21 @@ def prefix_beam_search(
         best = np.argsort(-scores, kind="stable")[:beam_size]
         best = best[: max(np.count_nonzero(scores[best] > -np.inf), 1)]
         blank, label, prior = blank[best], label[best], prior[best]
-        count, width = len(prefixes), max(usable.size, 1)
-        prefixes = [
-            prefixes[i] if i < count else (*prefixes[(i - count) // width], int(usable[(i - count) % width]))
-            for i in best.tolist()
-        ]
+        prefixes = _candidates(prefixes, usable, best.tolist())
     totals = np.logaddexp(blank, label)
     if end_log_probability is not None and language_weight:
         prior = prior + language_weight * np.array([end_log_probability(prefix) for prefix in prefixes])
     order = np.argsort(-(totals + prior), kind="stable")
     return [Hypothesis(prefixes[i], float(totals[i]), float(totals[i] + prior[i])) for i in order.tolist()]
+
+
+def _candidates(prefixes: list[tuple[int, ...]], usable: np.ndarray, chosen: list[int]) -> list[tuple[int, ...]]:
+    """The candidates of the numbers `chosen`: the prefixes first, then each of them extended by each usable label."""
+    count, width = len(prefixes), max(usable.size, 1)
+    return [
+        prefixes[i] if i < count else (*prefixes[(i - count) // width], int(usable[(i - count) % width]))
+        for i in chosen
+    ]
 
 
 def _merge(prefixes: list[tuple[int, ...]], usable: np.ndarray, longer: np.ndarray, label: np.ndarray) -> None:

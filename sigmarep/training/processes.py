@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import flags
@@ -72,33 +73,30 @@ def join(
 
     Args:
       mode: one of `MODES`.
-      coordinator, num_processes, process_id: None for what JAX finds out from the cluster.
+      coordinator, num_processes, process_id: None for the cluster's own, as JAX detects it.
       timeout: seconds that the processes wait for each other.
 
     Returns:
-      "process i of n: its devices", None where there is one alone.
+      "process i of n: its devices", None for a single process.
 
     Raises:
-      BadInput: something is missing, the coordinator cannot be reached, or a process has not come.
+      BadInput: a value is missing or wrong, the coordinator cannot be reached, or a process did not start in time.
     """
     if mode == "off" or (mode == "auto" and coordinator is None and not _in_cluster()):
         return None
-    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given) and not _in_cluster():
-        raise BadInput(f"{', '.join(missing)}: missing, and no cluster says it")
+    missing = _missing({"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id})
     if process_id is not None and num_processes is not None and process_id >= num_processes:
         raise BadInput(f"--process_id = {process_id}: expected a number below --num_processes = {num_processes}")
     start = time.monotonic()
     if coordinator is not None:
-        if not coordinator.rpartition(":")[2].isdecimal() or not coordinator.rpartition(":")[0]:
-            raise BadInput(f"--coordinator = {coordinator!r}: expected HOST:PORT")
+        _check_address(coordinator)
         if process_id:
-            # JAX's own attempt would end the process without a word that helps.
+            # JAX's own attempt would end the process without a message.
             _reach(coordinator, process_id, start + timeout)
     left = max(int(start + timeout - time.monotonic()), 1)
-    # Where JAX ends the process itself, the reason has been said.
-    with _ended_by(time.monotonic() + left + 3, _not_all(num_processes, coordinator, timeout)):
+    timed_out = _not_all(num_processes, coordinator, timeout)
+    # JAX may end the process itself; the reason has been printed by then.
+    with _ended_by(time.monotonic() + left + 3, timed_out):
         try:
             jax.distributed.initialize(
                 coordinator,
@@ -110,12 +108,38 @@ def join(
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS,
             )
         except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-            text = " ".join(str(error).split())
             if isinstance(error, ValueError) and missing:
-                raise BadInput(f"{', '.join(missing)}: missing, and no cluster says it") from None
+                raise BadInput(_required(missing)) from None
+            text = " ".join(str(error).split())
             if "DEADLINE_EXCEEDED" in text:
-                raise BadInput(_not_all(num_processes, coordinator, timeout)) from None
-            raise BadInput(f"--distributed={mode}: the processes did not come together ({text[:200]})") from error
+                raise BadInput(timed_out) from None
+            raise BadInput(f"--distributed={mode}: the processes did not connect ({text[:200]})") from error
+    return _description()
+
+
+def _missing(given: dict[str, Any]) -> list[str]:
+    """The flags without a value.
+
+    Raises:
+      BadInput: only some have one, and no cluster has the others.
+    """
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given) and not _in_cluster():
+        raise BadInput(_required(missing))
+    return missing
+
+
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not port.isdecimal() or not host:
+        raise BadInput(f"--coordinator = {coordinator!r}: expected HOST:PORT")
+
+
+def _required(missing: list[str]) -> str:
+    return f"{', '.join(missing)}: required outside Slurm, MPI or a TPU slice"
+
+
+def _description() -> str:
     devices = jax.local_devices()
     return (
         f"process {jax.process_index()} of {jax.process_count()}: {len(devices)} of {jax.device_count()} devices "
