@@ -73,7 +73,7 @@ def test_alone_there_is_nothing_to_join(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"coordinator": "localhost:1"}, "--num_processes, --process_id: missing"),
+        ({"coordinator": "localhost:1"}, "--num_processes, --process_id: required"),
         ({"coordinator": "localhost", "num_processes": 2, "process_id": 1}, r"'localhost': expected HOST:PORT"),
         (
             {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
