@@ -57,7 +57,7 @@ def prepare(norm: str, reparam: str, power_vectors: int = 1):
     model.depth, model.width, model.num_heads = DEPTH.value, WIDTH.value, max(WIDTH.value // 64, 1)
     model.mlp_dim = 4 * WIDTH.value
     experiment = build(validate(config))
-    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
+    batch = next(experiment.data.train_stream(start=0, process_index=0, process_count=1))
     state, output = experiment.runner.step(experiment.create_state(), batch, panel=False)
     jax.block_until_ready((state, output))
     return experiment, state, batch

@@ -121,7 +121,7 @@ def work(*, task, mesh, parallel, devices, folder, index, count, port, output) -
     experiment = build(validate(config))
     runner, share = experiment.runner, input_share(experiment.runner.mesh)
     state = runner.put_state(experiment.create_state())
-    stream = experiment.task.train_stream(start=0, process_index=share.part, process_count=share.parts)
+    stream = experiment.data.train_stream(start=0, process_index=share.part, process_count=share.parts)
     found = []
     for _ in range(STEPS.value):
         state, result = runner.step(state, next(stream), panel=False)

@@ -1,4 +1,4 @@
-"""How should a trained speech model's beam search be set? Word error rates of a split over language weights and bonuses.
+"""Chooses language weight and insertion bonus of a trained speech model's beam search: word error rates over a grid.
 
     python scripts/choose_decoding.py --workdir runs/asr [--split dev] [--language_weight 0.5] [--insertion_bonus 0,1,2]
 
@@ -33,30 +33,29 @@ def numbers(name: str, values: list[str]) -> list[float]:
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
     weights, bonuses = numbers("language_weight", WEIGHTS.value), numbers("insertion_bonus", BONUSES.value)
-    from sigmarep.tasks.speech_recognition import SpeechRecognition
+    from sigmarep.inference import open_run
+    from sigmarep.tasks import speech_recognition
     from sigmarep.training.evaluation import Evaluator
-    from sigmarep.training.loop import restore
-    from sigmarep.training.step import evaluation_variables
 
-    experiment, _, state = restore(None, workdir)
-    task = experiment.task
-    if not isinstance(task, SpeechRecognition):
-        raise BadInput(f"--workdir {workdir}: its task is {experiment.config.task}; speech_recognition is expected")
-    decoding = ml_collections.ConfigDict(task.config.decoding)
+    run = open_run(workdir)
+    if run.config.task != "speech_recognition":
+        raise BadInput(f"--workdir {workdir}: is a run of {run.config.task}; expected speech_recognition")
+    decoding = ml_collections.ConfigDict(run.config.decoding)
     if not decoding.beam_size:
         raise BadInput(
             f"--workdir {workdir}: its config.decoding.beam_size is 0; greedy decoding has nothing to choose"
         )
     if decoding.language_model == "none":
         weights = [0.0]
-    results = Evaluator(experiment).results(task.evaluation(SPLIT.value), evaluation_variables(state))
-    corpus, rates = task.open_corpus(SPLIT.value), {}
+    data = speech_recognition.open_data(run.config, run.files)
+    results = Evaluator(run.mesh, []).results(data.evaluation(run.task, SPLIT.value), run.variables)
+    corpus, rates = data.open_corpus(SPLIT.value), {}
     print(f"Words wrong, {SPLIT.value}:\n")
     print(f"| language_weight | {' | '.join(f'bonus {bonus:g}' for bonus in bonuses)} |\n|---{'|---' * len(bonuses)}|")
     for weight in weights:
         for bonus in bonuses:
             decoding.language_weight, decoding.insertion_bonus = weight, bonus
-            rates[weight, bonus] = task.word_error_rate(corpus, results, decoding)
+            rates[weight, bonus] = speech_recognition.word_error_rate(corpus, run.task.decoded(results, decoding))
         row = " | ".join(f"{100 * rates[weight, bonus]:.1f} %" for bonus in bonuses)
         print(f"| {weight:g} | {row} |", flush=True)
     weight, bonus = min(rates, key=lambda pair: rates[pair])

@@ -31,13 +31,13 @@ KINDS = {
 }
 
 
-def context_free_loss(task) -> float:
+def context_free_loss(data) -> float:
     """The entropy of the distribution of training tokens, ends of sentences among them, in nats."""
     import numpy as np
 
     from sigmarep.data.text.vocabulary import EOS
 
-    corpus = task.corpus
+    corpus = data.corpus
     tokens = np.concatenate([[*corpus.target_ids(i), EOS] for i in range(len(corpus))])
     p = np.unique(tokens, return_counts=True)[1] / len(tokens)
     return float(-np.sum(p * np.log(p)))
@@ -50,7 +50,7 @@ def compile_seconds(module, depth: int) -> float:
     from sigmarep.training.experiment import build
 
     experiment = build(validate(module.get_config(f"arm=sigma,depth={depth}")))
-    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
+    batch = next(experiment.data.train_stream(start=0, process_index=0, process_count=1))
     jax.clear_caches()
     start = time.perf_counter()
     experiment.runner.lower(experiment.abstract_state, batch, panel=False).compile()
@@ -71,7 +71,7 @@ def main() -> None:
     from sigmarep.training.experiment import build
 
     module = command.load_config_file(CONFIG)
-    guess = context_free_loss(build(validate(module.get_config())).task)
+    guess = context_free_loss(build(validate(module.get_config())).data)
     fixed = sweeps.zipped(sweeps.values("depth", DEPTH.value), sweeps.values("steps", STEPS.value))
     points = sweeps.product(sweeps.values("arm", *module.ARMS), fixed, sweeps.seeds(SEEDS.value))
     command.stop_with_runs()

@@ -2,8 +2,13 @@
 
     python scripts/evaluate.py --workdir runs/quickstart
 
-With --config the model is that of the run and everything else of the given file and its overrides, such as other splits, or
-other ways to decode:
+On other splits, or on own files; the training data need not be there:
+
+    python scripts/evaluate.py --workdir runs/lm --split validation
+    python scripts/evaluate.py --workdir runs/lm --name text_folder --folder my_texts --split test
+
+With --config the model is that of the run and everything else of the given file and its overrides, such as other ways to
+decode:
 
     python scripts/evaluate.py --workdir runs/asr --config configs/asr/quickstart.py --config.decoding.beam_size=64
 """
@@ -14,17 +19,29 @@ from sigmarep import command
 from sigmarep.training import processes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+SPLIT = flags.DEFINE_list("split", None, "Splits in place of config.data.eval_splits, separated by commas.")
+NAME = flags.DEFINE_string("name", None, "A data set in place of config.data.name.")
+FOLDER = flags.DEFINE_string("folder", None, "Own files in place of config.data.folder.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "In place of config.data.data_dir.")
 CONFIG = command.define_config_flag()
 processes.define_flags()
 
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
-    from sigmarep.training.loop import evaluate
+    from sigmarep.training.evaluation import evaluate
 
+    given = {
+        "name": NAME.value,
+        "folder": FOLDER.value,
+        "data_dir": DATA_DIR.value,
+        "eval_splits": None if SPLIT.value is None else tuple(SPLIT.value),
+    }
+    data = {name: value for name, value in given.items() if value is not None}
     processes.join_by_flags()
     with processes.ending_together():
-        result = evaluate(command.resolved_config(CONFIG) if CONFIG.value is not None else None, workdir)
+        config = command.resolved_config(CONFIG) if CONFIG.value is not None else None
+        result = evaluate(config, workdir, data=data)
     if processes.index():
         return
     print(f"checkpoint of step {result.pop('step')}")

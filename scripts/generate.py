@@ -2,13 +2,12 @@
 
     python scripts/generate.py --workdir runs/lm --prompt "The for statement" [--temperature 0.8] [--top_p 0.95]
 
-Temperature 0 takes the likeliest token each time.
+Temperature 0 takes the likeliest token each time. The folder of the run is all that is needed, not its data.
 """
 
 from absl import flags
 
 from sigmarep import command
-from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; may be given several times.")
@@ -21,18 +20,11 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
-    import jax
+    from sigmarep.inference import open_run
 
-    from sigmarep.training.loop import restore
-    from sigmarep.training.step import evaluation_variables
-
-    experiment, _, state = restore(None, workdir)
-    if not hasattr(experiment.task, "generate"):
-        raise BadInput(f"--workdir {workdir}: is a run of {experiment.config.task!r}; expected language_modeling")
-    for text in experiment.task.generate(
-        evaluation_variables(state),
+    for text in open_run(workdir).generate(
         PROMPT.value,
-        jax.random.key(SEED.value),
+        seed=SEED.value,
         max_length=MAX_LENGTH.value,
         temperature=TEMPERATURE.value,
         top_k=TOP_K.value,

@@ -40,7 +40,7 @@ def main() -> None:
         config.model.power_vectors = int(vectors)
         experiment = build(validate(config))
         state = experiment.runner.put_state(experiment.create_state())
-        stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+        stream = experiment.data.train_stream(start=0, process_index=0, process_count=1)
         worst, last = 0.0, [0.0]
         for step, batch in zip(range(1, STEPS.value + 1), stream, strict=False):
             # σ is that of the kernel before the update.

@@ -3,7 +3,8 @@
     python scripts/translate.py --workdir runs/mt --text "Delete the file" [--text "Open in a new window"]
     python scripts/translate.py --workdir runs/mt --input sentences.txt > translations.txt
 
-One translation a line, in the order of the sentences. A file has one sentence a line, in UTF-8; it may be gzipped.
+One translation a line, in the order of the sentences. A file has one sentence a line, in UTF-8; it may be gzipped. The
+folder of the run is all that is needed, not its data.
 """
 
 from absl import flags
@@ -21,16 +22,12 @@ def main() -> None:
     if bool(TEXT.value) == bool(INPUT.value):
         raise BadInput("--text, --input: give the one or the other")
     from sigmarep.data.datasets import text_folder
-    from sigmarep.training.loop import restore
-    from sigmarep.training.step import evaluation_variables
+    from sigmarep.inference import open_run
 
     sentences = list(text_folder.lines(INPUT.value)) if INPUT.value else TEXT.value
     names = [f"{INPUT.value}:{i + 1}" if INPUT.value else f"--text {text!r}" for i, text in enumerate(sentences)]
-    experiment, _, state = restore(None, workdir)
-    if not hasattr(experiment.task, "translate_texts"):
-        raise BadInput(f"--workdir {workdir}: is a run of {experiment.config.task!r}; expected translation")
-    for found in experiment.task.translate_texts(evaluation_variables(state), sentences, names=names):
-        print(found.replace("\n", " "))
+    for translation in open_run(workdir).translate(sentences, names=names):
+        print(translation.replace("\n", " "))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import ml_collections
 from sigmarep.compile import hlo_cost
 from sigmarep.errors import BadInput, SigmarepError
 from sigmarep.training.config import validate
-from sigmarep.training.experiment import build
+from sigmarep.training.experiment import build_program
 
 LOCAL = "local"
 GIB = 2**30
@@ -164,10 +164,10 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
         raise BadInput(
             f"config.parallel = {config.parallel!r}: expected 'jit' to compile for devices that are not present"
         )
-    experiment = build(config, devices=on.devices, abstract=True)
-    batch = experiment.task.abstract_batches()[-1]
+    program = build_program(config, devices=on.devices)
+    batch = program.task.abstract_batches()[-1]
     start = time.perf_counter()
-    lowered = experiment.runner.lower(experiment.abstract_state, batch, panel=panel)
+    lowered = program.runner.lower(program.abstract_state, batch, panel=panel)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -176,17 +176,17 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
             raise
         # The message gives the memory needed first, then the memory available.
         used, available = (float(number) * 1024.0 ** (1 + "KMG".index(unit)) for number, unit in sizes[:2])
-        raise DoesNotFit(_advice(config, experiment, int(used), int(available), on)) from None
+        raise DoesNotFit(_advice(config, program, int(used), int(available), on)) from None
     seconds = time.perf_counter() - start
     stats: Any = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = (arguments, outputs, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
     memory = Memory(*parts, total=sum(parts))
     if memory.total > on.memory:
-        raise DoesNotFit(_advice(config, experiment, memory.total, on.memory, on))
+        raise DoesNotFit(_advice(config, program, memory.total, on.memory, on))
     text = compiled.as_text() or ""
     return Compiled(
-        mesh=dict(experiment.runner.mesh.shape),
+        mesh=dict(program.runner.mesh.shape),
         batch={name: tuple(x.shape) for name, x in batch.items()},
         memory=memory,
         costs=hlo_cost.costs(text, compiled.cost_analysis()),
@@ -201,18 +201,18 @@ def state_bytes(state: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state) if x.shape)
 
 
-def _advice(config, experiment, used: int, available: int, on: Target) -> str:
-    state = state_bytes(experiment.abstract_state)
-    mesh = experiment.runner.mesh.shape
+def _advice(config, program, used: int, available: int, on: Target) -> str:
+    state = state_bytes(program.abstract_state)
+    mesh = program.runner.mesh.shape
     need = (
         f"needs {used / GIB:.2f} GiB per device but {on.name} has {available / GIB:.2f} GiB; "
         f"the state takes {state / GIB:.2f} GiB"
     )
     if state > available / 2 and mesh["fsdp"] < math.prod(mesh.values()):
         return f"{need}; increase config.mesh.fsdp from {mesh['fsdp']} to {2 * mesh['fsdp']}, which shards the state"
-    if config.model.remat == "none":
+    if config.get("model", {}).get("remat") == "none":
         return f"{need}; set config.model.remat = 'full', which stores only the inputs of each block"
-    if config.task != "contrastive":
+    if program.task.microbatches:
         return (
             f"{need}; double config.accumulation ({config.accumulation}), or increase config.mesh.tensor from "
             f"{mesh['tensor']} to {2 * mesh['tensor']}, which shards the activations"

@@ -29,11 +29,17 @@ class Source(Protocol):
 
 
 class Description(NamedTuple):
-    """`image_shape` (height, width, channels) has None where it varies; `splits` gives examples by split."""
+    """A data set of images with classes.
+
+    `image_shape` (height, width, channels) has None where it varies; `splits` gives examples by split. `class_names` are in
+    the order of the labels, and `full_name` tells variant and version; both are empty where they are not known.
+    """
 
     num_classes: int
     image_shape: tuple[int | None, ...]
     splits: dict[str, int]
+    class_names: tuple[str, ...] = ()
+    full_name: str = ""
 
 
 # Builders of this project, by module.
@@ -196,7 +202,7 @@ def sample_rate(name: str, feature: str, *, data_dir: str | None = None, folder:
 
 
 def describe(name: str, *, data_dir: str | None = None) -> Description:
-    """What the data set says of itself.
+    """The description that a prepared data set gives of itself.
 
     Raises:
       BadInput: see `builder`; or it has no images with labels.
@@ -209,7 +215,10 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
             f"{', '.join(features)}"
         )
     splits = {split: details.num_examples for split, details in info.splits.items()}
-    return Description(features["label"].num_classes, tuple(features["image"].shape), splits)
+    label = features["label"]
+    return Description(
+        label.num_classes, tuple(features["image"].shape), splits, tuple(map(str, label.names)), info.full_name
+    )
 
 
 def published(name: str, *, data_dir: str | None = None) -> Description:

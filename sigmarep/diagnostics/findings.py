@@ -10,8 +10,6 @@ from sigmarep.diagnostics import curves
 from sigmarep.diagnostics.runs import Run
 from sigmarep.training import divergence
 
-# By falling preference, the evaluation metric that says how well a run went.
-HEADLINES = ("accuracy", "bleu", "probe_accuracy", "wer", "perplexity", "loss")
 # Of so many runs together each is spoken of.
 FEW = 6
 SHARPNESS = {
@@ -62,11 +60,11 @@ def facts(run: Run) -> Facts:
 
 
 def _final(run: Run) -> tuple[str, float] | None:
+    """Name and last value of the task's primary metric; of the metric evaluated first where that one is not known."""
     evaluated = [name for name in run.names if name.startswith("eval/")]
-    for headline in HEADLINES:
-        for name in evaluated:
-            if name.rsplit("/", 1)[-1] == headline:
-                return name.removeprefix("eval/"), run.series(name).values[-1]
+    primary = [name for name in evaluated if name.rsplit("/", 1)[-1] == run.environment.get("primary_metric")]
+    for name in (primary or evaluated)[:1]:
+        return name.removeprefix("eval/"), run.series(name).values[-1]
     return None
 
 

@@ -3,13 +3,15 @@
 import importlib
 from types import ModuleType
 
+import ml_collections
+
 from sigmarep.errors import BadInput
 
 TASKS = ("image_classification", "contrastive", "language_modeling", "translation", "speech_recognition")
 
 
 def get(name: str) -> ModuleType:
-    """The module of a task, with `default_config()` and `create(config, abstract=…)`.
+    """The module of a task; see `sigmarep.tasks.protocol.Task`.
 
     Raises:
       BadInput: there is no such task.
@@ -17,3 +19,13 @@ def get(name: str) -> ModuleType:
     if name not in TASKS:
         raise BadInput(f"config.task = {name!r}: expected one of {', '.join(TASKS)}")
     return importlib.import_module(f"sigmarep.tasks.{name}")
+
+
+def planned_files(config: ml_collections.ConfigDict) -> dict[str, bytes]:
+    """The files that the model side needs, made up in the sizes that the configuration asks for, without reading data.
+
+    Raises:
+      BadInput: there is no such task, or a size is only in data that are not prepared.
+    """
+    planned = getattr(get(config.task), "planned_files", None)
+    return {} if planned is None else planned(config)

@@ -1,25 +1,38 @@
-"""What the trainer asks of a task.
+"""What the trainer asks of a task: three functions, and the two sides that they make.
 
-A task is model, data, loss and metrics. It returns sums and weights, never means: the trainer divides once, after
-adding over microbatches and devices, so that padding and uneven shares never skew a mean.
+A task is a module, or any object, with
+
+    default_config() -> ConfigDict               its fields of a configuration, beside the trainer's own
+    create_model(config, files) -> TaskModel     the model side: from the configuration and the run's files alone
+    open_data(config, files=None) -> TaskData    the data side: reads data sets
+
+and, where the model needs files of the data such as a vocabulary, `planned_files(config)`, which makes them up in the
+sizes that the configuration asks for, so that a program can be compiled before there is any data.
+
+A run keeps `TaskData.files()` in its folder. To train, the data side is opened first and the model is made from its
+files. To use or evaluate a trained model, the model is made from the files of the folder, and the data side, if any is
+wanted, is opened with the same files: it must not read the training split until something needs it.
+
+Losses and metrics are sums and weights, never means: the trainer divides once, after adding over microbatches and devices,
+so that padding and uneven shares never skew a mean.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import ml_collections
 import numpy as np
 
 Batch = Mapping[str, np.ndarray]
 Variables = dict[str, Any]
+# Contents by file name.
+Files = Mapping[str, bytes]
 # A sum over examples or tokens, and the number of them it is a sum over.
 Sum = tuple[jax.Array, jax.Array]
 # Under pmap (config.parallel) a task's loss sees one device's share of the batch, with this axis bound: what depends on
 # the whole batch, such as a contrastive loss or batch normalisation, gathers over it. Under jit arrays are global.
 AXIS = "devices"
-# What an abstract task takes the training split to have where nothing says how many there are. Of the program only the
-# constants of a schedule given in epochs depend on it.
-UNKNOWN_EXAMPLES = 1_000_000
 
 
 class LossOutput(NamedTuple):
@@ -54,48 +67,101 @@ class Evaluation(NamedTuple):
     outputs: Callable[[list[Any]], Outputs] | None = None
 
 
-class Task(Protocol):
-    """See the module docstring; `create(config)` of a task's module makes one.
+class TaskModel(Protocol):
+    """A model with its loss. It reads no data set.
 
-    `create(config, abstract=True)` makes one that has read no data, for programs that are compiled and not run. It knows
-    of its data what the configuration says and what is published of well-known sets, and has all of this but streams,
-    evaluations and files.
+    Beside what is here it may have any of `generate`, `translate`, `transcribe`, `classify` and `features`, for the methods
+    of these names of `sigmarep.inference.Run`, which document their arguments.
 
-    What has a default here is for tasks whose `config.batch_size` is a number of examples.
+    Attributes:
+      config: the validated configuration.
+      primary_metric: the metric of an evaluation that tells how well a run went.
+      model_fields: beginnings of the names of the fields that decide the shapes and the meaning of parameters and inputs.
+        A checkpoint can be evaluated under a configuration that differs in others alone.
+      microbatches: a batch may be cut into microbatches (`config.accumulation`): no example's loss depends on others.
     """
 
     config: Any
-    # Of the training split, in the unit of config.batch_size.
-    num_train_examples: int
-    # What a step's batch is a number of, for the speed that is shown.
-    unit: str = "examples"
-    # The evaluation metric that says how well a run went, as eval/<split>/<metric>, and the words for it.
-    headline: str
+    primary_metric: str
+    model_fields: tuple[str, ...] = ("model.",)
+    microbatches: bool = True
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, `params` among them."""
 
-    def abstract_batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """What `train_stream` yields where there is one process: every shape of it, the largest last."""
-
-    def train_stream(self, *, start: int, process_index: int, process_count: int) -> Iterator[Batch]:
-        """This process's part of the global batches `start`, `start + 1`, …"""
-
     def loss(self, params: Any, model_state: Variables, batch: Batch, rng: jax.Array, *, attention: bool) -> LossOutput:
         """The loss of one microbatch, in training mode."""
 
-    def evaluations(self) -> list[Evaluation]:
-        """The splits to evaluate, in order."""
+    def abstract_batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """Every shape of a global batch that `TaskData.train_stream` may yield, the largest last."""
 
     def batch_rows(self) -> tuple[int, ...]:
         """The numbers of rows that a global batch may have; each must divide over devices and microbatches."""
         return (self.config.batch_size,)
 
-    def units_per_step(self) -> int:
-        """How many of `unit` a step takes."""
+
+class TaskData(Protocol):
+    """The data sets of a run.
+
+    Attributes:
+      config: the validated configuration.
+      unit: a step's batch is a number of these; the speed is shown in them.
+    """
+
+    config: Any
+    unit: str = "examples"
+
+    @property
+    def num_train_examples(self) -> int:
+        """Size of the training split, in the unit of `config.batch_size`; durations in epochs are multiples of it."""
+
+    def train_stream(self, *, start: int, process_index: int, process_count: int) -> Iterator[Batch]:
+        """This process's rows of the global batches `start`, `start + 1`, …
+
+        A batch follows from `config.seed` and its number alone: a run that resumes continues with the same ones.
+        """
+
+    def evaluations(self, model: Any) -> list[Evaluation]:
+        """The splits to evaluate, in order; `model` is the task's own TaskModel.
+
+        Raises:
+          BadInput: a split cannot be read.
+        """
+
+    def units_per_step(self) -> float:
+        """Mean number of `unit` in a step's batch."""
         return self.config.batch_size
 
     def files(self) -> dict[str, bytes]:
-        """What belongs to a run beside its configuration, by file name, such as a vocabulary. It is kept in the workdir,
-        and a run goes on with the same alone."""
+        """Files that belong to the run, by name: all that the model side needs, and `data.json`, a JSON object whose
+        `fingerprint` names the training examples.
+
+        A run goes on with the same alone; of `data.json` only the fingerprint is compared. A run that has it may find its
+        data under another path.
+        """
         return {}
+
+
+class Task(Protocol):
+    """See the module docstring. A module is one."""
+
+    def default_config(self) -> ml_collections.ConfigDict:
+        """The fields of a configuration that are the task's own, with their defaults."""
+
+    def create_model(self, config: ml_collections.ConfigDict, files: Files) -> TaskModel:
+        """The model of a validated configuration.
+
+        Raises:
+          BadInput: a field is wrong.
+          KeyError: `files` lacks one that this model needs.
+        """
+
+    def open_data(self, config: ml_collections.ConfigDict, files: Files | None = None) -> TaskData:
+        """The data of a validated configuration.
+
+        Args:
+          files: those of a run, for evaluating it; None: to be made from the training split.
+
+        Raises:
+          BadInput: a field is wrong, or a data set is not prepared.
+        """

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sigmarep.training.callbacks import Callback, StopTraining
-    from sigmarep.training.loop import evaluate, train_and_evaluate
+    from sigmarep.training.evaluation import evaluate
+    from sigmarep.training.loop import train_and_evaluate
 
 __all__ = ["Callback", "StopTraining", "evaluate", "train_and_evaluate"]
-MODULES = {"Callback": "callbacks", "StopTraining": "callbacks", "evaluate": "loop", "train_and_evaluate": "loop"}
+MODULES = {"Callback": "callbacks", "StopTraining": "callbacks", "evaluate": "evaluation", "train_and_evaluate": "loop"}
 
 
 def __getattr__(name: str) -> Any:

@@ -112,45 +112,23 @@ class Checkpointer:
         Raises:
           BadInput: all are damaged, or the checkpoint is one of another configuration; nothing is changed then.
         """
-        # Listed by name: an incomplete step is no step to Orbax, and would be passed over in silence.
-        steps = sorted((int(name) for name in os.listdir(self._directory) if re.fullmatch(r"\d+", name)), reverse=True)
-        problems: list[tuple[int, str]] = []
-        for step in steps:
-            problem = _problem(self._path(step))
-            if problem is None:
-                try:
-                    about = self._read(step, about=ocp.args.JsonRestore())["about"]
-                    self._check_shapes(step, about["shapes"], _shapes(abstract_state))
-                    state = self._read(step, state=ocp.args.StandardRestore(abstract_state))["state"]
-                except BadInput:
-                    raise
-                except Exception as error:
-                    problem = " ".join(str(error).split())[:200] or type(error).__name__
-                else:
-                    self._move_aside(problems, step)
-                    return Restored(step, state, about["extra"])
-            problems.append((step, problem))
-        if problems:
-            raise BadInput(
-                f"{self._directory}: every checkpoint is damaged (step {problems[0][0]}: {problems[0][1]}); "
-                "put whole ones back, or remove the folder to start anew"
-            )
-        return None
+
+        def read(step):
+            about = self._read(step, about=ocp.args.JsonRestore())["about"]
+            _check_shapes(self._path(step), about["shapes"], _shapes(abstract_state))
+            return self._read(step, state=ocp.args.StandardRestore(abstract_state))["state"], about["extra"]
+
+        newest = _newest_whole(self._directory, read)
+        if newest is None:
+            return None
+        self._move_aside(newest.damaged, newest.step)
+        return Restored(newest.step, *newest.content)
 
     def _path(self, step: int) -> str:
         return os.path.join(self._directory, str(step))
 
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-    def _check_shapes(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-        for name in sorted(saved.keys() | wanted.keys()):
-            there, here = saved.get(name, "no such array"), wanted.get(name, "no such array")
-            if there != here:
-                raise BadInput(
-                    f"{self._path(step)}: is of another configuration: {name} is {there} there and {here} here; "
-                    "choose another workdir"
-                )
 
     def _move_aside(self, problems: list[tuple[int, str]], used: int) -> None:
         if not problems or jax.process_index() != 0:
@@ -168,6 +146,95 @@ class Checkpointer:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             shutil.move(self._path(step), target)
         self._manager.reload()
+
+
+def read_variables(
+    directory: str, abstract_variables: dict[str, Any], *, say: Callable[[str], object] = print
+) -> tuple[int, dict[str, Any]] | None:
+    """The variables of the newest whole checkpoint and its step, None if there never was one; changes nothing on the disk.
+
+    `params` are those that evaluation uses: averaged ones where the run kept an average. The optimizer's state is not read.
+
+    Args:
+      directory: of a `Checkpointer`.
+      abstract_variables: a `jax.ShapeDtypeStruct` with a sharding for every array of `params` and the other collections.
+      say: is given one line when a damaged checkpoint is passed over.
+
+    Raises:
+      BadInput: all are damaged, or the checkpoint is one of another configuration.
+    """
+    if not os.path.isdir(directory):
+        return None
+    directory = os.path.abspath(directory)
+    manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True))
+
+    def read(step):
+        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        averaged = any(name.startswith("ema/") for name in about["shapes"])
+        parameters = "ema" if averaged else "params"
+        collections = {name: value for name, value in abstract_variables.items() if name != "params"}
+        wanted = {parameters: abstract_variables["params"], "model_state": collections}
+        saved = {name: shape for name, shape in about["shapes"].items() if name.split("/")[0] in wanted}
+        _check_shapes(os.path.join(directory, str(step)), saved, _shapes(wanted))
+        restore = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        state = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        return {"params": state[parameters], **state["model_state"]}
+
+    try:
+        newest = _newest_whole(directory, read)
+    finally:
+        manager.close()
+    if newest is None:
+        return None
+    for step, problem in newest.damaged:
+        say(f"the checkpoint of step {step} is damaged ({problem}): using that of step {newest.step}")
+    return newest.step, newest.content
+
+
+class _Newest(NamedTuple):
+    """The `content` read of the newest whole checkpoint, of `step`; `damaged`, newer ones and what is wrong with them."""
+
+    step: int
+    content: Any
+    damaged: list[tuple[int, str]]
+
+
+def _newest_whole(directory: str, read: Callable[[int], Any]) -> _Newest | None:
+    """Reads the newest checkpoint that is whole; None if there is none at all.
+
+    Raises:
+      BadInput: all are damaged, or `read` raises it.
+    """
+    # Listed by name: an incomplete step is no step to Orbax, and would be passed over in silence.
+    steps = sorted((int(name) for name in os.listdir(directory) if re.fullmatch(r"\d+", name)), reverse=True)
+    damaged: list[tuple[int, str]] = []
+    for step in steps:
+        problem = _problem(os.path.join(directory, str(step)))
+        if problem is None:
+            try:
+                return _Newest(step, read(step), damaged)
+            except BadInput:
+                raise
+            except Exception as error:
+                problem = " ".join(str(error).split())[:200] or type(error).__name__
+        damaged.append((step, problem))
+    if damaged:
+        raise BadInput(
+            f"{directory}: every checkpoint is damaged (step {damaged[0][0]}: {damaged[0][1]}); "
+            "put whole ones back, or remove the folder to start anew"
+        )
+    return None
+
+
+def _check_shapes(path: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "no such array"), wanted.get(name, "no such array")
+        if there != here:
+            raise BadInput(
+                f"{path}: is of another configuration: {name} is {there} there and {here} here; choose another workdir"
+            )
 
 
 def _shapes(state: Any) -> dict[str, list[int]]:

@@ -1,34 +1,55 @@
-"""Evaluating a state on every split of its task."""
+"""Evaluating variables on every split of their task."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_collections
+from jax.sharding import Mesh
 
+from sigmarep import tasks
 from sigmarep.errors import BadInput
 from sigmarep.tasks.protocol import Evaluation, Outputs
 from sigmarep.training import mesh as meshes
-from sigmarep.training.experiment import Experiment
-from sigmarep.training.parallel import global_batch
+from sigmarep.training.parallel import check_rows, global_batch
 from sigmarep.training.processes import steps_in_flight
-from sigmarep.training.step import TrainState, evaluation_variables
+from sigmarep.training.restore import restore
 
 # As STEPS_IN_FLIGHT of the loop; and the devices never hold the results of a whole split.
 BATCHES_IN_FLIGHT = 2
 
 
+def evaluate(
+    config: ml_collections.ConfigDict | None, folder: str, *, data: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """Evaluates the newest checkpoint of a workdir on the splits of its task; changes nothing there.
+
+    The training data are read only where a measure asks for them, such as the nearest neighbours of a contrastive run.
+
+    Args:
+      config: the stored one if None; else one of the same model, with other splits or ways to decode.
+      data: fields of `config.data` to change, such as `{"name": "text_folder", "folder": DIR, "eval_splits": ("test",)}`.
+
+    Raises:
+      BadInput: the folder holds no run or no checkpoint, `config` is of another model, or a split cannot be read.
+    """
+    run = restore(config, folder, data=data)
+    check_rows(run.config, run.task.batch_rows(), run.mesh)
+    opened = tasks.get(run.config.task).open_data(run.config, run.files)
+    return {"step": run.step, **Evaluator(run.mesh, opened.evaluations(run.task))(run.variables)}
+
+
 class Evaluator:
-    """Compiles the evaluation steps of an experiment once and runs them on any state in the mesh's layout.
+    """Compiles the steps of evaluations once and runs them on any variables.
 
     Attributes:
-      outputs: what the last call's models made, by split.
+      outputs: what the model made in the last call, by split.
     """
 
-    def __init__(self, experiment: Experiment):
-        """Raises BadInput where a split cannot be evaluated."""
-        self._mesh = experiment.runner.mesh
-        self._evaluations: list[Evaluation] = experiment.task.evaluations()
+    def __init__(self, mesh: Mesh, evaluations: Sequence[Evaluation]):
+        """Raises BadInput where two evaluations have one name."""
+        self._mesh, self._evaluations = mesh, list(evaluations)
         names = [evaluation.name for evaluation in self._evaluations]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -36,9 +57,8 @@ class Evaluator:
         self.outputs: dict[str, Outputs] = {}
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns {"eval/<split>/<metric>": value}; the state is not changed."""
-        variables = evaluation_variables(state)
+    def __call__(self, variables: dict[str, Any]) -> dict[str, float]:
+        """{"eval/<split>/<metric>": value} of variables in the mesh's layout."""
         metrics = {}
         for evaluation in self._evaluations:
             results = self.results(evaluation, variables)
@@ -49,7 +69,7 @@ class Evaluator:
         return metrics
 
     def results(self, evaluation: Evaluation, variables: dict[str, Any]) -> list[Any]:
-        """What the evaluation's step makes of each of its batches, on the host."""
+        """Results of an evaluation's step for each of its batches, on the host."""
         results: list[Any] = []
         in_flight: collections.deque[Any] = collections.deque()
         share, most = meshes.input_share(self._mesh), steps_in_flight(BATCHES_IN_FLIGHT)

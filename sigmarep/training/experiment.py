@@ -11,19 +11,25 @@ import optax
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput
-from sigmarep.tasks.protocol import Task
+from sigmarep.tasks.protocol import TaskData, TaskModel
 from sigmarep.training import durations, parallel
 from sigmarep.training.config import validate
+from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.optimizers import create_optimizer
 from sigmarep.training.schedules import create_schedule
 from sigmarep.training.step import TrainState, create_state, make_train_step
 
+# Size that the training split is taken to have where no data are read. Of the program only the constants of a schedule
+# given in epochs depend on it.
+UNKNOWN_EXAMPLES = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What a validated configuration means.
+class Program:
+    """All that a validated configuration makes but its data: enough to compile the training step, not to run it.
 
     Attributes:
+      task: the model side.
       total_steps: updates of the whole run.
       intervals: steps between logs, evaluations and checkpoints, and of sharpness, 0 for never.
       intervention_step: the last step before `config.intervention`, None for none.
@@ -33,7 +39,7 @@ class Experiment:
     """
 
     config: ml_collections.FrozenConfigDict
-    task: Task
+    task: TaskModel
     total_steps: int
     intervals: dict[str, int]
     intervention_step: int | None
@@ -48,28 +54,71 @@ class Experiment:
         interval = self.intervals[event]
         return bool(interval) and (step % interval == 0 or step == self.total_steps)
 
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Program):
+    """A program with its data."""
+
+    data: TaskData
+
+    def evaluator(self) -> Evaluator:
+        """The evaluator of its splits.
+
+        Raises:
+          BadInput: one cannot be evaluated.
+        """
+        return Evaluator(self.runner.mesh, self.data.evaluations(self.task))
+
     def intervened(self) -> "Experiment":
-        """The experiment as it goes on after `config.intervention`; the state stays what it is."""
+        """The experiment as it goes on after `config.intervention`; the state and the data stay what they are."""
         config = ml_collections.ConfigDict(self.config.to_dict())
         config.model.attention_temperature *= config.intervention.attention_temperature
         config.optimizer.learning_rate *= config.intervention.learning_rate_factor
-        return build(validate(config))
+        return _experiment(validate(config), self.data)
 
 
-def build(
-    config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None, abstract: bool = False
-) -> Experiment:
-    """Builds the experiment; compiles and writes nothing.
+def build(config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None) -> Experiment:
+    """The experiment of a validated configuration. Opens its data; compiles and writes nothing.
 
     Args:
       devices: those of all processes if None.
-      abstract: reads no data; the experiment can be compiled, and not run.
 
     Raises:
       BadInput: a field is impossible, alone or with the data or the devices.
     """
-    task = tasks.get(config.task).create(config, abstract=abstract)
-    to_steps = functools.partial(durations.steps, batch_size=config.batch_size, num_examples=task.num_train_examples)
+    return _experiment(config, tasks.get(config.task).open_data(config), devices)
+
+
+def build_program(config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None) -> Program:
+    """The program of a validated configuration, without reading any data: sizes are those that the configuration asks for.
+
+    Args:
+      devices: those of all processes if None.
+
+    Raises:
+      BadInput: a field is impossible, alone or with the devices.
+    """
+    model = tasks.get(config.task).create_model(config, tasks.planned_files(config))
+    return Program(**_parts(config, model, UNKNOWN_EXAMPLES, devices))
+
+
+def _experiment(config, data: TaskData, devices=None) -> Experiment:
+    # Before the model: what is wrong with the training split shows first.
+    num_examples = data.num_train_examples
+    model = tasks.get(config.task).create_model(config, data.files())
+    return Experiment(**_parts(config, model, num_examples, devices), data=data)
+
+
+def _parts(
+    config: ml_collections.FrozenConfigDict, task: TaskModel, num_examples: int, devices: Sequence[Any] | None
+) -> dict[str, Any]:
+    """The fields of a Program."""
+    if config.accumulation > 1 and not task.microbatches:
+        raise BadInput(
+            f"config.accumulation = {config.accumulation}: the loss of {config.task} compares all examples of a batch, and "
+            "microbatches would not see each other; set it to 1"
+        )
+    to_steps = functools.partial(durations.steps, batch_size=config.batch_size, num_examples=num_examples)
     total = to_steps(config, "total")
     if not total:
         raise BadInput(
@@ -102,7 +151,7 @@ def build(
     )
     abstract_state = jax.eval_shape(create)
     runner = parallel.create_runner(config, make_step, abstract_state, task.batch_rows(), devices=devices)
-    return Experiment(
+    return dict(
         config=config,
         task=task,
         total_steps=total,

@@ -1,4 +1,4 @@
-"""The one training loop: `train_and_evaluate` and `evaluate`."""
+"""The one training loop: `train_and_evaluate`."""
 
 import collections
 import contextlib
@@ -10,24 +10,23 @@ from typing import Any
 import jax
 import ml_collections
 
-from sigmarep import doors
-from sigmarep.errors import BadInput, Stopped
+from sigmarep.errors import Stopped
 from sigmarep.tasks.protocol import Batch
 from sigmarep.training import divergence, workdir
 from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
 from sigmarep.training.checkpoints import Checkpointer
-from sigmarep.training.config import default_config, validate
+from sigmarep.training.config import validate
 from sigmarep.training.divergence import DivergenceCheck
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, build
-from sigmarep.training.mesh import fits, input_share
+from sigmarep.training.mesh import input_share
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.processes import ending_together, steps_in_flight
 from sigmarep.training.progress import Clock, Progress
 from sigmarep.training.sharpness import Sharpness
-from sigmarep.training.step import StepOutput, TrainState
+from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 from sigmarep.training.stopped import FILE as STOPPED
 from sigmarep.training.stopped import StoppedEarly, stopped_early, write_stopped
 
@@ -58,9 +57,15 @@ def train_and_evaluate(
     """
     experiment = build(validate(config))
     # What is wrong with a split to be evaluated shows now, before anything is written.
-    evaluator = Evaluator(experiment)
+    evaluator = experiment.evaluator()
     others = named_callbacks(experiment.config.callbacks, callbacks)
-    workdir.claim(folder, experiment.config, experiment.task.files(), total_steps=experiment.total_steps)
+    workdir.claim(
+        folder,
+        experiment.config,
+        experiment.data.files(),
+        total_steps=experiment.total_steps,
+        primary_metric=experiment.task.primary_metric,
+    )
     with Preemption(Stopped.exit_status) as preemption:
         run = _Run(experiment, evaluator, others, folder, preemption)
         try:
@@ -70,73 +75,6 @@ def train_and_evaluate(
         finally:
             run.close()
     return summary(folder)
-
-
-def evaluate(config: ml_collections.ConfigDict | None, folder: str) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a workdir on the task's splits; changes nothing there.
-
-    Args:
-      config: the stored one if None; else one of the same model, with other splits or ways to decode.
-
-    Raises:
-      BadInput: the folder holds no run or no checkpoint, or `config` is of another model.
-    """
-    experiment, step, state = restore(config, folder)
-    return {"step": step, **Evaluator(experiment)(state)}
-
-
-def restore(config: ml_collections.ConfigDict | None, folder: str) -> tuple[Experiment, int, TrainState]:
-    """The experiment of a workdir, and the step and state of its newest checkpoint, on the devices of this machine.
-
-    Args:
-      config: the stored one if None; else one of the same model.
-
-    Raises:
-      BadInput: the folder holds no run or no checkpoint, `config` is of another model, or its run had another vocabulary
-        than the data give now.
-    """
-    stored = restored_config(folder) if config is None else config
-    if config is None and not fits(stored.mesh):
-        # The run had other devices; evaluation gives the same numbers on these.
-        stored.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-    checked = validate(stored)
-    if config is not None:
-        workdir.check_same_model(folder, checked)
-    experiment = build(checked)
-    checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), keep=stored.keep_checkpoints)
-    try:
-        restored = checkpoints.restore(experiment.abstract_state)
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise BadInput(f"--workdir {folder}: holds no checkpoint yet")
-    workdir.check_vocabulary(folder, experiment.task.files())
-    step, state, _ = restored
-    return experiment, step, state
-
-
-def restored_config(folder: str) -> ml_collections.ConfigDict:
-    """The configuration that a workdir was made with.
-
-    Raises:
-      BadInput: there is none, it does not fit this version, or it names code that the user did not (`sigmarep.doors`).
-    """
-    stored = workdir.stored_config(folder)
-    doors.check_stored(stored, folder)
-    config = default_config(stored.get("task", ""))
-    try:
-        config.update(_without_none(stored))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"--workdir {folder}: config.json does not fit this version ({error})") from error
-    return config
-
-
-def _without_none(stored: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in stored.items()
-        if value is not None
-    }
 
 
 def summary(folder: str) -> dict[str, Any]:
@@ -174,7 +112,7 @@ class _Run:
         self.clock = Clock()
         # Every process would say the same.
         mode = config.writers.progress if jax.process_index() == 0 else "off"
-        self.progress = Progress(self.total_steps, mode=mode, unit=experiment.task.unit)
+        self.progress = Progress(self.total_steps, mode=mode, unit=experiment.data.unit)
         self.checkpoints = Checkpointer(
             os.path.join(folder, "checkpoints"), keep=config.keep_checkpoints, say=self.progress.message
         )
@@ -231,7 +169,7 @@ class _Run:
             self.progress.message(f"all {total} steps are done already")
             return
         share = input_share(self.experiment.runner.mesh)
-        stream = self.experiment.task.train_stream(start=self.step, process_index=share.part, process_count=share.parts)
+        stream = self.experiment.data.train_stream(start=self.step, process_index=share.part, process_count=share.parts)
         self.callbacks.emit("on_start", self)
         for step, batch in zip(range(self.step + 1, total + 1), stream, strict=False):
             if self.callbacks.stop:
@@ -275,7 +213,7 @@ class _Run:
             if first or len(self.in_flight) > steps_in_flight(STEPS_IN_FLIGHT):
                 jax.block_until_ready(self.in_flight.popleft())
             self.preemption.nothing_to_save = False
-        self.clock.step(self.experiment.task.units_per_step())
+        self.clock.step(self.experiment.data.units_per_step())
         # The log of a step is fetched after the next one was given to the devices, which then do not wait for it.
         self.log()
         if logging:
@@ -285,7 +223,7 @@ class _Run:
         """Goes on with the experiment that `config.intervention` makes of this one."""
         self.experiment = self.experiment.intervened()
         self.programs.clear()
-        self.evaluator, self.sharpness = Evaluator(self.experiment), Sharpness(self.experiment)
+        self.evaluator, self.sharpness = self.experiment.evaluator(), Sharpness(self.experiment)
         changes = self.experiment.config.intervention
         self.progress.message(
             f"after step {self.experiment.intervention_step}: attention temperature times "
@@ -299,7 +237,7 @@ class _Run:
         (step, output), self.unlogged = self.unlogged, None
         output = jax.device_get(output)
         scalars = {f"train/{name}": float(value) for name, value in output.scalars.items()}
-        speed = {f"train/{self.experiment.task.unit}_per_second": self.clock.units_per_second}
+        speed = {f"train/{self.experiment.data.unit}_per_second": self.clock.units_per_second}
         self.callbacks.emit("on_log", self, step, {**scalars, **speed, **panel_metrics(output.panel)})
 
     def measure_sharpness(self) -> None:
@@ -311,7 +249,7 @@ class _Run:
         if self.output is not None:
             self.divergence.check(self.step, float(self.output.scalars["loss"]))
         with self.clock.measure("evaluating"):
-            metrics = self.evaluator(self.state)
+            metrics = self.evaluator(evaluation_variables(self.state))
         self.evaluated_step = self.step
         self.callbacks.emit("on_evaluation", self, self.step, metrics)
         if jax.process_index() == 0:

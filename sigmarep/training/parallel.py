@@ -140,17 +140,24 @@ def create_runner(
       BadInput: the devices do not fit the mesh, or the batch does not divide over them.
     """
     mesh = meshes.create_mesh(config.mesh, devices)
+    check_rows(config, batch_rows, mesh, microbatches=config.accumulation)
+    return RUNNERS[config.parallel](mesh, make_step, abstract_state)
+
+
+def check_rows(
+    config: ml_collections.ConfigDict, batch_rows: tuple[int, ...], mesh: Mesh, *, microbatches: int = 1
+) -> None:
+    """Raises BadInput where a global batch of one of `batch_rows` does not divide over the devices and microbatches."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.accumulation < 1:
-        raise BadInput(f"config.accumulation = {config.accumulation}: expected at least 1")
-    odd = [rows for rows in batch_rows if rows < 1 or rows % (shards * config.accumulation)]
+    if microbatches < 1:
+        raise BadInput(f"config.accumulation = {microbatches}: expected at least 1")
+    odd = [rows for rows in batch_rows if rows < 1 or rows % (shards * microbatches)]
     if odd:
         which = "" if batch_rows == (config.batch_size,) else f", a batch of {odd[0]} rows among it,"
         raise BadInput(
             f"config.batch_size = {config.batch_size}:{which} does not divide over {shards} devices x "
-            f"{config.accumulation} microbatches (config.accumulation); use a multiple of {shards * config.accumulation}"
+            f"{microbatches} microbatches (config.accumulation); use a multiple of {shards * microbatches}"
         )
-    return RUNNERS[config.parallel](mesh, make_step, abstract_state)
 
 
 def _abstract(batch: Any) -> bool:

@@ -26,7 +26,7 @@ class Clock:
 
     def __init__(self):
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self._window: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW)
+        self._window: collections.deque[tuple[float, float]] = collections.deque(maxlen=WINDOW)
 
     @contextlib.contextmanager
     def measure(self, activity: str) -> Iterator[None]:
@@ -38,8 +38,8 @@ class Clock:
             elapsed = time.perf_counter() - start
             self._seconds[activity] += elapsed
 
-    def step(self, units: int) -> None:
-        """Notes a finished step of so many examples or tokens."""
+    def step(self, units: float) -> None:
+        """Notes a finished step of so many examples, tokens or seconds."""
         self._window.append((units, self._seconds["training"] + self._seconds["data"]))
 
     @property

@@ -38,7 +38,7 @@ class Sharpness:
         if self._batch is None:
             mesh = experiment.runner.mesh
             share = input_share(mesh)
-            stream = experiment.task.train_stream(start=0, process_index=share.part, process_count=share.parts)
+            stream = experiment.data.train_stream(start=0, process_index=share.part, process_count=share.parts)
             self._batch = global_batch(next(stream), mesh)
         found = {
             name: float(curvature.ritz_values(each)[0])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sigmarep.nn.qk_clip import qk_clipped
-from sigmarep.tasks.protocol import LossOutput, Task
+from sigmarep.tasks.protocol import LossOutput, TaskModel
 from sigmarep.training.panel import layer_statistics
 
 
@@ -40,7 +40,7 @@ class StepOutput(NamedTuple):
     panel: dict[str, Any]
 
 
-def create_state(task: Task, optimizer: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
+def create_state(task: TaskModel, optimizer: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
     """The state before the first step."""
     init_key, train_key = jax.random.split(jax.random.key(seed))
     variables = dict(task.init(init_key))
@@ -62,7 +62,7 @@ def evaluation_variables(state: TrainState) -> dict[str, Any]:
 
 
 def make_train_step(
-    task: Task,
+    task: TaskModel,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,

@@ -1,8 +1,9 @@
 """The folder of a run: whose it is, and what it ran on.
 
 `config.json`, the resolved configuration; the files of the task, such as `vocabulary.model`; `environment.json`, versions,
-devices and git revision of the last start and of earlier ones; `metrics.jsonl`; `checkpoints/`; `outputs/<split>/`, what
-the model made at the last evaluation; `diagnosis.json` after a divergence; `stopped.json` after a callback ended the run.
+devices and git revision of the last start and of earlier ones, total steps and primary metric; `metrics.jsonl`;
+`checkpoints/`; `outputs/<split>/`, the model's outputs at the last evaluation; `diagnosis.json` after a divergence;
+`stopped.json` after a callback ended the run.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,21 +37,26 @@ FREE = (
     "checkpoint_every_",
 )
 FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
-# What a model's parameters and its inputs are: the rest may be another one when a checkpoint is only evaluated.
-MODEL = (
-    *("task", "method", "model.", "projector.", "predictor.", "optimizer."),
-    *("data.sample_rate", "data.num_filters", "data.window_seconds", "data.hop_seconds", "data.labels."),
-)
+# Paths of files that a run's own files vouch for, where data.json has a fingerprint of the examples.
+PATH_LEAVES = ("folder", "file")
+FACTS = "data.json"
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
 
 
 def claim(
-    workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[str, bytes], *, total_steps: int
+    workdir: str,
+    config: ml_collections.FrozenConfigDict,
+    files: Mapping[str, bytes],
+    *,
+    total_steps: int,
+    primary_metric: str,
 ) -> None:
-    """Makes `workdir` this configuration's and the task's `files`', or checks that it is.
+    """Makes `workdir` the folder of a run of this configuration and the task's `files`, or checks that it is one.
+
+    The same data may lie elsewhere when a run goes on: their fingerprint in `data.json` counts, not their path.
 
     Args:
-      total_steps: of the run, kept with what it runs on: a configuration may give epochs.
+      total_steps, primary_metric: of the run and its task, kept in environment.json for those who read it without its task.
 
     Raises:
       BadInput: it cannot be written, or holds a run of another configuration, vocabulary or data set.
@@ -59,17 +65,16 @@ def claim(
     try:
         os.makedirs(workdir, exist_ok=True)
         if os.path.exists(path):
-            _check_same(workdir, config)
-        for name, content in files.items():
-            _check_file(workdir, name, content)
+            same_data = FACTS in files and os.path.exists(os.path.join(workdir, FACTS))
+            _check_same(workdir, config, free_leaves=FREE_LEAVES + (PATH_LEAVES if same_data else ()))
+        check_files(workdir, files)
         if jax.process_index() != 0:
             return
         for name, content in files.items():
             write_atomically(os.path.join(workdir, name), content)
         write_atomically(path, _json(json.loads(config.to_json())))
-        write_atomically(
-            os.path.join(workdir, "environment.json"), _json({"total_steps": total_steps, **_environment(workdir)})
-        )
+        about = {"total_steps": total_steps, "primary_metric": primary_metric, **_environment(workdir)}
+        write_atomically(os.path.join(workdir, "environment.json"), _json(about))
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -90,21 +95,60 @@ def stored_config(workdir: str) -> dict[str, Any]:
         raise BadInput(f"--workdir {workdir}: config.json cannot be read ({error})") from None
 
 
-def check_same_model(workdir: str, config: ml_collections.FrozenConfigDict) -> None:
-    """Checks that checkpoints of the workdir hold the model, and its optimizer's state, of this configuration.
+class MissingFile(KeyError):
+    """The folder of a run has no file `name`."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+class RunFiles(Mapping[str, bytes]):
+    """The files in the folder of a run by name, read as they are asked for. Raises MissingFile where there is none."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> bytes:
+        try:
+            with open(os.path.join(self._folder, name), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            raise MissingFile(name) from None
+        except OSError as error:
+            raise BadInput(f"--workdir {self._folder}: {name} cannot be read ({error.strerror})") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (entry.name for entry in os.scandir(self._folder) if entry.is_file())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def check_same_model(workdir: str, config: ml_collections.FrozenConfigDict, fields: tuple[str, ...]) -> None:
+    """Checks that checkpoints of the workdir hold the model of this configuration.
+
+    Args:
+      fields: `TaskModel.model_fields`.
 
     Raises:
       BadInput: they do not, or there is no run.
     """
-    _check_same(workdir, config, only=MODEL)
+    _check_same(workdir, config, only=("task", *fields), free_leaves=FREE_LEAVES + PATH_LEAVES)
 
 
-def _check_same(workdir: str, config: ml_collections.FrozenConfigDict, only: tuple[str, ...] = ("",)) -> None:
-    # What the version that made the run had no field for was as the default is.
+def _check_same(
+    workdir: str,
+    config: ml_collections.FrozenConfigDict,
+    *,
+    only: tuple[str, ...] = ("",),
+    free_leaves: tuple[str, ...],
+) -> None:
+    # Fields added after the run was made had their defaults.
     there = flatten(default_config(config.task)) | flatten(ml_collections.ConfigDict(stored_config(workdir)))
     here = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
     for name in sorted(there.keys() | here.keys()):
-        if not name.startswith(only) or name.startswith(FREE) or name.rsplit(".", 1)[-1] in FREE_LEAVES:
+        if not name.startswith(only) or name.startswith(FREE) or name.rsplit(".", 1)[-1] in free_leaves:
             continue
         old, new = (_plain(side.get(name)) for side in (there, here))
         if old != new:
@@ -116,6 +160,16 @@ def _check_same(workdir: str, config: ml_collections.FrozenConfigDict, only: tup
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(list(value) if isinstance(value, tuple) else value))
+
+
+def check_files(workdir: str, files: Mapping[str, bytes]) -> None:
+    """Checks that files which the workdir has are these; of data.json only the fingerprint.
+
+    Raises:
+      BadInput: they are not.
+    """
+    for name, content in files.items():
+        _check_file(workdir, name, content)
 
 
 def _check_file(workdir: str, name: str, content: bytes) -> None:
@@ -133,8 +187,8 @@ def _check_file(workdir: str, name: str, content: bytes) -> None:
 
 
 def _identity(name: str, content: bytes) -> Any:
-    """What of a file must stay: of data.json what names the content, not what is told of it beside."""
-    if name != "data.json":
+    """The part of a file that must not change between starts; of data.json only its fingerprint."""
+    if name != FACTS:
         return content
     try:
         return json.loads(content)["fingerprint"]
@@ -142,23 +196,12 @@ def _identity(name: str, content: bytes) -> Any:
         return content
 
 
-def check_vocabulary(workdir: str, files: Mapping[str, bytes]) -> None:
-    """Checks that what a model's outputs stand for is what it was when the run was made.
-
-    Raises:
-      BadInput: it is not.
-    """
-    for name, content in files.items():
-        if name.endswith(".model"):
-            _check_file(workdir, name, content)
-
-
 def write_outputs(workdir: str, outputs: Mapping[str, Outputs]) -> None:
-    """Keeps what the model made of each split below `outputs/`."""
-    for split, found in outputs.items():
+    """Keeps the files that the model made of each split, below `outputs/`."""
+    for split, output in outputs.items():
         folder = os.path.join(workdir, "outputs", split)
         os.makedirs(folder, exist_ok=True)
-        for name, text in found.files.items():
+        for name, text in output.files.items():
             write_atomically(os.path.join(folder, name), text.encode())
 
 

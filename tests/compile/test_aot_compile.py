@@ -14,7 +14,7 @@ from sigmarep.compile import aot_compile, hlo_cost
 from sigmarep.errors import BadInput
 from sigmarep.training import mesh as meshes
 from sigmarep.training.config import default_config, validate
-from sigmarep.training.experiment import build
+from sigmarep.training.experiment import build, build_program
 
 
 def small(task="image_classification", **mesh):
@@ -34,7 +34,7 @@ def gathered(data, fsdp, tensor, reparam, power_vectors=1, qkv="fused"):
     model = config.model
     model.reparam, model.norm, model.power_vectors, model.qkv, model.scan = reparam, "none", power_vectors, qkv, False
     config.optimizer.name = "sgd"
-    experiment = build(validate(config), abstract=True)
+    experiment = build_program(validate(config))
     lowered = experiment.runner.lower(experiment.abstract_state, experiment.task.abstract_batches()[-1], panel=False)
     shapes = hlo_cost.shapes_of(lowered.compile().as_text(), "all-gather")
     return sorted(shape for shape in shapes if math.prod(shape) >= 32 * 64)
@@ -51,7 +51,7 @@ def whole_batches(rules, monkeypatch, **mesh):
     monkeypatch.setattr(meshes, "ACTIVATION_RULES", rules)
     config = small(**mesh)
     config.data.image_size = 16
-    experiment = build(validate(config), abstract=True)
+    experiment = build_program(validate(config))
     lowered = experiment.runner.lower(experiment.abstract_state, experiment.task.abstract_batches()[-1], panel=False)
     return re.findall(r"f32\[(?:16,65|1040),\d[\d,]*\]", lowered.compile().as_text())
 
@@ -174,11 +174,11 @@ def with_data(task, folder):
 
 # How many labels a batch of speech has only its transcripts say: see tests/tasks/test_speech_task.py.
 @pytest.mark.parametrize("task", [task for task in tasks.TASKS if task != "speech_recognition"])
-def test_an_abstract_task_has_the_shapes_of_the_real_one(task, tmp_path):
+def test_a_program_without_data_has_the_shapes_of_the_real_one(task, tmp_path):
     config = with_data(task, tmp_path)
-    abstract = build(validate(config), abstract=True)
+    abstract = build_program(validate(config))
     real = build(validate(config))
-    batch = next(real.task.train_stream(start=0, process_index=0, process_count=1))
+    batch = next(real.data.train_stream(start=0, process_index=0, process_count=1))
     found = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in abstract.task.abstract_batches()]
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} in found
     assert [{name: (x.shape, x.dtype) for name, x in each.items()} for each in real.task.abstract_batches()] == found
@@ -200,9 +200,7 @@ def test_a_step_is_compiled_for_the_devices_present(parallel):
     assert 0 < found.memory.total < target.memory
     assert found.costs.flops > 1e6
     assert [each.kind for each in found.collectives] == ["all-reduce"]
-    parameters = sum(
-        math.prod(x.shape) for x in jax.tree.leaves(build(validate(config), abstract=True).abstract_state.params)
-    )
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(build_program(validate(config)).abstract_state.params))
     assert found.collectives[0].bytes >= 4 * parameters
 
 

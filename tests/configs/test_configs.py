@@ -5,18 +5,15 @@ reparametrised and whether it is decayed. After an intended change: pytest tests
 difference.
 """
 
-import functools
 import importlib.util
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from sigmarep.data.audio import labels
+from sigmarep import tasks
 from sigmarep.errors import BadInput
-from sigmarep.tasks import contrastive, image_classification, language_modeling, speech_recognition, translation
 from sigmarep.training.config import arguments, default_config, validate
 from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import create_optimizer, decay_mask
@@ -67,43 +64,9 @@ def load(name):
     return module
 
 
-def of_images(config):
-    classes = {"imagenet2012": 1000}.get(config.data.name, 10)
-    size = config.data.image_size
-    return image_classification.create_model(config, classes), [jnp.zeros((1, size, size, len(config.data.mean)))]
-
-
-def of_text(config):
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    return language_modeling.create_model(config, config.data.vocabulary.size), [tokens, tokens]
-
-
-def of_pairs(config):
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    return translation.create_model(config, config.data.vocabulary.size), [tokens, tokens, tokens]
-
-
-def of_speech(config):
-    size = labels.planned_size(config.data.labels)
-    return speech_recognition.create_model(config, size), list(speech_recognition.example(config))
-
-
-# The model of each task and what it is applied to at the start, without touching any data.
-MODELS = {
-    "image_classification": of_images,
-    "language_modeling": of_text,
-    "translation": of_pairs,
-    "speech_recognition": of_speech,
-}
-
-
 def abstract_variables(config):
-    if config.task == "contrastive":
-        model = contrastive.create_model(config)
-        return jax.eval_shape(lambda rng: contrastive.initial_variables(config, model, rng), jax.random.key(0))
-    model, inputs = MODELS[config.task](config)
-    method = "losses" if hasattr(model, "losses") else "__call__"
-    return jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), *inputs)
+    task = tasks.get(config.task).create_model(config, tasks.planned_files(config))
+    return jax.eval_shape(task.init, jax.random.key(0))
 
 
 def description(config):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from sigmarep import tasks
 from sigmarep.diagnostics import findings, plots, report, runs
 from sigmarep.errors import BadInput
 
@@ -295,14 +294,13 @@ def test_pictures_of_a_single_step_without_numbers_say_so(tmp_path):
     assert [tick for tick in below.get_xticks() if left <= tick <= right] == [1]
 
 
-def test_every_tasks_headline_is_known_to_the_report():
-    headlines = {
-        vars(each).get("headline")
-        for name in tasks.TASKS
-        for each in vars(tasks.get(name)).values()
-        if isinstance(each, type)
-    }
-    assert headlines - {None} <= set(findings.HEADLINES)
+@pytest.mark.parametrize(("primary", "final"), [("beauty", 0.5), ("accuracy", 0.9), (None, 0.9), ("lost", 0.9)])
+def test_the_result_of_a_run_is_the_metric_that_its_task_calls_primary(tmp_path, primary, final):
+    rows = [row(5, 1.0), {"step": 5, "eval/test/accuracy": 0.9, "eval/test/beauty": 0.5}]
+    folder = run_folder(tmp_path / "a", rows, total=5)
+    environment = {"total_steps": 5} | ({"primary_metric": primary} if primary else {})
+    (folder / "environment.json").write_text(json.dumps(environment))
+    assert read(folder)[1].final[1] == final
 
 
 def test_the_command_starts_no_jax_and_refuses_in_one_line(tmp_path):

@@ -72,8 +72,8 @@ def restored(config, folder):
 
 
 def stream(config, start=0, count=5, process_index=0, process_count=1):
-    task = contrastive.create(validate(config))
-    batches = task.train_stream(start=start, process_index=process_index, process_count=process_count)
+    data = contrastive.open_data(validate(config))
+    batches = data.train_stream(start=start, process_index=process_index, process_count=process_count)
     return list(itertools.islice(batches, count))
 
 
@@ -135,14 +135,14 @@ def step_once(task, variables, images, seed=0):
 @pytest.fixture(scope="module")
 def moco(data_dir):
     """A MoCo v3 task and variables whose momentum encoder is another than the encoder."""
-    task = contrastive.create(validate(tiny(data_dir, method="moco_v3", momentum=0.75, model__scan=False)))
+    task = contrastive.create_model(validate(tiny(data_dir, method="moco_v3", momentum=0.75, model__scan=False)), {})
     variables = task.init(jax.random.key(0))
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
     return task, {**variables, "params": jax.tree.map(noise, variables["params"])}
 
 
 def test_the_momentum_encoder_starts_as_a_copy_without_the_predictor(data_dir):
-    task = contrastive.create(validate(tiny(data_dir, method="moco_v3")))
+    task = contrastive.create_model(validate(tiny(data_dir, method="moco_v3")), {})
     variables = task.init(jax.random.key(0))
     assert sorted(variables["params"]) == ["predictor", "projector", "vit"]
     assert sorted(variables["momentum"]) == ["batch_stats", "params", "spectral"]
@@ -173,7 +173,7 @@ def test_the_momentum_encoder_follows_the_parameters_with_a_spectral_state_of_it
 
 
 def test_a_training_step_takes_one_power_step_over_both_views(data_dir):
-    task = contrastive.create(validate(tiny(data_dir, model__scan=False)))
+    task = contrastive.create_model(validate(tiny(data_dir, model__scan=False)), {})
     variables = task.init(jax.random.key(0))
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
     variables["params"] = jax.tree.map(noise, variables["params"])
@@ -264,8 +264,8 @@ def test_evaluation_measures_whole_splits_and_the_start_of_the_same_run(data_dir
     # Nearest neighbours of the pixels read 94 to 97 % of these digits.
     assert 0.92 < result["eval/test/knn_accuracy_pixels"] < 0.98
     assert result["eval/test/uniformity"] < 0 < result["eval/test/alignment"]
-    task = contrastive.create(validate(config))
-    batches = list(task._evaluation_batches("test", 0, 1))
+    data = contrastive.open_data(validate(config))
+    batches = list(data.evaluation_batches("test", 0, 1))
     assert sum(batch["mask"].sum() for batch in batches if "views" in batch) == 360
     assert sum(batch["mask"].sum() for batch in batches if "views" not in batch) == 1437
 
@@ -274,7 +274,7 @@ def test_evaluation_measures_whole_splits_and_the_start_of_the_same_run(data_dir
     ("fields", "message"),
     [
         ({"method": "byol"}, "config.method = 'byol': expected one of simclr, moco_v3"),
-        ({"accumulation": 2}, "config.accumulation = 2: a contrastive loss compares all pictures of a batch"),
+        ({"accumulation": 2}, "config.accumulation = 2: the loss of contrastive compares all examples of a batch"),
         ({"batch_size": 1}, "config.batch_size = 1: a contrastive loss needs at least 2 pictures"),
         ({"temperature": 0.0}, "config.temperature = 0.0: expected a number above 0"),
         ({"momentum": 1.5}, "config.momentum = 1.5: expected a number from 0 to 1"),
@@ -297,7 +297,7 @@ def test_evaluation_measures_whole_splits_and_the_start_of_the_same_run(data_dir
 )
 def test_impossible_values_are_refused_on_one_line(data_dir, fields, message):
     with pytest.raises(BadInput, match=re.escape(message)) as raised:
-        contrastive.create(validate(tiny(data_dir, **fields)))
+        build(validate(tiny(data_dir, **fields)))
     assert "\n" not in str(raised.value)
 
 

@@ -14,11 +14,11 @@ import pytest
 import soundfile
 
 from sigmarep.errors import BadInput
+from sigmarep.inference import open_run
+from sigmarep.tasks import speech_recognition
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
-from sigmarep.training.evaluation import Evaluator
-from sigmarep.training.experiment import build
-from sigmarep.training.loop import restore
+from sigmarep.training.experiment import build, build_program
 from sigmarep.training.step import evaluation_variables
 from tests.interruption import run_whole_and_in_parts
 
@@ -91,7 +91,7 @@ def config(folder):
 def losses(config, steps=5):
     experiment = build(validate(config))
     state = experiment.runner.put_state(experiment.create_state())
-    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+    stream = experiment.data.train_stream(start=0, process_index=0, process_count=1)
     found = []
     for _, batch in zip(range(steps), stream, strict=False):
         state, output = experiment.runner.step(state, batch, panel=False)
@@ -116,8 +116,8 @@ def test_losses_do_not_depend_on_devices_or_microbatches(config, monkeypatch):
 
 
 def batches(config, *, start=0, process_index=0, process_count=1, count=6):
-    task = build(validate(config)).task
-    stream = task.train_stream(start=start, process_index=process_index, process_count=process_count)
+    data = build(validate(config)).data
+    stream = data.train_stream(start=start, process_index=process_index, process_count=process_count)
     return list(itertools.islice(stream, count))
 
 
@@ -147,8 +147,8 @@ def test_spec_augment_begins_at_its_step(config):
 
 
 def test_an_epoch_has_every_utterance_once(config):
-    task = build(validate(config)).task
-    epoch = batches(config, count=task.train_batches.batches_per_epoch)
+    data = build(validate(config)).data
+    epoch = batches(config, count=data.train_batches.batches_per_epoch)
     found = np.concatenate([batch["index"] for batch in epoch])
     assert sorted(found[found >= 0]) == list(range(60))
 
@@ -169,7 +169,7 @@ def test_the_loss_of_an_utterance_does_not_depend_on_its_bucket(config):
     variables = evaluation_variables(narrow.create_state())
 
     def found(experiment):
-        evaluation = experiment.task.evaluations()[0]
+        evaluation = experiment.data.evaluations(experiment.task)[0]
         results = [
             jax.device_get(jax.jit(evaluation.step)(variables, batch))
             for batch in evaluation.batches(process_index=0, process_count=1)
@@ -184,15 +184,15 @@ def test_the_loss_of_an_utterance_does_not_depend_on_its_bucket(config):
 def test_no_program_is_compiled_after_every_shape_was_seen(config):
     experiment = build(validate(config))
     state = experiment.runner.put_state(experiment.create_state())
-    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
-    epoch = experiment.task.train_batches.batches_per_epoch
+    stream = experiment.data.train_stream(start=0, process_index=0, process_count=1)
+    epoch = experiment.data.train_batches.batches_per_epoch
     sizes = []
     for epoch_number in range(4):
         for _, batch in zip(range(epoch), stream, strict=False):
             # Both programs of every shape in the first two epochs.
             state, _ = experiment.runner.step(state, batch, panel=epoch_number % 2 == 1)
         sizes.append(experiment.runner._step._cache_size())
-    shapes = len(experiment.task.train_batches.shapes)
+    shapes = len(experiment.data.train_batches.shapes)
     assert sizes == [shapes, 2 * shapes, 2 * shapes, 2 * shapes]
 
 
@@ -223,14 +223,14 @@ def test_segments_to_be_ignored_are_in_no_split(config, folder, tmp_path):
         lines[1] = lines[1].split("\t")[0] + "\tignore_time_segment_in_scoring\tspeaker0"
         (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     config.data.folder = str(tmp_path)
-    task = build(validate(config)).task
+    data = build(validate(config)).data
     for split, count in (("train", 59), ("test", 10)):
-        corpus = task.open_corpus(split)
+        corpus = data.open_corpus(split)
         assert len(corpus) == count
         assert corpus.report["ignored"] == {"count": 1, "names": [f"{split}1.wav"]}
     assert corpus.report["unknown_characters"]["count"] == 0
     config.data.labels.characters = ""
-    assert "_" not in build(validate(config)).task.labels.characters
+    assert "_" not in build(validate(config)).data.labels.characters
 
 
 def learned(folder):
@@ -269,11 +269,11 @@ def test_it_learns_to_hear_and_its_tables_add_up(run):
 
 def test_given_utterances_are_transcribed_as_in_the_evaluation(run, folder):
     path, _ = run
-    experiment, _, state = restore(None, str(path))
+    run = open_run(str(path))
     rows = [line.split("\t") for line in (path / "outputs/test/transcripts.tsv").read_text().splitlines()[1:]]
-    task = experiment.task
-    audio = [np.asarray(task.open_corpus("test")._source[i]["audio"], np.float32) / 32768 for i in range(len(rows))]
-    assert task.transcribe(evaluation_variables(state), audio, rows=4) == [row[4] for row in rows]
+    corpus = speech_recognition.open_data(run.config, run.files).open_corpus("test")
+    audio = [np.asarray(corpus._source[i]["audio"], np.float32) / 32768 for i in range(len(rows))]
+    assert run.transcribe(audio, rows=4) == [row[4] for row in rows]
 
 
 def script(name, *arguments):
@@ -350,8 +350,8 @@ def test_the_best_way_to_decode_is_found_and_printed(run, folder, tmp_path):
 
 
 def test_a_task_without_its_data_has_the_shapes_of_the_real_one_but_for_the_labels(config):
-    abstract, real = (build(validate(config), abstract=each) for each in (True, False))
-    batch = next(real.task.train_stream(start=0, process_index=0, process_count=1))
+    abstract, real = build_program(validate(config)), build(validate(config))
+    batch = next(real.data.train_stream(start=0, process_index=0, process_count=1))
     found = abstract.task.abstract_batches()
     assert {name: x.dtype for name, x in batch.items()} == {name: x.dtype for name, x in found[0].items()}
     assert batch["features"].shape in [each["features"].shape for each in found]
@@ -416,6 +416,6 @@ def test_what_is_refused(config, field, value, message):
     config.data.spec_augment.freq_masks = 1 if field == "data.spec_augment.freq_width" else 0
     config.update_from_flattened_dict({field: value})
     with pytest.raises(BadInput) as error:
-        Evaluator(build(validate(config)))
+        build(validate(config)).evaluator()
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -11,11 +11,11 @@ import sacrebleu
 
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
+from sigmarep.inference import open_run
 from sigmarep.tasks import translation
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
-from sigmarep.training.loop import restore
 from sigmarep.training.step import evaluation_variables
 from tests.interruption import run_whole_and_in_parts
 
@@ -87,7 +87,7 @@ def config(request, folder):
 def losses(config, steps=6):
     experiment = build(validate(config))
     state = experiment.runner.put_state(experiment.create_state())
-    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+    stream = experiment.data.train_stream(start=0, process_index=0, process_count=1)
     found = []
     for _, batch in zip(range(steps), stream, strict=False):
         state, output = experiment.runner.step(state, batch, panel=False)
@@ -150,7 +150,7 @@ def test_perplexities_are_those_of_every_token_by_hand(folder):
     result = train_and_evaluate(config, str(folder / "run"))
     experiment = build(validate(config))
     task = experiment.task
-    windows = task.evaluations()[0]
+    windows = experiment.data.evaluations(task)[0]
     state = experiment.create_state()
     variables = evaluation_variables(state)
     nats = tokens = 0.0
@@ -201,7 +201,7 @@ def test_the_loss_of_a_pair_does_not_depend_on_its_bucket(folder):
     variables = evaluation_variables(narrow.create_state())
 
     def nats(experiment):
-        evaluation = experiment.task.evaluations()[0]
+        evaluation = experiment.data.evaluations(experiment.task)[0]
         batches = evaluation.batches(process_index=0, process_count=1)
         results = [jax.jit(evaluation.step)(variables, batch) for batch in batches]
         return evaluation.finish(results), results
@@ -215,21 +215,21 @@ def test_no_program_is_compiled_after_every_shape_was_seen(folder):
     config = mt_config(folder)
     experiment = build(validate(config))
     state = experiment.runner.put_state(experiment.create_state())
-    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
-    epoch = experiment.task.train_batches.batches_per_epoch
+    stream = experiment.data.train_stream(start=0, process_index=0, process_count=1)
+    epoch = experiment.data.train_batches.batches_per_epoch
     sizes = []
     for step, batch in zip(range(3 * epoch), stream, strict=False):
         state, _ = experiment.runner.step(state, batch, panel=False)
         if (step + 1) % epoch == 0:
             sizes.append(experiment.runner._step._cache_size())
-    assert sizes == [len(experiment.task.train_batches.shapes)] * 3
+    assert sizes == [len(experiment.data.train_batches.shapes)] * 3
 
 
 def test_weights_are_the_targets_that_are_no_padding(folder):
     config = mt_config(folder)
     experiment = build(validate(config))
     state = experiment.create_state()
-    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
+    batch = next(experiment.data.train_stream(start=0, process_index=0, process_count=1))
     output = experiment.task.loss(
         state.params, state.model_state, jax.tree.map(jnp.asarray, batch), jax.random.key(0), attention=False
     )
@@ -278,7 +278,7 @@ def test_the_files_of_a_run_are_its_vocabulary_and_its_data(folder):
     assert facts["pairs"] == 120
     assert (folder / "run/vocabulary.model").read_bytes().startswith(b"sigmarep vocabulary 1\n")
     assert (
-        translation.create(validate(config)).files()["vocabulary.model"]
+        translation.open_data(validate(config)).files()["vocabulary.model"]
         == (folder / "run/vocabulary.model").read_bytes()
     )
 
@@ -286,11 +286,11 @@ def test_the_files_of_a_run_are_its_vocabulary_and_its_data(folder):
 def test_greedy_generation_takes_what_the_reparametrised_model_finds_likeliest(folder):
     config = lm_config(folder)
     train_and_evaluate(config, str(folder / "run"))
-    experiment, step, state = restore(None, str(folder / "run"))
-    assert step == 8
-    task, variables = experiment.task, evaluation_variables(state)
+    run = open_run(str(folder / "run"))
+    assert run.step == 8
+    task, variables = run.task, run.variables
     prompts = ["one two", "seven"]
-    texts = task.generate(variables, prompts, jax.random.key(0), max_length=9, temperature=0.0)
+    texts = run.generate(prompts, max_length=9, temperature=0.0)
     for prompt, text in zip(prompts, texts, strict=True):
         ids = [BOS, *task.vocabulary.encode(prompt)]
         while len(ids) < 9 and ids[-1] != EOS:
@@ -300,20 +300,19 @@ def test_greedy_generation_takes_what_the_reparametrised_model_finds_likeliest(f
         assert text == task.vocabulary.decode(ids)
         assert text.startswith(prompt)
     with pytest.raises(BadInput) as error:
-        task.generate(variables, prompts, jax.random.key(0), max_length=4)
+        run.generate(prompts, max_length=4)
     assert "prompt 1: has 4 tokens; expected fewer than max_length = 4" in str(error.value)
 
 
 def test_given_sentences_are_translated_in_their_order_and_as_in_the_evaluation(folder):
     config = mt_config(folder)
     train_and_evaluate(config, str(folder / "run"))
-    experiment, _, state = restore(None, str(folder / "run"))
+    run = open_run(str(folder / "run"))
     rows = (folder / "run/outputs/test/translations.tsv").read_text().splitlines()[1:]
     sentences = ["", *(row.split("\t")[0] for row in rows)]
     names = [f"file:{i + 1}" for i in range(len(sentences))]
-    variables = evaluation_variables(state)
-    found = experiment.task.translate_texts(variables, sentences, names=names, rows=8)
+    found = run.translate(sentences, names=names, rows=8)
     assert found == ["", *(row.split("\t")[2] for row in rows)]
     with pytest.raises(BadInput) as error:
-        experiment.task.translate_texts(variables, ["one", " ".join(["one"] * 16)], names=names)
+        run.translate(["one", " ".join(["one"] * 16)], names=names)
     assert "file:2: has 18 tokens with its end; the model takes at most 16" in str(error.value)

@@ -132,7 +132,7 @@ def test_sigma_is_exact_at_the_start_and_followed_while_a_vit_learns(data_dir, o
     experiment = build(validate(config))
     state = experiment.create_state()
     assert max(sigma_errors(jax.device_get(evaluation_variables(state))).values()) < 1e-5
-    stream = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+    stream = experiment.data.train_stream(start=0, process_index=0, process_count=1)
     seen = []
     for _, batch in zip(range(200), stream, strict=False):
         state, output = experiment.runner.step(state, batch, panel=False)

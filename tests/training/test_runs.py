@@ -271,15 +271,17 @@ def test_a_workdir_of_another_configuration_is_left_alone(folder, uninterrupted)
 
 def test_a_run_of_a_version_without_a_field_had_its_default(tmp_path):
     config = default_config("image_classification")
-    workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1)
+    workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1, primary_metric="accuracy")
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["optimizer"]["gain_factor"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
     config.optimizer.gain_factor = 0.5
     with pytest.raises(BadInput, match=r"config.optimizer.gain_factor is 1.0 there and 0.5 here"):
-        workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1)
+        workdirs.claim(
+            str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1, primary_metric="accuracy"
+        )
     config.optimizer.gain_factor = 1.0
-    workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1)
+    workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1, primary_metric="accuracy")
 
 
 def test_a_workdir_that_cannot_be_made_is_named(folder, tmp_path):

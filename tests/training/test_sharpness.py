@@ -38,7 +38,7 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(config, relati
     config.sharpness.every_steps, config.sharpness.iterations = 2, 60
     experiment = build(validate(config))
     state = experiment.create_state()
-    batches = experiment.task.train_stream(start=0, process_index=0, process_count=1)
+    batches = experiment.data.train_stream(start=0, process_index=0, process_count=1)
     first = next(batches)
     for batch in (first, next(batches), next(batches)):
         state, _ = experiment.runner.step(state, batch, panel=False)
@@ -114,7 +114,7 @@ def test_qk_clip_brings_the_largest_logits_of_the_same_batch_to_its_threshold(co
     config.optimizer.qk_clip = 0.01
     experiment = build(validate(config))
     state = experiment.runner.put_state(experiment.create_state())
-    batch = next(experiment.task.train_stream(start=0, process_index=0, process_count=1))
+    batch = next(experiment.data.train_stream(start=0, process_index=0, process_count=1))
     state, first = experiment.runner.step(state, batch, panel=True)
     _, second = experiment.runner.step(state, batch, panel=True)
     before, after = (

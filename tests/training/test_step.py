@@ -21,9 +21,6 @@ from sigmarep.training.step import create_state, make_train_step
 class TinyTask:
     """A two-block ViT on random pictures; no data set, so that only the step is under test."""
 
-    num_train_examples = 64
-    headline = "accuracy"
-
     def __init__(self, dropout=0.0, **fields):
         options = {"norm": "post", "reparam": "sigma", **fields}
         transformer = TransformerConfig(depth=2, width=32, num_heads=4, mlp_dim=64, dropout=dropout, **options)

@@ -37,7 +37,7 @@ config.data.data_dir, config.data.in_memory, config.data.num_threads = data_dir,
 config.data.train_split = "train[:200]"
 experiment = build(validate(config))
 state = experiment.create_state()
-stream = experiment.task.train_stream(start=0, process_index=index, process_count=count)
+stream = experiment.data.train_stream(start=0, process_index=index, process_count=count)
 losses, norms, views = [], [], []
 for batch in itertools.islice(stream, 4):
     views.append(float(np.sum(batch["views"], dtype=np.float64)))

@@ -11,6 +11,8 @@ from sigmarep.data.text import vocabulary
 from sigmarep.data.text.vocabulary import SPECIAL, SubwordVocabulary
 from sigmarep.errors import BadInput
 
+# Its name in the folder of a run.
+FILE = "labels.model"
 BLANK = 0
 KINDS = ("character", "subword")
 # The first label of a subword: the blank stands for the vocabulary's special tokens.
@@ -104,11 +106,30 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def planned_size(config: ml_collections.ConfigDict) -> int:
-    """The size that the configuration asks for; 29, the English letters', where it leaves the characters to the data."""
-    if config.kind == "subword":
-        return config.size - SHIFT
-    return 1 + (len(config.characters) or 28)
+def planned(config: ml_collections.ConfigDict) -> CharacterLabels:
+    """Made-up labels, as many as the configuration asks for; 29 with the blank, the English letters', where it leaves the
+    characters to the data."""
+    count = config.size - SHIFT - 1 if config.kind == "subword" else len(config.characters) or 28
+    # Of a private area, in which there is no white space.
+    return CharacterLabels("".join(chr(0xF0000 + number) for number in range(count)), lowercase=False)
+
+
+def from_bytes(content: bytes, *, lowercase: bool) -> Labels:
+    """The labels that `to_bytes` wrote.
+
+    Args:
+      lowercase: of subwords, whose file does not say it.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if content.startswith(b"{"):
+        values = json.loads(content)
+        return CharacterLabels(values["characters"], lowercase=values["lowercase"])
+    subwords = vocabulary.from_bytes(content)
+    if not isinstance(subwords, SubwordVocabulary):
+        raise ValueError("neither characters nor a SentencePiece model")
+    return SubwordLabels(subwords, lowercase=lowercase)
 
 
 def obtain(

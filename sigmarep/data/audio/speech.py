@@ -265,7 +265,7 @@ def run_files(labels: Labels, corpus: SpeechCorpus) -> dict[str, bytes]:
     """What a run keeps of its data: the labels, and what the training utterances were."""
     facts = {"fingerprint": corpus.fingerprint, **corpus.report}
     return {
-        "labels.model": labels.to_bytes(),
+        label_sets.FILE: labels.to_bytes(),
         "data.json": json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n",
     }
 

@@ -63,7 +63,7 @@ def open_vocabulary(data: ml_collections.ConfigDict) -> Vocabulary:
 def run_files(vocab: Vocabulary, windows: "Windows") -> dict[str, bytes]:
     """What a run keeps of its data: the vocabulary, and what the training windows were made of."""
     facts = {"fingerprint": windows.fingerprint, "targets": windows.num_tokens, **windows.report}
-    return {"vocabulary.model": vocab.to_bytes(), "data.json": json.dumps(facts, indent=2).encode() + b"\n"}
+    return {vocabulary.FILE: vocab.to_bytes(), "data.json": json.dumps(facts, indent=2).encode() + b"\n"}
 
 
 def open_windows(data: ml_collections.ConfigDict, vocab: Vocabulary, split: str, *, train: bool) -> "Windows":

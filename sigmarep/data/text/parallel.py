@@ -83,7 +83,7 @@ def _fingerprint(data, split):
 def run_files(vocab: Vocabulary, corpus: "PairCorpus") -> dict[str, bytes]:
     """What a run keeps of its data: the vocabulary, and what the training pairs were."""
     facts = {"fingerprint": corpus.fingerprint, **corpus.report}
-    return {"vocabulary.model": vocab.to_bytes(), "data.json": json.dumps(facts, indent=2).encode() + b"\n"}
+    return {vocabulary.FILE: vocab.to_bytes(), "data.json": json.dumps(facts, indent=2).encode() + b"\n"}
 
 
 class PairCorpus:

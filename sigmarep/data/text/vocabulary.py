@@ -29,6 +29,8 @@ MODELS = ("unigram", "bpe")
 # The word that a line's end is, where words are counted (the convention that WikiText-103 is scored by).
 NEWLINE = "<eol>"
 HEADER = b"sigmarep vocabulary 1\n"
+# Its name in the folder of a run.
+FILE = "vocabulary.model"
 
 
 class Vocabulary(Protocol):
@@ -147,9 +149,12 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def planned_size(config: ml_collections.ConfigDict) -> int:
-    """The size that the configuration asks for; a word vocabulary of a small text may turn out smaller."""
-    return ByteVocabulary.size if config.kind == "byte" else config.size
+def planned(config: ml_collections.ConfigDict) -> Vocabulary:
+    """A vocabulary of the size that the configuration asks for, of bytes or of made-up words; one of real words may turn
+    out smaller where the text is small."""
+    if config.kind == "byte":
+        return ByteVocabulary()
+    return WordVocabulary([f"word{number}" for number in range(SPECIAL, config.size)])
 
 
 def obtain(

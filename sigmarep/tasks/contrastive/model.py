@@ -1,11 +1,10 @@
-"""Contrastive learning of a ViT without labels: SimCLR and MoCo v3.
+"""The model side of contrastive learning: SimCLR's and MoCo v3's losses, and features of pictures."""
 
-Labels are read by evaluation only: by nearest neighbours and by a linear probe on frozen features, always of whole
-splits. `config.batch_size` counts pictures, of which each gives two views.
-"""
-
+import dataclasses
+import functools
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,17 +12,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import pipeline, sources
+from sigmarep.data.images import files as picture_files
 from sigmarep.data.images import views
 from sigmarep.errors import BadInput
 from sigmarep.models import simclr
-from sigmarep.tasks import features, image_classification
-from sigmarep.tasks.protocol import AXIS, UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
+from sigmarep.tasks import image_classification
+from sigmarep.tasks.image_classification.model import create_module as create_vit
+from sigmarep.tasks.pictures import apply_to_pictures
+from sigmarep.tasks.protocol import AXIS, Files, LossOutput, TaskModel
 
 METHODS = ("simclr", "moco_v3")
 PATCH_KERNEL = "vit/patch_embedding/kernel"
-# Keeps the views of evaluation apart from those of training, which come from config.seed.
-EVALUATION_SEED = 1_000_003
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -56,23 +55,23 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "Contrastive":
-    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
+def create_model(config: ml_collections.ConfigDict, files: Files) -> "Contrastive":
+    """The model side; it needs no file.
 
     Raises:
-      BadInput: a field is wrong, or the data set is not prepared.
+      BadInput: a field has an unknown word or an impossible value.
     """
-    return Contrastive(config, abstract=abstract)
+    return Contrastive(config)
 
 
-def create_model(config: ml_collections.ConfigDict) -> simclr.ContrastiveModel:
+def create_module(config: ml_collections.ConfigDict) -> simclr.ContrastiveModel:
     """The model of a configuration, without touching any data.
 
     Raises:
       BadInput: a field has an unknown word or an impossible value.
     """
     _check(config)
-    vit = image_classification.create_model(config, 0).clone(frozen_patches=config.freeze_patch_embedding)
+    vit = create_vit(config, 0).clone(frozen_patches=config.freeze_patch_embedding)
     predicting = config.method == "moco_v3"
     return simclr.ContrastiveModel(
         vit=vit,
@@ -90,27 +89,30 @@ def initial_variables(config: ml_collections.ConfigDict, model: simclr.Contrasti
     return variables
 
 
-class Contrastive(Task):
-    """See `sigmarep.tasks.protocol.Task`."""
+class Contrastive(TaskModel):
+    """Learns features without labels; see `sigmarep.tasks.protocol.TaskModel`.
 
-    headline = "probe_accuracy"
+    Attributes:
+      model: the Linen module.
+    """
 
-    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
+    primary_metric = "probe_accuracy"
+    model_fields = ("method", "model.", "projector.", "predictor.")
+    microbatches = False
+
+    def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
-        data = config.data
-        self.model = create_model(config)
-        self._transform = views.train_transform(data)
-        describe = sources.published if abstract else sources.describe
-        described = describe(data.name, data_dir=data.data_dir)
-        if abstract:
-            self.num_train_examples = described.splits.get(data.train_split.split("[")[0], UNKNOWN_EXAMPLES)
-            return
-        self._num_classes = described.num_classes
-        self.train_source: sources.Source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
-        if data.in_memory:
-            self.train_source = [self.train_source[i] for i in range(len(self.train_source))]
-        self.num_train_examples = len(self.train_source)
-        self._baselines: dict[str, dict[str, float]] = {}
+        self.model = create_module(config)
+
+    @property
+    def plain_module(self) -> simclr.ContrastiveModel:
+        """The module that takes folded parameters (`sigmarep.nn.fold`)."""
+        vit, predictor = self.model.vit, self.model.predictor
+        return self.model.clone(
+            vit=vit.clone(transformer=dataclasses.replace(vit.transformer, reparam="none")),
+            projector=self.model.projector.clone(reparam="none"),
+            predictor=None if predictor is None else predictor.clone(reparam="none"),
+        )
 
     def init(self, rng):
         return initial_variables(self.config, self.model, rng)
@@ -118,20 +120,6 @@ class Contrastive(Task):
     def abstract_batches(self):
         rows, size, channels = self.config.batch_size, self.config.data.image_size, len(self.config.data.mean)
         return [{"views": jax.ShapeDtypeStruct((rows, 2, size, size, channels), jnp.float32)}]
-
-    def train_stream(self, *, start, process_index, process_count):
-        data = self.config.data
-        return pipeline.training_stream(
-            self.train_source,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start=start,
-            transform=self._transform,
-            process_index=process_index,
-            process_count=process_count,
-            num_threads=data.num_threads,
-            num_workers=data.num_workers,
-        )
 
     def loss(self, params, model_state, batch, rng, *, attention):
         images = batch["views"].reshape(-1, *batch["views"].shape[2:])
@@ -177,35 +165,8 @@ class Contrastive(Task):
         )
         return {"params": averaged, **state, **updates}, jax.lax.stop_gradient(outputs.projection)
 
-    def evaluations(self):
-        def of_split(split):
-            def batches(*, process_index, process_count):
-                return self._evaluation_batches(split, process_index, process_count)
-
-            # "train[:10%]" names a split, and would make an awkward metric name.
-            name = split.split("[")[0] if "[" in split else split
-            return Evaluation(name, batches, self._evaluate, lambda results: self._measured(split, results))
-
-        return [of_split(split) for split in self.config.data.eval_splits]
-
-    def _evaluation_batches(self, split, process_index, process_count) -> Iterator[dict[str, np.ndarray]]:
-        """The whole training split, then the whole of `split`, whose batches have `views` beside `image`."""
-        data = self.config.data
-        tested = sources.open_source(data.name, split, data_dir=data.data_dir)
-        for source, transform in (
-            (self.train_source, views.evaluation_transform(data)),
-            (_Numbered(tested), views.evaluation_transform(data, seed=self.config.seed + EVALUATION_SEED)),
-        ):
-            yield from pipeline.evaluation_batches(
-                source,
-                batch_size=self.config.batch_size,
-                transform=transform,
-                process_index=process_index,
-                process_count=process_count,
-                num_threads=data.num_threads,
-            )
-
-    def _evaluate(self, variables, batch):
+    def evaluate(self, variables: Any, batch: Any) -> dict[str, jax.Array]:
+        """Features and projections of images, and projections of both views of those that have them."""
         own = {name: value for name, value in variables.items() if name != "momentum"}
         outputs: Any = self.model.apply(own, batch["image"])
         found = {"features": outputs.features, "projection": outputs.projection}
@@ -218,90 +179,23 @@ class Contrastive(Task):
             "mask": batch["mask"],
         }
 
-    def _measured(self, split: str, results: list[dict[str, np.ndarray]]) -> dict[str, float]:
-        train = _joined([each for each in results if "views" not in each])
-        test = _joined([each for each in results if "views" in each])
-        metrics = self._worth(train["features"], train["label"], test["features"], test["label"])
-        metrics["alignment"] = features.alignment(test["views"][:, 0], test["views"][:, 1])
-        metrics["uniformity"] = features.uniformity(test["projection"])
-        if self.config.probe.baselines:
-            # They are the same at every evaluation.
-            if split not in self._baselines:
-                self._baselines[split] = self._baselines_of(split)
-            metrics |= self._baselines[split]
-            if "probe_accuracy" in metrics:
-                for name in ("random_init", "pixels"):
-                    margin = metrics["probe_accuracy"] - metrics[f"probe_accuracy_{name}"]
-                    metrics[f"probe_margin_over_{name}"] = margin
-        return metrics
+    def picture(self, path: str | os.PathLike) -> np.ndarray:
+        """The picture of a file, uint8 (height, width, channels); see `sigmarep.data.images.files.read`."""
+        return picture_files.read(path, len(self.config.data.mean))
 
-    def _worth(self, train, train_labels, test, test_labels) -> dict[str, float]:
-        knn, probe = self.config.knn, self.config.probe
-        predicted = features.knn_predictions(
-            train,
-            train_labels,
-            test,
-            neighbours=knn.neighbours,
-            temperature=knn.temperature,
-            num_classes=self._num_classes,
-        )
-        metrics = {"knn_accuracy": float(np.mean(predicted == test_labels))}
-        if probe.epochs:
-            found = features.linear_probe(
-                train,
-                train_labels,
-                test,
-                test_labels,
-                num_classes=self._num_classes,
-                learning_rates=probe.learning_rates,
-                weight_decays=probe.weight_decays,
-                epochs=probe.epochs,
-                batch_size=probe.batch_size,
-            )
-            metrics["probe_accuracy"] = found.accuracy
-        return metrics
+    def features(self, variables: Any, pictures: Iterable[np.ndarray]) -> np.ndarray:
+        """Features (N, width) of the encoder, float32, of pictures, uint8 (height, width, channels) of any size."""
+        return apply_to_pictures(self.encode, variables, pictures, self.config.data)
 
-    def _baselines_of(self, split: str) -> dict[str, float]:
-        """The same measures of the encoder before its first step and of the pixels, on this process's own device."""
-        # The trainer's own first key, so that it is the encoder that this run began with.
-        key = jax.random.split(jax.random.key(self.config.seed))[0]
-        variables = jax.device_get(jax.jit(self.init)(key))
-        variables.pop("momentum", None)
-        encode = jax.jit(lambda variables, image: self.model.apply(variables, image, method="encode"))
-        results: list[dict[str, np.ndarray]] = []
-        for batch in self._evaluation_batches(split, 0, 1):
-            encoded = np.asarray(encode(variables, batch["image"]), np.float32)
-            pixels = batch["image"].reshape(len(batch["image"]), -1)
-            results.append({**batch, "random_init": encoded, "pixels": pixels})
-        train = _joined([each for each in results if "views" not in each])
-        test = _joined([each for each in results if "views" in each])
-        metrics: dict[str, float] = {}
-        for name in ("random_init", "pixels"):
-            found = self._worth(train[name], train["label"], test[name], test["label"])
-            metrics |= {f"{measure}_{name}": value for measure, value in found.items()}
-        return metrics
+    @functools.cached_property
+    def encode(self) -> Any:
+        """Compiled: features of images (B, size, size, channels)."""
 
+        def step(variables, images):
+            own = {name: value for name, value in variables.items() if name != "momentum"}
+            return jnp.asarray(self.model.apply(own, images, method="encode"), jnp.float32)
 
-class _Numbered:
-    """A source whose examples know their index, from which their evaluation views are drawn."""
-
-    def __init__(self, source: sources.Source):
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return {**self._source[index], "index": index}
-
-
-def _joined(results: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """All real rows of the batches, in order."""
-    kept = [np.asarray(each["mask"]) > 0 for each in results]
-    return {
-        name: np.concatenate([np.asarray(each[name])[rows] for each, rows in zip(results, kept, strict=True)])
-        for name in results[0]
-    }
+        return jax.jit(step)
 
 
 def _unpredicted(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,11 +220,6 @@ def _head(config: ml_collections.ConfigDict, name: str, inputs: int) -> simclr.H
 def _check(config: ml_collections.ConfigDict) -> None:
     if config.method not in METHODS:
         raise BadInput(f"config.method = {config.method!r}: expected one of {', '.join(METHODS)}")
-    if config.accumulation > 1:
-        raise BadInput(
-            f"config.accumulation = {config.accumulation}: a contrastive loss compares all pictures of a batch, and "
-            "microbatches would not see each other; set it to 1"
-        )
     if config.batch_size < 2:
         raise BadInput(f"config.batch_size = {config.batch_size}: a contrastive loss needs at least 2 pictures")
     for name, value in (("temperature", config.temperature), ("knn.temperature", config.knn.temperature)):

@@ -1,7 +1,9 @@
-"""Speech recognition with CTC, scored by word and character error rates."""
+"""The model side of speech recognition: the CTC loss, evaluation and decoding."""
 
+import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,14 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data.audio import baselines, labels, speech
+from sigmarep.data.audio import features, labels, speech
 from sigmarep.data.audio.ngram import NGram
 from sigmarep.data.buckets import planned_rows
 from sigmarep.errors import BadInput
 from sigmarep.models import ctc
 from sigmarep.models.speech import SpeechTransformer
-from sigmarep.tasks import error_rates, transcripts
-from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
+from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 # Fields of config.model that are the speech model's own.
@@ -32,6 +33,8 @@ MODEL_FIELDS = (
     "max_scale",
 )
 LANGUAGE_MODELS = ("none", "ngram")
+# Its name in the folder of a run: what the n-gram learns from, one text a line.
+TRANSCRIPTS = "transcripts.txt"
 # config.model.qkv for what the paper's code calls its disjoint type.
 DISJOINT = {0: "fused", 1: "qk_v", 2: "separate"}
 
@@ -80,16 +83,23 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "SpeechRecognition":
-    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
+def create_model(config: ml_collections.ConfigDict, files: Files) -> "SpeechRecognition":
+    """The model side; `files` holds `labels.model`, and `transcripts.txt` if an n-gram is to learn from it.
 
     Raises:
-      BadInput: a field of `config.model`, `config.data` or `config.decoding` is wrong, or the data set is not prepared.
+      BadInput: a field of `config.model` or `config.decoding` has an unknown word or an impossible value.
     """
-    return SpeechRecognition(config, abstract=abstract)
+    transcripts = files[TRANSCRIPTS].decode() if config.decoding.language_model == "ngram" else ""
+    known = labels.from_bytes(files[labels.FILE], lowercase=config.data.labels.lowercase)
+    return SpeechRecognition(config, known, transcripts.splitlines())
 
 
-def create_model(config: ml_collections.ConfigDict, num_labels: int) -> SpeechTransformer:
+def planned_files(config: ml_collections.ConfigDict) -> dict[str, bytes]:
+    """Made-up labels, as many as `config.data.labels` asks for, and nothing for an n-gram to learn from."""
+    return {labels.FILE: labels.planned(config.data.labels).to_bytes(), TRANSCRIPTS: b""}
+
+
+def create_module(config: ml_collections.ConfigDict, num_labels: int) -> SpeechTransformer:
     """The model of `config.model`, without touching any data.
 
     Raises:
@@ -124,49 +134,37 @@ class Decoded(NamedTuple):
     greedy: list[str]
 
 
-class SpeechRecognition(Task):
-    """See `sigmarep.tasks.protocol.Task`. `config.batch_size` is the most seconds of a batch, padding among them."""
+class SpeechRecognition(TaskModel):
+    """Transcribes speech; see `sigmarep.tasks.protocol.TaskModel`. `config.batch_size` is the most seconds of a batch, with
+    its padding.
 
-    headline = "wer"
-    unit = "seconds"
+    Attributes:
+      model: the Linen module. labels: that it writes.
+    """
 
-    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
-        self.config = config
+    primary_metric = "wer"
+    model_fields = (
+        "model.",
+        *("data.sample_rate", "data.num_filters", "data.window_seconds", "data.hop_seconds", "data.labels."),
+    )
+
+    def __init__(self, config: ml_collections.ConfigDict, known: labels.Labels, transcripts: Sequence[str]):
+        """`transcripts`: normalised texts for the n-gram."""
         _check_decoding(config.decoding)
-        if abstract:
-            self.model = create_model(config, labels.planned_size(config.data.labels))
-            self._shapes = speech.planned_shapes(
-                config.data, batch_seconds=config.batch_size, stride=config.model.conv_stride
-            )
-            self.num_train_examples = UNKNOWN_EXAMPLES
-            return
-        error_rates.check_installed()
-        self.labels = speech.open_labels(config.data)
-        self.model = create_model(config, self.labels.size)
-        self.corpus = self.open_corpus(config.data.train_split)
-        self.train_batches = self._batches(self.corpus)
-        self._shapes = self.train_batches.shapes
-        self.num_train_examples = self.train_batches.batches_per_epoch * config.batch_size
+        self.config, self.labels, self._transcripts = config, known, transcripts
+        self.model = create_module(config, known.size)
 
-    def open_corpus(self, split: str) -> speech.SpeechCorpus:
-        """The utterances of a split."""
-        return speech.SpeechCorpus(self.config.data, self.labels, split, stride=self.config.model.conv_stride)
-
-    def _batches(self, corpus):
-        c = self.config
-        return speech.SpeechBatches(corpus, batch_seconds=c.batch_size, seed=c.seed, stride=c.model.conv_stride)
+    @property
+    def plain_module(self) -> SpeechTransformer:
+        """The module that takes folded parameters (`sigmarep.nn.fold`)."""
+        transformer = dataclasses.replace(self.model.transformer, reparam="none")
+        return self.model.clone(transformer=transformer, conv_reparam=False)
 
     def batch_rows(self):
         # Of the buckets that only an evaluation fills too.
         c = self.config
         rows = planned_rows(c.data.buckets, c.batch_size, c.data.rows_multiple)
         return tuple(count for count in rows if count)
-
-    def units_per_step(self):
-        return self.train_batches.seconds_per_batch
-
-    def files(self):
-        return speech.run_files(self.labels, self.corpus)
 
     def init(self, rng):
         return self.model.init(rng, *example(self.config))
@@ -183,10 +181,9 @@ class SpeechRecognition(Task):
             }
             return {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
 
-        return [batch(*shape) for shape in self._shapes]
-
-    def train_stream(self, *, start, process_index, process_count):
-        return self.train_batches.stream(start=start, process_index=process_index, process_count=process_count)
+        stride = self.config.model.conv_stride
+        shapes = speech.planned_shapes(self.config.data, batch_seconds=self.config.batch_size, stride=stride)
+        return [batch(*shape) for shape in shapes if shape[0]]
 
     def loss(self, params, model_state, batch, rng, *, attention):
         output, updates = self.model.apply(
@@ -209,45 +206,8 @@ class SpeechRecognition(Task):
             attention=recorded,
         )
 
-    def evaluations(self):
-        return [self.evaluation(split) for split in self.config.data.eval_splits]
-
-    def evaluation(self, split: str) -> Evaluation:
-        """Of one split, also one that `config.data.eval_splits` does not name."""
-        corpus = self.open_corpus(split)
-        last: list[tuple[Any, Decoded]] = []
-
-        def decoded(results):
-            # `finish` and `outputs` are given the same results; a beam search is made once.
-            if not last or last[0][0] is not results:
-                last[:] = [(results, self.decoded(results))]
-            return last[0][1]
-
-        @functools.cache
-        def of_baselines():
-            return self._baselines(corpus) if self.config.baselines else {}
-
-        def finish(results):
-            nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
-            count = float(np.sum([result["count"] for result in results], dtype=np.float64))
-            found = decoded(results)
-            references = [corpus.texts[i] for i in found.utterances]
-            return {
-                "loss": nats / count if count else math.nan,
-                **_rates(references, found.texts),
-                **self._greedy_rates(references, found.greedy),
-                **of_baselines(),
-                "impossible": float(np.sum([result["impossible"] for result in results])) / len(corpus),
-                "unknown_characters": float(np.mean(~corpus.scored)),
-            }
-
-        def outputs(results):
-            found = decoded(results)
-            return transcripts.outputs(corpus, found.utterances, found.texts)
-
-        return Evaluation(split.split("[")[0], self._batches(corpus).evaluation, self._evaluate, finish, outputs)
-
-    def _evaluate(self, variables, batch):
+    def evaluate(self, variables: Any, batch: Any) -> dict[str, jax.Array]:
+        """Nats and labels of a batch, utterances that cannot be aligned, and what decoding needs of each."""
         output: Any = self.model.apply(variables, batch["features"], batch["frames"])
         found = ctc.ctc_losses(output.logits, output.frames, batch["labels"], batch["label_lengths"])
         weights = batch["weights"] * found.possible
@@ -263,24 +223,17 @@ class SpeechRecognition(Task):
             results["log_probabilities"] = jax.nn.log_softmax(output.logits)
         return results
 
-    def word_error_rate(
-        self, corpus: speech.SpeechCorpus, results: list[Any], decoding: ml_collections.ConfigDict
-    ) -> float:
-        """Of a split, from the results of its evaluation's step, decoded as `decoding` says: a `config.decoding`."""
-        found = self.decoded(results, decoding)
-        return _rates([corpus.texts[i] for i in found.utterances], found.texts)["wer"]
-
     def decoded(self, results: list[Any], decoding: ml_collections.ConfigDict | None = None) -> Decoded:
         """What is heard in the results of an evaluation, decoded as `decoding` says, else as `config.decoding` does."""
         best, greedy = {}, {}
         for result in results:
             for row, index in enumerate(result["index"]):
                 if index >= 0:
-                    best[int(index)], greedy[int(index)] = self._texts(result, row, decoding)
+                    best[int(index)], greedy[int(index)] = self.texts(result, row, decoding)
         order = sorted(best)
         return Decoded(order, [best[index] for index in order], [greedy[index] for index in order])
 
-    def _texts(self, result, row: int, decoding=None) -> tuple[str, str]:
+    def texts(self, result: Any, row: int, decoding: ml_collections.ConfigDict | None = None) -> tuple[str, str]:
         """What is heard in an utterance, and what greedy decoding hears."""
         frames, c = int(result["frames"][row]), decoding or self.config.decoding
         greedy = self.labels.decode(ctc.collapse(result["best"][row][:frames]))
@@ -298,48 +251,50 @@ class SpeechRecognition(Task):
         return self.labels.decode(hypotheses[0].labels), greedy
 
     @functools.cached_property
+    def _step(self):
+        return jax.jit(self.evaluate)
+
+    @functools.cached_property
     def _language_model(self):
         c = self.config.decoding
         if c.language_model == "none":
             return None
-        return NGram.train(self.corpus.labels_of, order=c.ngram_order, vocabulary_size=self.labels.size)
+        sequences = [self.labels.encode(text).labels for text in self._transcripts]
+        return NGram.train(sequences, order=c.ngram_order, vocabulary_size=self.labels.size)
 
-    def _greedy_rates(self, references, greedy) -> dict[str, float]:
-        """Beside those of a beam search."""
-        if not self.config.decoding.beam_size:
-            return {}
-        return {f"greedy_{name}": value for name, value in _rates(references, greedy).items() if name in ("wer", "cer")}
+    def recording(self, path: str | os.PathLike) -> np.ndarray:
+        """The samples (n,) of an audio file as `transcribe` takes them.
 
-    def _baselines(self, corpus) -> dict[str, float]:
-        train = self.corpus
-        most = baselines.most_frequent(train.texts)
-        nearest = baselines.nearest_neighbour(
-            [train.features(i) for i in range(len(train))],
-            train.texts,
-            [corpus.features(i) for i in range(len(corpus))],
-        )
-        guesses = {"most_frequent": [most] * len(corpus), "nearest_neighbour": nearest}
-        return {
-            f"{name}_{rate}": value
-            for name, texts in guesses.items()
-            for rate, value in _rates(corpus.texts, texts).items()
-            if rate in ("wer", "cer")
-        }
-
-    def transcribe(self, variables: Any, utterances: Sequence[np.ndarray], *, rows: int = 8) -> list[str]:
-        """What is said in each of `utterances`, arrays (n,) of samples in [−1, 1] at `config.data.sample_rate`. Of those
-        longer than the last of `config.data.buckets` the model has seen none.
+        Raises:
+          BadInput: it cannot be read, or is longer than the last of `config.data.buckets`.
         """
-        rows = max(min(rows, len(utterances)), 1)
+        try:
+            recording = features.read(path)
+        except features.AudioError as error:
+            raise BadInput(str(error)) from None
+        seconds, longest = len(recording.samples) / recording.rate, self.config.data.buckets[-1]
+        if seconds > longest:
+            raise BadInput(
+                f"{os.fspath(path)}: lasts {seconds:.1f} s; the model was given at most {longest} s (config.data.buckets)"
+            )
+        return features.resampled(recording.samples, recording.rate, self.config.data.sample_rate)
+
+    def transcribe(self, variables: Any, recordings: Sequence[np.ndarray], *, rows: int = 8) -> list[str]:
+        """The words of each recording, samples (n,) in [−1, 1] at `config.data.sample_rate`; the model has seen none that
+        is longer than the last of `config.data.buckets`.
+
+        Args:
+          rows: recordings at a time.
+        """
+        rows = max(min(rows, len(recordings)), 1)
         log_mel, stride = speech.filterbank(self.config.data), self.config.model.conv_stride
-        features = [log_mel(samples) for samples in utterances]
-        order = sorted(range(len(features)), key=lambda i: len(features[i]))
-        step = jax.jit(self._evaluate)
-        found = [""] * len(features)
+        spectra = [log_mel(samples) for samples in recordings]
+        order = sorted(range(len(spectra)), key=lambda i: len(spectra[i]))
+        texts = [""] * len(spectra)
         for first in range(0, len(order), rows):
             members = order[first : first + rows]
             # Powers of two: few programs for any lengths.
-            frames = max(len(features[members[-1]]), 32 * stride)
+            frames = max(len(spectra[members[-1]]), 32 * stride)
             length = stride * 2 ** math.ceil(math.log2(frames / stride))
             batch = {
                 "features": np.zeros((rows, length, log_mel.num_filters), np.float32),
@@ -350,26 +305,13 @@ class SpeechRecognition(Task):
                 "index": np.full(rows, -1, np.int32),
             }
             for row, member in enumerate(members):
-                batch["features"][row, : len(features[member])] = features[member]
-                batch["frames"][row] = len(features[member])
+                batch["features"][row, : len(spectra[member])] = spectra[member]
+                batch["frames"][row] = len(spectra[member])
                 batch["index"][row] = member
-            result = jax.device_get(step(variables, batch))
+            result = jax.device_get(self._step(variables, batch))
             for row, member in enumerate(members):
-                found[member], _ = self._texts(result, row)
-        return found
-
-
-def _rates(references, hypotheses) -> dict[str, float]:
-    words = error_rates.word_errors(references, hypotheses)
-    characters = error_rates.character_errors(references, hypotheses)
-    count = max(words.reference_length, 1)
-    return {
-        "wer": words.rate,
-        "cer": characters.rate,
-        "insertions": words.insertions / count,
-        "deletions": words.deletions / count,
-        "substitutions": words.substitutions / count,
-    }
+                texts[member], _ = self.texts(result, row)
+        return texts
 
 
 def _check_decoding(c: ml_collections.ConfigDict) -> None:

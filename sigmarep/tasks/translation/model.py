@@ -1,4 +1,4 @@
-"""Machine translation with an encoder-decoder, scored by BLEU."""
+"""The model side of translation: loss, evaluation and beam search."""
 
 import dataclasses
 import functools
@@ -11,18 +11,17 @@ import ml_collections
 import numpy as np
 
 from sigmarep.data.buckets import planned_rows
-from sigmarep.data.text import baselines, parallel, vocabulary
+from sigmarep.data.text import parallel, vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.models import decoding
 from sigmarep.models.seq2seq import Seq2Seq, deepnorm_constants
 from sigmarep.nn import fold
-from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Outputs, Task
+from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 MODEL_FIELDS = ("share_embeddings", "tie_embeddings", "reparam_embedding", "dropout")
 ROTARY_BASE = 10_000.0
-SAMPLES = 3
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -53,16 +52,21 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "Translation":
-    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
+def create_model(config: ml_collections.ConfigDict, files: Files) -> "Translation":
+    """The model side; `files` holds `vocabulary.model`.
 
     Raises:
-      BadInput: a field of `config.model`, `config.data` or `config.decoding` is wrong, or the data set is not prepared.
+      BadInput: a field of `config.model` or `config.decoding` has an unknown word or an impossible value.
     """
-    return Translation(config, abstract=abstract)
+    return Translation(config, vocabulary.from_bytes(files[vocabulary.FILE]))
 
 
-def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> Seq2Seq:
+def planned_files(config: ml_collections.ConfigDict) -> dict[str, bytes]:
+    """A vocabulary of made-up words, as large as `config.data.vocabulary` asks for."""
+    return {vocabulary.FILE: vocabulary.planned(config.data.vocabulary).to_bytes()}
+
+
+def create_module(config: ml_collections.ConfigDict, vocabulary_size: int) -> Seq2Seq:
     """The model of `config.model`, without touching any data.
 
     Raises:
@@ -96,39 +100,36 @@ def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> Seq
     return model
 
 
-class Translation(Task):
-    """See `sigmarep.tasks.protocol.Task`. `config.batch_size` is a number of tokens, padding among them."""
+class Translation(TaskModel):
+    """Translates; see `sigmarep.tasks.protocol.TaskModel`. `config.batch_size` is a number of tokens, padding among them.
 
-    headline = "bleu"
-    unit = "tokens"
+    Attributes:
+      model: the Linen module. vocabulary: of both languages.
+    """
 
-    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
-        self.config = config
-        data = config.data
+    primary_metric = "bleu"
+
+    def __init__(self, config: ml_collections.ConfigDict, vocab: vocabulary.Vocabulary):
         _check_decoding(config.decoding)
-        if abstract:
-            self.model = create_model(config, vocabulary.planned_size(data.vocabulary))
-            rows = planned_rows(data.buckets, config.batch_size, data.rows_multiple)
-            self._shapes = [(count, length, length) for length, count in zip(data.buckets, rows, strict=True)]
-            self.num_train_examples = UNKNOWN_EXAMPLES
-            return
-        self.vocabulary = parallel.open_vocabulary(data)
-        self.model = create_model(config, self.vocabulary.size)
-        self.corpus = parallel.PairCorpus(data, self.vocabulary, data.train_split)
-        self.train_batches = self._batches(self.corpus)
-        self._shapes = self.train_batches.shapes
-        self.num_train_examples = self.train_batches.batches_per_epoch * config.batch_size
+        self.config, self.vocabulary = config, vocab
+        self.model = create_module(config, vocab.size)
 
-    def _batches(self, corpus):
-        return parallel.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
+    @property
+    def plain_module(self) -> Seq2Seq:
+        """The module that takes folded parameters (`sigmarep.nn.fold`)."""
+        stacks = (dataclasses.replace(each, reparam="none") for each in (self.model.encoder, self.model.decoder))
+        encoder, decoder = stacks
+        return self.model.clone(encoder=encoder, decoder=decoder, reparam_embedding=False)
+
+    def _buckets(self) -> list[tuple[int, int]]:
+        """Length and rows of every bucket that a batch holds."""
+        data = self.config.data
+        rows = planned_rows(data.buckets, self.config.batch_size, data.rows_multiple)
+        return [(length, count) for length, count in zip(data.buckets, rows, strict=True) if count]
 
     def batch_rows(self):
         # Of the buckets that only an evaluation fills too.
-        data = self.config.data
-        return tuple(rows for rows in planned_rows(data.buckets, self.config.batch_size, data.rows_multiple) if rows)
-
-    def files(self):
-        return parallel.run_files(self.vocabulary, self.corpus)
+        return tuple(rows for _, rows in self._buckets())
 
     def init(self, rng):
         tokens = jnp.zeros((1, 8), jnp.int32)
@@ -137,16 +138,11 @@ class Translation(Task):
     def abstract_batches(self):
         return [
             {
-                "source": jax.ShapeDtypeStruct((rows, sources), jnp.int32),
-                "inputs": jax.ShapeDtypeStruct((rows, targets), jnp.int32),
-                "targets": jax.ShapeDtypeStruct((rows, targets), jnp.int32),
+                **{name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("source", "inputs", "targets")},
                 "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
             }
-            for rows, sources, targets in self._shapes
+            for length, rows in self._buckets()
         ]
-
-    def train_stream(self, *, start, process_index, process_count):
-        return self.train_batches.stream(start=start, process_index=process_index, process_count=process_count)
 
     def loss(self, params, model_state, batch, rng, *, attention):
         losses, updates = self.model.apply(
@@ -171,75 +167,18 @@ class Translation(Task):
             attention=recorded,
         )
 
-    def evaluations(self):
-        return [self._evaluation(split) for split in self.config.data.eval_splits]
-
-    def _evaluation(self, split):
-        corpus = parallel.PairCorpus(self.config.data, self.vocabulary, split)
-        batches = self._batches(corpus)
-
-        @functools.cache
-        def of_baselines():
-            if not self.config.baselines:
-                return {}
-            train = [self.corpus.texts(i) for i in range(len(self.corpus))]
-            sources, references = zip(*(corpus.texts(i) for i in range(len(corpus))), strict=True)
-            nearest = baselines.nearest_neighbour([s for s, _ in train], [t for _, t in train], sources)
-            return {
-                "copy_bleu": bleu(sources, references)[0],
-                "nearest_neighbour_bleu": bleu(nearest, references)[0],
-            }
-
-        def finish(results):
-            nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
-            tokens = float(np.sum([result["tokens"] for result in results], dtype=np.float64))
-            written = self._written(corpus, results)
-            score, _ = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
-            return {
-                "loss": nats / tokens,
-                "perplexity": float(np.exp(nats / tokens)),
-                "bleu": score,
-                **of_baselines(),
-            }
-
-        def outputs(results):
-            written = self._written(corpus, results)
-            score, signature = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
-            rows = ["\t".join(part.replace("\t", " ").replace("\n", " ") for part in row) for row in written]
-            spread = [written[i * len(written) // SAMPLES] for i in range(min(SAMPLES, len(written)))]
-            return Outputs(
-                files={
-                    "translations.tsv": "\n".join(["source\treference\ttranslation", *rows, ""]),
-                    "bleu.txt": f"BLEU {score:.2f} {signature}\n",
-                },
-                samples=[f"{source} → {hypothesis} (reference: {target})" for source, target, hypothesis in spread],
-            )
-
-        return Evaluation(split.split("[")[0], batches.evaluation, self._evaluate, finish, outputs)
-
-    def _written(self, corpus, results) -> list[tuple[str, str, str]]:
-        """(source, reference, translation) of every pair, in the order of the corpus."""
-        found = {
-            int(index): self.vocabulary.decode(tokens)
-            for result in results
-            for index, tokens in zip(result["index"], result["translation"], strict=True)
-            if index >= 0
-        }
-        return [(*corpus.texts(index), found[index]) for index in sorted(found)]
-
-    def _evaluate(self, variables, batch):
+    def evaluate(self, variables: Any, batch: Any) -> dict[str, jax.Array]:
+        """Nats and tokens of a batch, and the translations of its sources (B, L) with the numbers of the pairs."""
         losses: Any = self.model.apply(variables, batch["source"], batch["inputs"], batch["targets"], method="losses")
         weights = (batch["targets"] != PAD).astype(jnp.float32)
         return {
             "nll": jnp.sum(weights * losses.nll),
             "tokens": jnp.sum(weights),
             "index": batch["index"],
-            "translation": self.translate(variables, batch["source"]).tokens[:, 0],
+            "translation": self.search(variables, batch["source"]).tokens[:, 0],
         }
 
-    def translate_texts(
-        self, variables: Any, sentences: Sequence[str], *, names: Sequence[str], rows: int = 32
-    ) -> list[str]:
+    def translate(self, variables: Any, sentences: Sequence[str], *, names: Sequence[str], rows: int = 32) -> list[str]:
         """Translations of sentences, an empty one of an empty one.
 
         Args:
@@ -258,7 +197,7 @@ class Translation(Task):
                     f"{name}: has {len(each)} tokens with its end; the model takes at most {limit} "
                     "(config.data.max_source_length)"
                 )
-        translate = jax.jit(lambda variables, source: self.translate(variables, source).tokens[:, 0])
+        translate = jax.jit(lambda variables, source: self.search(variables, source).tokens[:, 0])
         found = [""] * len(ids)
         # Those of about one length together, in the lengths of the buckets: few programs, little padding.
         of_bucket = np.searchsorted(self.config.data.buckets, [len(each) for each in ids])
@@ -273,13 +212,11 @@ class Translation(Task):
                     found[member] = self.vocabulary.decode(each)
         return found
 
-    def translate(self, variables: Any, source: jax.Array) -> decoding.Hypotheses:
+    def search(self, variables: Any, source: jax.Array) -> decoding.Hypotheses:
         """The best translations of sentences (B, S), padded with 0, that the beam search of `config.decoding` finds."""
         c = self.config.decoding
         plain = {"params": fold(variables)}
-        model = self.model.clone(
-            encoder=_plain(self.model.encoder), decoder=_plain(self.model.decoder), reparam_embedding=False
-        )
+        model = self.plain_module
         words = jnp.sum(source != PAD, axis=-1)
         longest = self.config.data.max_target_length
         longest = min(longest, int(c.length_factor * source.shape[1]) + c.length_extra)
@@ -312,19 +249,6 @@ class Translation(Task):
             eos=EOS,
             pad=PAD,
         )
-
-
-def bleu(hypotheses, references) -> tuple[float, str]:
-    """Corpus BLEU in per cent and its signature, by sacreBLEU."""
-    import sacrebleu
-
-    metric = sacrebleu.metrics.BLEU()
-    score = metric.corpus_score(list(hypotheses), [list(references)])
-    return score.score, str(metric.get_signature())
-
-
-def _plain(config):
-    return dataclasses.replace(config, reparam="none")
 
 
 def _check_decoding(c: ml_collections.ConfigDict) -> None:

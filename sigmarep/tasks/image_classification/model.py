@@ -1,18 +1,29 @@
-"""Supervised image classification with a Vision Transformer."""
+"""The model side of image classification: loss, evaluation, classes and features of pictures."""
 
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
-from sigmarep.data import pipeline, sources
+from sigmarep.data import sources
+from sigmarep.data.images import files as picture_files
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import ViT
-from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
+from sigmarep.tasks.pictures import apply_to_pictures
+from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+
+# Its name in the folder of a run.
+LABELS = "labels.json"
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -28,16 +39,27 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "ImageClassification":
-    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
+def create_model(config: ml_collections.ConfigDict, files: Files) -> "ImageClassification":
+    """The model side; `files` holds `labels.json`, the names of the classes in order.
 
     Raises:
-      BadInput: a field of `config.model` or `config.data` is wrong, or the data set is not prepared.
+      BadInput: a field of `config.model` has an unknown word or an impossible value.
     """
-    return ImageClassification(config, abstract=abstract)
+    return ImageClassification(config, json.loads(files[LABELS]))
 
 
-def create_model(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
+def planned_files(config: ml_collections.ConfigDict) -> dict[str, bytes]:
+    """The classes that are published of the data set."""
+    classes = sources.published(config.data.name, data_dir=config.data.data_dir).num_classes
+    return {LABELS: label_file([str(number) for number in range(classes)])}
+
+
+def label_file(class_names: Sequence[str]) -> bytes:
+    """The contents of `labels.json`."""
+    return json.dumps(list(class_names), indent=0, ensure_ascii=False).encode() + b"\n"
+
+
+def create_module(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
     """The ViT of `config.model`, without touching any data.
 
     Raises:
@@ -54,25 +76,24 @@ def create_model(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
     return model
 
 
-class ImageClassification(Task):
-    """See `sigmarep.tasks.protocol.Task`."""
+class ImageClassification(TaskModel):
+    """Classifies images; see `sigmarep.tasks.protocol.TaskModel`.
 
-    headline = "accuracy"
+    Attributes:
+      model: the Linen module. class_names: in the order of its outputs.
+    """
 
-    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
-        self.config = config
-        data = config.data
-        transforms.check(data)
-        describe = sources.published if abstract else sources.describe
-        described = describe(data.name, data_dir=data.data_dir)
-        self.model = create_model(config, described.num_classes)
-        if abstract:
-            self.num_train_examples = described.splits.get(data.train_split.split("[")[0], UNKNOWN_EXAMPLES)
-            return
-        self.train_source: sources.Source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
-        if data.in_memory:
-            self.train_source = [self.train_source[i] for i in range(len(self.train_source))]
-        self.num_train_examples = len(self.train_source)
+    primary_metric = "accuracy"
+
+    def __init__(self, config: ml_collections.ConfigDict, class_names: Sequence[str]):
+        transforms.check(config.data)
+        self.config, self.class_names = config, tuple(class_names)
+        self.model = create_module(config, len(self.class_names))
+
+    @property
+    def plain_module(self) -> ViT:
+        """The module that takes folded parameters (`sigmarep.nn.fold`)."""
+        return self.model.clone(transformer=dataclasses.replace(self.model.transformer, reparam="none"))
 
     def init(self, rng):
         size, channels = self.config.data.image_size, len(self.config.data.mean)
@@ -88,22 +109,6 @@ class ImageClassification(Task):
                 "mix_label": jax.ShapeDtypeStruct((rows,), jnp.int32),
             }
         ]
-
-    def train_stream(self, *, start, process_index, process_count):
-        data = self.config.data
-        transform, pair_transform = transforms.train_transforms(data)
-        return pipeline.training_stream(
-            self.train_source,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start=start,
-            transform=transform,
-            pair_transform=pair_transform,
-            process_index=process_index,
-            process_count=process_count,
-            num_threads=data.num_threads,
-            num_workers=data.num_workers,
-        )
 
     def loss(self, params, model_state, batch, rng, *, attention):
         logits, updates = self.model.apply(
@@ -130,28 +135,8 @@ class ImageClassification(Task):
             attention=recorded,
         )
 
-    def evaluations(self):
-        data = self.config.data
-        transform = transforms.eval_transform(data)
-
-        def of_split(split):
-            def batches(*, process_index, process_count):
-                return pipeline.evaluation_batches(
-                    sources.open_source(data.name, split, data_dir=data.data_dir),
-                    batch_size=self.config.batch_size,
-                    transform=transform,
-                    process_index=process_index,
-                    process_count=process_count,
-                    num_threads=data.num_threads,
-                )
-
-            # "train[:10%]" names a split, and would make an awkward metric name.
-            name = split.split("[")[0] if "[" in split else split
-            return Evaluation(name, batches, self._evaluate, _means)
-
-        return [of_split(split) for split in data.eval_splits]
-
-    def _evaluate(self, variables, batch):
+    def evaluate(self, variables: Any, batch: Any) -> dict[str, Any]:
+        """Sums and weights of accuracy and loss over a batch."""
         logits = jnp.asarray(self.model.apply(variables, batch["image"]), jnp.float32)
         mask = batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -162,9 +147,26 @@ class ImageClassification(Task):
             "loss": (jnp.sum(losses * mask), weight),
         }
 
+    def picture(self, path: str | os.PathLike) -> np.ndarray:
+        """The picture of a file, uint8 (height, width, channels); see `sigmarep.data.images.files.read`."""
+        return picture_files.read(path, len(self.config.data.mean))
 
-def _means(results: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    return {
-        name: float(sum(float(r[name][0]) for r in results) / sum(float(r[name][1]) for r in results))
-        for name in results[0]
-    }
+    def classify(self, variables: Any, pictures: Iterable[np.ndarray]) -> np.ndarray:
+        """Probabilities (N, classes) of pictures, uint8 (height, width, channels) of any size."""
+        return apply_to_pictures(self._probabilities, variables, pictures, self.config.data)
+
+    def features(self, variables: Any, pictures: Iterable[np.ndarray]) -> np.ndarray:
+        """The inputs (N, width) of the last layer, float32; see `classify`."""
+        return apply_to_pictures(self._features, variables, pictures, self.config.data)
+
+    @functools.cached_property
+    def _probabilities(self):
+        def step(variables, images):
+            return jax.nn.softmax(jnp.asarray(self.model.apply(variables, images), jnp.float32))
+
+        return jax.jit(step)
+
+    @functools.cached_property
+    def _features(self):
+        headless = self.model.clone(num_classes=0)
+        return jax.jit(lambda variables, images: jnp.asarray(headless.apply(variables, images), jnp.float32))

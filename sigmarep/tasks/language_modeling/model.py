@@ -1,8 +1,7 @@
-"""Causal language modelling: what comes next in a text."""
+"""The model side of language modeling: loss, evaluation and generation."""
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -10,14 +9,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.data import pipeline
-from sigmarep.data.text import baselines, documents, vocabulary
+from sigmarep.data.text import documents, vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 from sigmarep.models import decoding
 from sigmarep.models.lm import LanguageModel
 from sigmarep.nn import fold
-from sigmarep.tasks.protocol import UNKNOWN_EXAMPLES, Evaluation, LossOutput, Task
+from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
 from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
 
 # Fields of config.model that are the language model's own.
@@ -54,16 +52,21 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def create(config: ml_collections.ConfigDict, *, abstract: bool = False) -> "LanguageModeling":
-    """The task of a resolved configuration; see `sigmarep.tasks.protocol.Task` for `abstract`.
+def create_model(config: ml_collections.ConfigDict, files: Files) -> "LanguageModeling":
+    """The model side; `files` holds `vocabulary.model`.
 
     Raises:
-      BadInput: a field of `config.model` or `config.data` is wrong, or the data set is not prepared.
+      BadInput: a field of `config.model` has an unknown word or an impossible value.
     """
-    return LanguageModeling(config, abstract=abstract)
+    return LanguageModeling(config, vocabulary.from_bytes(files[vocabulary.FILE]))
 
 
-def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> LanguageModel:
+def planned_files(config: ml_collections.ConfigDict) -> dict[str, bytes]:
+    """A vocabulary of made-up words, as large as `config.data.vocabulary` asks for."""
+    return {vocabulary.FILE: vocabulary.planned(config.data.vocabulary).to_bytes()}
+
+
+def create_module(config: ml_collections.ConfigDict, vocabulary_size: int) -> LanguageModel:
     """The model of `config.model`, without touching any data.
 
     Raises:
@@ -88,29 +91,24 @@ def create_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> Lan
     return model
 
 
-class LanguageModeling(Task):
-    """See `sigmarep.tasks.protocol.Task`."""
+class LanguageModeling(TaskModel):
+    """Predicts the next token; see `sigmarep.tasks.protocol.TaskModel`.
 
-    headline = "perplexity"
-    unit = "tokens"
+    Attributes:
+      model: the Linen module. vocabulary: of its tokens.
+    """
 
-    def __init__(self, config: ml_collections.ConfigDict, *, abstract: bool):
-        self.config = config
-        data = config.data
-        if abstract:
-            self.model = create_model(config, vocabulary.planned_size(data.vocabulary))
-            self.num_train_examples = UNKNOWN_EXAMPLES
-            return
-        self.vocabulary = documents.open_vocabulary(data)
-        self.model = create_model(config, self.vocabulary.size)
-        self.train_windows = documents.open_windows(data, self.vocabulary, data.train_split, train=True)
-        self.num_train_examples = len(self.train_windows)
+    primary_metric = "perplexity"
 
-    def units_per_step(self):
-        return self.config.batch_size * self.config.data.sequence_length
+    def __init__(self, config: ml_collections.ConfigDict, vocab: vocabulary.Vocabulary):
+        self.config, self.vocabulary = config, vocab
+        self.model = create_module(config, vocab.size)
 
-    def files(self):
-        return documents.run_files(self.vocabulary, self.train_windows)
+    @property
+    def plain_module(self) -> LanguageModel:
+        """The module that takes folded parameters (`sigmarep.nn.fold`)."""
+        transformer = dataclasses.replace(self.model.transformer, reparam="none")
+        return self.model.clone(transformer=transformer, reparam_embedding=False)
 
     def init(self, rng):
         tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
@@ -121,17 +119,6 @@ class LanguageModeling(Task):
         types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
         types |= {"segments": jnp.int32, "positions": jnp.int32}
         return [{name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}]
-
-    def train_stream(self, *, start, process_index, process_count):
-        return pipeline.training_stream(
-            self.train_windows,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start=start,
-            process_index=process_index,
-            process_count=process_count,
-            num_threads=self.config.data.num_threads,
-        )
 
     def _positions(self, batch):
         """Where each token stands. Windows of one stream are one segment, and need no mask."""
@@ -163,44 +150,13 @@ class LanguageModeling(Task):
             attention=recorded,
         )
 
-    def evaluations(self):
-        return [self._evaluation(split) for split in self.config.data.eval_splits]
-
-    def _evaluation(self, split):
-        windows = documents.open_windows(self.config.data, self.vocabulary, split, train=False)
-
-        def batches(*, process_index, process_count):
-            return pipeline.evaluation_batches(
-                windows,
-                batch_size=self.config.batch_size,
-                process_index=process_index,
-                process_count=process_count,
-                num_threads=self.config.data.num_threads,
-            )
-
-        @functools.cache
-        def of_baselines():
-            if not self.config.baselines:
-                return {}
-            nats = baselines.unigram(self.train_windows, windows, self.vocabulary.size)
-            return {
-                "unigram_perplexity": math.exp(nats / windows.num_tokens),
-                "unigram_bits_per_byte": nats / math.log(2) / windows.num_bytes,
-                "gzip_bits_per_byte": baselines.gzip_bits_per_byte(documents.texts(self.config.data, split)),
-            }
-
-        def finish(results):
-            nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
-            tokens = float(np.sum([result["tokens"] for result in results], dtype=np.float64))
-            return {
-                "loss": nats / tokens,
-                "perplexity": _exp(nats / tokens),
-                "word_perplexity": _exp(nats / windows.num_words),
-                "bits_per_byte": nats / math.log(2) / windows.num_bytes,
-                **of_baselines(),
-            }
-
-        return Evaluation(split.split("[")[0], batches, self._evaluate, finish)
+    def evaluate(self, variables: Any, batch: Any) -> dict[str, jax.Array]:
+        """Sum of nats and number of tokens of a batch."""
+        losses: Any = self.model.apply(
+            variables, batch["tokens"], batch["targets"], **self._positions(batch), method="losses"
+        )
+        weights = batch["weights"] * batch["mask"][:, None]
+        return {"nll": jnp.sum(weights * losses.nll), "tokens": jnp.sum(weights)}
 
     def generate(
         self, variables: Any, prompts: list[str], rng: jax.Array, *, max_length: int, **sampling: Any
@@ -231,8 +187,7 @@ class LanguageModeling(Task):
         prompt = np.full((len(ids), lengths.max()), PAD, np.int32)
         for row, each in zip(prompt, ids, strict=True):
             row[: len(each)] = each
-        transformer = dataclasses.replace(self.model.transformer, reparam="none")
-        model = self.model.clone(transformer=transformer, reparam_embedding=False)
+        model = self.plain_module
 
         def step(plain, tokens, position, cache):
             found, cache = model.apply(
@@ -253,14 +208,3 @@ class LanguageModeling(Task):
             )
 
         return [self.vocabulary.decode(row) for row in np.asarray(run(variables))]
-
-    def _evaluate(self, variables, batch):
-        losses: Any = self.model.apply(
-            variables, batch["tokens"], batch["targets"], **self._positions(batch), method="losses"
-        )
-        weights = batch["weights"] * batch["mask"][:, None]
-        return {"nll": jnp.sum(weights * losses.nll), "tokens": jnp.sum(weights)}
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,121 @@
+"""The data side of translation: sentence pairs in buckets, and their scores."""
+
+import functools
+
+import ml_collections
+import numpy as np
+
+from sigmarep.data.text import baselines, parallel, vocabulary
+from sigmarep.tasks.protocol import Evaluation, Files, Outputs, TaskData
+from sigmarep.tasks.translation.model import Translation
+
+SAMPLES = 3
+
+
+def open_data(config: ml_collections.ConfigDict, files: Files | None = None) -> "TranslationData":
+    """The data side; see `sigmarep.tasks.protocol.Task.open_data`.
+
+    Raises:
+      BadInput: a field of `config.data` is wrong, or the data set is not prepared.
+    """
+    return TranslationData(config, files)
+
+
+class TranslationData(TaskData):
+    """Batches of sentence pairs; see `sigmarep.tasks.protocol.TaskData`."""
+
+    unit = "tokens"
+
+    def __init__(self, config: ml_collections.ConfigDict, files: Files | None):
+        self.config = config
+        self.vocabulary: vocabulary.Vocabulary = (
+            parallel.open_vocabulary(config.data) if files is None else vocabulary.from_bytes(files[vocabulary.FILE])
+        )
+
+    @functools.cached_property
+    def corpus(self) -> parallel.PairCorpus:
+        """Pairs of the training split."""
+        return parallel.PairCorpus(self.config.data, self.vocabulary, self.config.data.train_split)
+
+    @functools.cached_property
+    def train_batches(self) -> parallel.BucketedBatches:
+        """Batches of the training split."""
+        return self._batches(self.corpus)
+
+    def _batches(self, corpus):
+        return parallel.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
+
+    @property
+    def num_train_examples(self):
+        return self.train_batches.batches_per_epoch * self.config.batch_size
+
+    def files(self):
+        return parallel.run_files(self.vocabulary, self.corpus)
+
+    def train_stream(self, *, start, process_index, process_count):
+        return self.train_batches.stream(start=start, process_index=process_index, process_count=process_count)
+
+    def evaluations(self, model):
+        return [self._evaluation(model, split) for split in self.config.data.eval_splits]
+
+    def _evaluation(self, model: Translation, split: str) -> Evaluation:
+        corpus = parallel.PairCorpus(self.config.data, self.vocabulary, split)
+        batches = self._batches(corpus)
+
+        @functools.cache
+        def of_baselines():
+            if not self.config.baselines:
+                return {}
+            train = [self.corpus.texts(i) for i in range(len(self.corpus))]
+            sources, references = zip(*(corpus.texts(i) for i in range(len(corpus))), strict=True)
+            nearest = baselines.nearest_neighbour([s for s, _ in train], [t for _, t in train], sources)
+            return {
+                "copy_bleu": bleu(sources, references)[0],
+                "nearest_neighbour_bleu": bleu(nearest, references)[0],
+            }
+
+        def finish(results):
+            nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
+            tokens = float(np.sum([result["tokens"] for result in results], dtype=np.float64))
+            written = self._written(corpus, results)
+            score, _ = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
+            return {
+                "loss": nats / tokens,
+                "perplexity": float(np.exp(nats / tokens)),
+                "bleu": score,
+                **of_baselines(),
+            }
+
+        def outputs(results):
+            written = self._written(corpus, results)
+            score, signature = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
+            rows = ["\t".join(part.replace("\t", " ").replace("\n", " ") for part in row) for row in written]
+            spread = [written[i * len(written) // SAMPLES] for i in range(min(SAMPLES, len(written)))]
+            return Outputs(
+                files={
+                    "translations.tsv": "\n".join(["source\treference\ttranslation", *rows, ""]),
+                    "bleu.txt": f"BLEU {score:.2f} {signature}\n",
+                },
+                samples=[f"{source} → {hypothesis} (reference: {target})" for source, target, hypothesis in spread],
+            )
+
+        return Evaluation(split.split("[")[0], batches.evaluation, model.evaluate, finish, outputs)
+
+    def _written(self, corpus, results) -> list[tuple[str, str, str]]:
+        """(source, reference, translation) of every pair, in the order of the corpus."""
+        found = {
+            int(index): self.vocabulary.decode(tokens)
+            for result in results
+            for index, tokens in zip(result["index"], result["translation"], strict=True)
+            if index >= 0
+        }
+        return [(*corpus.texts(index), found[index]) for index in sorted(found)]
+
+
+def bleu(hypotheses, references) -> tuple[float, str]:
+    """Corpus BLEU in per cent and its signature, by sacreBLEU."""
+    import sacrebleu
+
+    metric = sacrebleu.metrics.BLEU()
+    score = metric.corpus_score(list(hypotheses), [list(references)])
+    return score.score, str(metric.get_signature())
