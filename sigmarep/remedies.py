@@ -4,11 +4,13 @@
 file differ in the remedy alone.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from sigmarep.training.config import choice
+from sigmarep import doors
+from sigmarep.errors import BadInput
 
 PLAIN = {"model.norm": "pre", "model.reparam": "none"}
 SIGMA = {"model.norm": "post", "model.reparam": "sigma"}
@@ -55,20 +57,43 @@ RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
-    """Makes `config` the arm `name` of `ARMS`.
+    """Makes `config` an arm.
+
+    Args:
+      name: one of `ARMS`, or the dotted Python name of a dictionary of fields like theirs, or of a function that is called
+        with the configuration and changes it.
 
     Raises:
-      BadInput: there is no such arm.
+      BadInput: there is no such arm, or it has a field that the configuration does not have.
     """
-    config.update_from_flattened_dict(choice("arm", name, ARMS))
+    _set_arm(config, name, ARMS)
 
 
 def set_self_supervised_arm(config: ml_collections.ConfigDict, name: str) -> None:
-    """Makes `config` the arm `name` of `SELF_SUPERVISED`.
+    """Makes `config` the arm `name` of `SELF_SUPERVISED`, or of a dotted Python name as `set_arm` takes it.
 
     Raises:
-      BadInput: there is no such arm.
+      BadInput: see `set_arm`.
     """
-    config.update_from_flattened_dict(choice("arm", name, SELF_SUPERVISED))
+    _set_arm(config, name, SELF_SUPERVISED)
     if config.freeze_patch_embedding:
         config.optimizer.no_decay = (*config.optimizer.no_decay, "patch_embedding")
+
+
+def _set_arm(config: ml_collections.ConfigDict, name: str, arms: Mapping[str, dict[str, Any]]) -> None:
+    if doors.is_dotted(name):
+        arm = doors.load(name, field="config argument arm")
+    elif name in arms:
+        arm = arms[name]
+    else:
+        raise BadInput(f"config argument arm = {name!r}: expected one of {', '.join(arms)}, or a dotted Python name")
+    if callable(arm):
+        arm(config)
+        return
+    if not isinstance(arm, Mapping):
+        raise BadInput(f"config argument arm = {name!r}: is a {type(arm).__name__}; expected fields or a function")
+    try:
+        config.update_from_flattened_dict(arm)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise BadInput(f"config argument arm = {name!r}: does not fit this configuration ({text})") from error

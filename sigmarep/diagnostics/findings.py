@@ -60,10 +60,11 @@ def facts(run: Run) -> Facts:
 
 
 def _final(run: Run) -> tuple[str, float] | None:
-    """Name and last value of the task's primary metric; of the metric evaluated first where that one is not known."""
+    """Name and last value of the task's primary metric; of another metric, rather not the loss, where that one is not known."""
     evaluated = [name for name in run.names if name.startswith("eval/")]
     primary = [name for name in evaluated if name.rsplit("/", 1)[-1] == run.environment.get("primary_metric")]
-    for name in (primary or evaluated)[:1]:
+    others = [name for name in evaluated if not name.endswith("/loss")]
+    for name in (primary or others or evaluated)[:1]:
         return name.removeprefix("eval/"), run.series(name).values[-1]
     return None
 

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import ml_collections
 
+from sigmarep import doors
 from sigmarep.errors import BadInput
 
 TASKS = ("image_classification", "contrastive", "language_modeling", "translation", "speech_recognition")
@@ -13,11 +14,20 @@ TASKS = ("image_classification", "contrastive", "language_modeling", "translatio
 def get(name: str) -> ModuleType:
     """The module of a task; see `sigmarep.tasks.protocol.Task`.
 
+    Args:
+      name: one of `TASKS`, or the dotted Python name of a module, or of an object that has its three functions.
+
     Raises:
       BadInput: there is no such task.
     """
+    if doors.is_dotted(name):
+        task = doors.load(name, field="config.task")
+        lacks = [each for each in ("default_config", "create_model", "open_data") if not callable(getattr(task, each, None))]
+        if lacks:
+            raise BadInput(f"config.task = {name!r}: has no function {lacks[0]}(); see sigmarep.tasks.protocol")
+        return task
     if name not in TASKS:
-        raise BadInput(f"config.task = {name!r}: expected one of {', '.join(TASKS)}")
+        raise BadInput(f"config.task = {name!r}: expected one of {', '.join(TASKS)}, or a dotted Python name")
     return importlib.import_module(f"sigmarep.tasks.{name}")
 
 

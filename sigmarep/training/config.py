@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from sigmarep import tasks
+from sigmarep import doors, tasks
 from sigmarep.errors import BadInput
 
 T = TypeVar("T")
@@ -25,6 +25,12 @@ CHOICES = {
     "writers.progress": ("auto", "plain", "off"),
     "optimizer.name": ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon"),
     "optimizer.schedule": ("constant", "cosine", "step", "rsqrt", "linear"),
+}
+
+# The words that these fields take besides.
+OPEN = {
+    "optimizer.name": ", an optimizer of optax such as adafactor, or a dotted Python name",
+    "optimizer.schedule": ", a schedule of optax such as sgdr_schedule, or a dotted Python name",
 }
 
 
@@ -61,6 +67,8 @@ RANGES = {
     "optimizer.beta2": _rate(),
     "optimizer.epsilon": _at_least(0),
 }
+# Sections that take any field: those of an optimizer or a schedule that this project does not know.
+FREE = ("optimizer.arguments", "optimizer.schedule_arguments")
 # Fields that may be None beside the durations.
 OPTIONAL = ("data_dir",)
 
@@ -108,8 +116,11 @@ def trainer_defaults() -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"
+    # Of an optimizer of optax, or of one's own, by the names it gives them; see sigmarep.training.external.
+    config.optimizer.arguments = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
+    config.optimizer.schedule_arguments = ml_collections.ConfigDict()
     duration(config.optimizer, "warmup")
     # The learning rate's last value as a fraction of its peak (cosine, linear).
     config.optimizer.end_factor = 0.0
@@ -160,7 +171,18 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     config.task = task
     for name, value in tasks.get(task).default_config().items():
         config[name] = value
-    return config.lock()
+    return locked(config)
+
+
+def locked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Locks `config` except for the sections of `FREE`."""
+    config.lock()
+    for section in FREE:
+        block = config
+        for part in section.split("."):
+            block = block[part]
+        block.unlock()
+    return config
 
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -216,16 +238,24 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     task = config.get("task", "")
     schema = default_config(task)
     known, given = flatten(schema), flatten(config)
+    free = tuple(f"{section}." for section in FREE)
     for name in given:
-        if name not in known:
+        if name not in known and not name.startswith(free):
             raise BadInput(f"config.{name}: there is no such field{nearest(name, known)}")
     for name in known:
         if name not in given:
             raise BadInput(f"config.{name}: is missing; start from sigmarep.training.config.default_config({task!r})")
         _check_type(name, given[name], _type(schema, name))
     for name, words in CHOICES.items():
-        if given[name] not in words:
-            raise BadInput(f"config.{name} = {given[name]!r}: expected one of {', '.join(words)}")
+        if given[name] not in words and not (name in OPEN and _is_open(name, given[name])):
+            also = OPEN.get(name, "")
+            raise BadInput(f"config.{name} = {given[name]!r}: expected one of {', '.join(words)}{also}")
+    for name in ("callbacks", "writers.extra"):
+        for word in given[name]:
+            if not doors.is_dotted(word):
+                raise BadInput(
+                    f"config.{name} = {tuple(given[name])!r}: expected dotted Python names, as my_package.my_name"
+                )
     for name, (test, accepted) in RANGES.items():
         if not test(given[name]):
             raise BadInput(f"config.{name} = {given[name]!r}: expected {accepted}")
@@ -233,6 +263,15 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         raise BadInput("config.optimizer.learning_rate = 0.0: expected a number above 0 beside other_learning_rate")
     copy = ml_collections.ConfigDict(config)
     return ml_collections.FrozenConfigDict(copy)
+
+
+def _is_open(name: str, word: str) -> bool:
+    if doors.is_dotted(word):
+        return True
+    # Imported where a word is not this project's: it takes the seconds that JAX takes to start.
+    from sigmarep.training import external
+
+    return {"optimizer.name": external.is_optimizer, "optimizer.schedule": external.is_schedule}[name](word)
 
 
 def _type(schema: ml_collections.ConfigDict, name: str) -> type:

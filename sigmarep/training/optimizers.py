@@ -5,6 +5,8 @@ Where weight decay λ enters, with learning rate η:
     adamw, lamb, lion, muon   decoupled: added to the update, W ← W − η·(update + λW)
     sgd, lars, adam, adagrad  coupled: added to the gradient, before momentum or second moments
 
+Other optimizers are optax's, or anyone's: `sigmarep.training.external`.
+
 `no_decay` names the parameters left out of it, and of the trust ratios of LARS and LAMB: γ, biases, norms' scales,
 positions and the class token, unless configured otherwise.
 
@@ -27,6 +29,8 @@ import optax.contrib
 
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
+from sigmarep.training import external
+from sigmarep.training.config import CHOICES
 from sigmarep.training.mesh import path_name
 from sigmarep.training.panel import STACKED
 
@@ -59,6 +63,34 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
       params: parameters, or their shapes.
     """
     mask = decay_mask(params, config.no_decay)
+    clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
+    bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
+    relative = (scale_by_kernel_norm(),) if config.relative_gradients else ()
+    factors = rate_factors(config, params)
+    rates = (_scaled_by(lambda _: factors),) if any(x != 1 for x in jax.tree.leaves(factors)) else ()
+    return optax.chain(*clip, *relative, *_directions(config, schedule, mask, params), *bound, *rates)
+
+
+def _directions(
+    config: Any, schedule: optax.Schedule, mask: Any, params: Any
+) -> tuple[optax.GradientTransformation, ...]:
+    """What `config.name` stands for: momentum, second moments, weight decay and the learning rate."""
+    if config.name not in CHOICES["optimizer.name"]:
+        return (
+            external.create_optimizer(
+                config.name,
+                config.arguments,
+                schedule=schedule,
+                weight_decay=config.weight_decay,
+                mask=mask,
+                params=params,
+            ),
+        )
+    if config.arguments:
+        raise BadInput(
+            f"config.optimizer.arguments: are those of an optimizer of optax, and {config.name!r} is built in; its fields "
+            f"are config.optimizer's own, or name it 'optax.{config.name}'"
+        )
     decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
     rate = optax.scale_by_learning_rate(schedule)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, nesterov=config.nesterov)
@@ -73,12 +105,7 @@ def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> o
         "lion": (optax.scale_by_lion(config.beta1, config.beta2), decay, rate),
         "muon": (_muon(config, params), decay, rate),
     }
-    clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
-    bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
-    relative = (scale_by_kernel_norm(),) if config.relative_gradients else ()
-    factors = rate_factors(config, params)
-    rates = (_scaled_by(lambda _: factors),) if any(x != 1 for x in jax.tree.leaves(factors)) else ()
-    return optax.chain(*clip, *relative, *chains[config.name], *bound, *rates)
+    return chains[config.name]
 
 
 def rate_factors(config: Any, params: Any) -> Any:
