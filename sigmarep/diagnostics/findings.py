@@ -60,7 +60,7 @@ def facts(run: Run) -> Facts:
 
 
 def _final(run: Run) -> tuple[str, float] | None:
-    """Name and last value of the task's primary metric; of another metric, rather not the loss, where that one is not known."""
+    """Name and last value of the task's primary metric; where that is not known, of another metric, the loss last."""
     evaluated = [name for name in run.names if name.startswith("eval/")]
     primary = [name for name in evaluated if name.rsplit("/", 1)[-1] == run.environment.get("primary_metric")]
     others = [name for name in evaluated if not name.endswith("/loss")]

@@ -9,6 +9,8 @@ from sigmarep import doors
 from sigmarep.errors import BadInput
 
 TASKS = ("image_classification", "contrastive", "language_modeling", "translation", "speech_recognition")
+# A task is an object with these; see `sigmarep.tasks.protocol`.
+FUNCTIONS = ("default_config", "create_model", "open_data")
 
 
 def get(name: str) -> ModuleType:
@@ -22,7 +24,7 @@ def get(name: str) -> ModuleType:
     """
     if doors.is_dotted(name):
         task = doors.load(name, field="config.task")
-        lacks = [each for each in ("default_config", "create_model", "open_data") if not callable(getattr(task, each, None))]
+        lacks = [each for each in FUNCTIONS if not callable(getattr(task, each, None))]
         if lacks:
             raise BadInput(f"config.task = {name!r}: has no function {lacks[0]}(); see sigmarep.tasks.protocol")
         return task

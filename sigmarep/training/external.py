@@ -142,9 +142,9 @@ def create_schedule(
 
 
 class DecayState(NamedTuple):
-    """`count`: () int32, updates made so far."""
+    """`step`: () int32, updates made so far."""
 
-    count: jax.Array
+    step: jax.Array
 
 
 def _decoupled_decay(schedule: optax.Schedule, weight_decay: float, mask: Any) -> optax.GradientTransformation:
@@ -153,11 +153,11 @@ def _decoupled_decay(schedule: optax.Schedule, weight_decay: float, mask: Any) -
         return optax.identity()
 
     def update(updates, state, params=None):
-        rate = schedule(state.count) * weight_decay
+        rate = schedule(state.step) * weight_decay
         updates = jax.tree.map(
             lambda u, w, decays: u - (rate * w).astype(u.dtype) if decays else u, updates, params, mask
         )
-        return updates, DecayState(optax.safe_increment(state.count))
+        return updates, DecayState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(lambda _: DecayState(jnp.zeros((), jnp.int32)), update)
 
