@@ -45,7 +45,8 @@ def main() -> None:
     module = command.load_config_file(path)
     if not hasattr(module, "sweep"):
         raise BadInput(f"--config {path}: has no function sweep()")
-    runs = sweeps.runs(path, module.sweep(), workdir, os.path.join(os.path.dirname(__file__), "train.py"))
+    script = os.path.join(os.path.dirname(__file__), "train.py")
+    runs = sweeps.runs(path, module.sweep(), workdir, script, imports=command.imports())
     if TABLE.value:
         for row in sweeps.table(runs, workdir):
             print("{:40} {:10} {:>8} {:>10}".format(*row))
@@ -86,14 +87,15 @@ def launch(runs, path: str, workdir: str) -> None:
     from sigmarep import sweeps
 
     record, given = sweeps.read_record(workdir), launchers.options(OPTION.value)
+    imports = command.imports()
     waiting = [i for i, run in enumerate(runs) if record.get(run.name, {}).get("state") not in sweeps.FINAL]
     if not waiting:
         print(f"{len(runs)} runs, all finished before")
         return
     if LAUNCHER.value == "slurm":
-        made = launchers.slurm(path, workdir, waiting, script=__file__, jobs=JOBS.value, given=given)
+        made = launchers.slurm(path, workdir, waiting, script=__file__, jobs=JOBS.value, given=given, imports=imports)
     else:
-        made = launchers.skypilot(path, workdir, waiting, [runs[i].name for i in waiting], given=given)
+        made = launchers.skypilot(path, workdir, waiting, [runs[i].name for i in waiting], given=given, imports=imports)
     if DRY_RUN.value:
         print(launchers.show(made))
         return

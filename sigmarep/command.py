@@ -1,5 +1,12 @@
-"""What the commands share: the --config flag with its overrides, one-line errors, exit statuses."""
+"""What the commands share: the --config flag with its overrides, --import, one-line errors, exit statuses.
 
+Modules of the user's are found by `config.task = "my_package.my_task"` and its like where Python finds them, and in the
+folder of the configuration file (of the outermost package that it is in). `--import` imports a package, by its name or the
+path of its folder; a workdir's own `config.json` may then name it (`sigmarep.doors`).
+"""
+
+import ast
+import contextlib
 import functools
 import importlib.util
 import os
@@ -13,8 +20,14 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sigmarep import doors
 from sigmarep.errors import BadInput, SigmarepError
-from sigmarep.training.config import UNITS
+from sigmarep.training.config import FREE, UNITS, locked
+
+IMPORT_HELP = "A module of yours that is imported first, by its name or its path; a workdir may then name it."
+flags.DEFINE_multi_string("import", [], IMPORT_HELP)
+# Overrides of fields that the configuration need not have: those of its sections `FREE`.
+_free_overrides: dict[str, Any] = {}
 
 
 def define_config_flag() -> Any:
@@ -43,7 +56,13 @@ def resolved_config(flag: Any) -> Any:
             for other in UNITS:
                 if other != unit:
                     block[f"{leaf}_{other}"] = None
+    locked(config).update_from_flattened_dict(_free_overrides)
     return config
+
+
+def imports() -> list[str]:
+    """The values of --import, for commands that start others."""
+    return list(flags.FLAGS["import"].value)
 
 
 def load_config_file(path: str) -> Any:
@@ -126,7 +145,8 @@ def _finish(main: Callable[[], Any]) -> None:
 
 def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     try:
-        rest = flags.FLAGS(list(arguments))
+        _import(arguments)
+        rest = flags.FLAGS(_without_free_overrides(arguments))
         _check(rest[:1] if positional else rest)
         return rest
     except SigmarepError as error:
@@ -140,6 +160,51 @@ def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     except Exception as error:
         fail(BadInput(f"{_place(error)}{type(error).__name__}: {_one_line(error)}"))
     return []
+
+
+def _import(arguments: Sequence[str]) -> None:
+    """Does what --import says, before the configuration file is read, and makes modules beside that file importable."""
+    early = flags.FlagValues()
+    flags.DEFINE_multi_string("import", [], "", flag_values=early)
+    flags.DEFINE_string("config", None, "", flag_values=early)
+    early.set_gnu_getopt(True)
+    # What is wrong with a flag is said when all of them are parsed.
+    with contextlib.suppress(flags.Error):
+        early(list(arguments), known_only=True)
+        if early.config:
+            doors.make_importable(early.config.partition(":")[0])
+        for module in early["import"].value:
+            doors.import_named(module)
+
+
+def _without_free_overrides(arguments: Sequence[str]) -> list[str]:
+    """Takes out --config.<section>.<name>=<value> of the sections `FREE`, which ml_collections would refuse."""
+    rest, pending = [], ""
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if pending:
+            _free_overrides[pending], pending = _literal(argument), ""
+        elif argument.startswith("-") and name.startswith(tuple(f"config.{section}." for section in FREE)):
+            pending = name.removeprefix("config.")
+            if equals:
+                _free_overrides[pending], pending = _literal(value), ""
+        else:
+            rest.append(argument)
+    if pending:
+        raise BadInput(f"--config.{pending}: a value is missing")
+    return rest
+
+
+def _literal(text: str) -> Any:
+    """A number, a word of Python's, a tuple or dictionary of such; else the text itself."""
+    try:
+        return _keys_as_text(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _keys_as_text(value: Any) -> Any:
+    return {str(key): _keys_as_text(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _check(rest: list[str]) -> None:

@@ -46,13 +46,21 @@ def options(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def slurm(
-    config: str, workdir: str, numbers: Sequence[int], *, script: str, jobs: int | None, given: dict[str, str]
+    config: str,
+    workdir: str,
+    numbers: Sequence[int],
+    *,
+    script: str,
+    jobs: int | None,
+    given: dict[str, str],
+    imports: Sequence[str] = (),
 ) -> Launch:
     """A job array of the runs `numbers`, `jobs` of them at a time, or as many as there is room for.
 
     Args:
       config: the configuration file. script: scripts/sweep.py.
       given: options of sbatch, without their dashes, such as {"gpus-per-node": "8", "nodes": "2"}.
+      imports: values of the script's flag --import.
     """
     workdir = os.path.abspath(workdir)
     lines = {
@@ -66,8 +74,9 @@ def slurm(
         **given,
     }
     path = os.path.join(workdir, "sweep.sbatch")
+    modules = [f"--import={os.path.abspath(each) if os.sep in each else each}" for each in imports]
     run = shlex.join(
-        [sys.executable, os.path.abspath(script), "--config", os.path.abspath(config), "--workdir", workdir]
+        [sys.executable, os.path.abspath(script), "--config", os.path.abspath(config), "--workdir", workdir, *modules]
     )
     text = "\n".join(
         [
@@ -85,7 +94,13 @@ def slurm(
 
 
 def skypilot(
-    config: str, workdir: str, numbers: Sequence[int], names: Sequence[str], *, given: dict[str, str]
+    config: str,
+    workdir: str,
+    numbers: Sequence[int],
+    names: Sequence[str],
+    *,
+    given: dict[str, str],
+    imports: Sequence[str] = (),
 ) -> Launch:
     """A managed job for each of the runs `numbers`, which SkyPilot starts again elsewhere when its machines are taken.
 
@@ -93,6 +108,7 @@ def skypilot(
       config: the configuration file, below the current folder, which is copied to the machines.
       workdir: of the sweep on the machines; below the mounted bucket.
       given: see `SKYPILOT_OPTIONS`.
+      imports: values of the script's flag --import, paths of which are below the current folder too.
 
     Raises:
       BadInput: an unknown option, no bucket, or a file that would not be copied.
@@ -129,7 +145,8 @@ def skypilot(
                 f'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"',
                 'export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"',
                 '[ "$SKYPILOT_NUM_NODES" -gt 1 ] || unset JAX_COORDINATOR_ADDRESS',
-                f'python scripts/sweep.py --config {shlex.quote(relative)} --workdir {shlex.quote(mounted)} --run "$RUN"',
+                f'python scripts/sweep.py --config {shlex.quote(relative)} --workdir {shlex.quote(mounted)} --run "$RUN"'
+                + "".join(f" --import={shlex.quote(each)}" for each in imports),
             ]
         ),
     }

@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A final run: its `point`, its `state` ("done" or "diverged"), and `rows`, its metrics in the order of the steps."""
+    """A final run: its `point`, its `state` (one of `FINAL`), and `rows`, its metrics in the order of the steps."""
 
     point: Point
     state: str
@@ -100,13 +100,14 @@ class Outcome(NamedTuple):
         return {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
 
 
-def runs(path: str, points: Sequence[Point], workdir: str, script: str) -> list[Run]:
+def runs(path: str, points: Sequence[Point], workdir: str, script: str, imports: Sequence[str] = ()) -> list[Run]:
     """The run of every point, in the order of the points.
 
     Args:
       path: of the configuration file.
       workdir: of the sweep; each run has a folder in it.
       script: scripts/train.py.
+      imports: values of its flag --import.
 
     Raises:
       BadInput: there is no point, or two points are the same run.
@@ -122,7 +123,8 @@ def runs(path: str, points: Sequence[Point], workdir: str, script: str) -> list[
         overrides = [f"--{key}={value}" for key, value in point.items() if key.startswith("config.")]
         file = f"{path}:{arguments}" if arguments else path
         command = [sys.executable, script, "--config", file, "--workdir", os.path.join(workdir, name), *overrides]
-        found[name] = Run(name, point, [*command, "--config.writers.progress=plain"])
+        imported = [f"--import={module}" for module in imports]
+        found[name] = Run(name, point, [*command, "--config.writers.progress=plain", *imported])
     return list(found.values())
 
 

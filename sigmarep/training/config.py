@@ -175,13 +175,12 @@ def default_config(task: str) -> ml_collections.ConfigDict:
 
 
 def locked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Locks `config` except for the sections of `FREE`."""
+    """Locks `config` except for its sections `FREE`."""
     config.lock()
     for section in FREE:
-        block = config
-        for part in section.split("."):
-            block = block[part]
-        block.unlock()
+        block, _, name = section.partition(".")
+        if name in config.get(block, {}):
+            config[block][name].unlock()
     return config
 
 
