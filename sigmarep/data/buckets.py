@@ -1,8 +1,8 @@
-"""Examples of different sizes in batches of few shapes.
+"""Batches of examples of different sizes, in few shapes.
 
-An example belongs to the bucket of the least size that holds it. The rows of a bucket's batches are as many as fit into
-a batch's size, padding counted. As in `sigmarep.data.pipeline`, a batch follows from the seed and its number alone, so
-that a stream's position is nothing but the number of its next batch.
+An example belongs to the smallest bucket that holds it. A bucket's batches have as many rows as fit into the batch size,
+padding included. As in `sigmarep.data.pipeline`, seed and number determine a batch, so the position of a stream is the
+number of its next batch.
 """
 
 import collections
@@ -16,33 +16,37 @@ import numpy as np
 from sigmarep.errors import BadInput
 
 Batch = dict[str, np.ndarray]
-# Batches made ahead of the one that is trained on, at least.
-AHEAD = 4
+# Least number of batches prepared in advance.
+MIN_PREFETCH = 4
 
 
 def checked(boundaries: Sequence[float]) -> tuple[float, ...]:
-    """The boundaries of buckets.
+    """Returns the boundaries of buckets as a tuple.
 
     Raises:
-      BadInput: they are not rising numbers.
+      BadInput: they are not increasing positive numbers.
     """
-    found = tuple(boundaries)
-    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in found)
-    if not found or not numbers or list(found) != sorted(set(found)) or found[0] <= 0:
-        raise BadInput(f"config.data.buckets = {found}: expected rising lengths above 0")
-    return found
+    lengths = tuple(boundaries)
+    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in lengths)
+    if not lengths or not numbers or list(lengths) != sorted(set(lengths)) or lengths[0] <= 0:
+        raise BadInput(f"config.data.buckets = {lengths}: expected rising lengths above 0")
+    return lengths
 
 
 def planned_rows(boundaries: Sequence[float], batch_size: float, rows_multiple: int) -> list[int]:
-    """Rows that a batch of each bucket has, 0 where a batch does not hold one."""
+    """Rows of a batch of each bucket; 0 where not even `rows_multiple` rows fit into a batch."""
     return [int(batch_size // size) // rows_multiple * rows_multiple for size in boundaries]
 
 
 class Share(NamedTuple):
     """One process's rows of a global batch.
 
-    `bucket` counts the buckets that have examples; `members` are examples, at most `rows`, the first of which stands in
-    row `first_row` of the global batch; `number` is that of the batch in training, None in evaluation.
+    Attributes:
+      bucket: index among the buckets that have examples.
+      members: examples, at most `rows`.
+      rows: rows of this process, including empty ones.
+      first_row: row of the first member in the global batch.
+      number: number of the batch in training, None in evaluation.
     """
 
     bucket: int
@@ -52,18 +56,18 @@ class Share(NamedTuple):
     number: int | None
 
     def numbers(self) -> np.ndarray:
-        """The members as (rows,) int32, −1 for rows without one."""
+        """Example of each row, (rows,) int32; −1 for empty rows."""
         index = np.full(self.rows, -1, np.int32)
         index[: len(self.members)] = self.members
         return index
 
 
 class Buckets:
-    """Which examples stand in which batch.
+    """Assignment of examples to batches.
 
     Attributes:
       shapes: (rows, size) of each bucket that has examples.
-      members: the examples of each.
+      members: the examples of each of these buckets.
       batches_per_epoch: the same in every epoch.
     """
 
@@ -78,16 +82,19 @@ class Buckets:
         seed: int,
         num_threads: int,
     ):
-        """Lays the examples out.
+        """Assigns examples to buckets.
 
         Args:
-          sizes: (n,), none above the last of `boundaries`.
-          boundaries: rising.
-          batch_size: of a global batch, in the `unit` of the sizes.
-          rows_multiple: the rows of every batch are a multiple of it.
+          sizes: (n,), none above the last boundary.
+          boundaries: largest size of each bucket, increasing.
+          batch_size: size of a global batch, in `unit`.
+          unit: name of the unit of sizes, for messages.
+          rows_multiple: the number of rows of every batch is a multiple of this.
+          seed: determines the order of training batches, at least 0.
+          num_threads: threads that make batches.
 
         Raises:
-          BadInput: a field is wrong, or a bucket's rows do not fit into a batch.
+          BadInput: an argument is invalid, or `rows_multiple` rows of a bucket do not fit into a batch.
         """
         boundaries = checked(boundaries)
         if seed < 0:
@@ -111,7 +118,7 @@ class Buckets:
                 )
             self.shapes.append((rows, size))
             self.members.append(members)
-        # (bucket, number of the batch in it), in order.
+        # (bucket, number of the batch in its bucket), in order.
         self._all = [
             (bucket, number)
             for bucket, members in enumerate(self.members)
@@ -123,9 +130,12 @@ class Buckets:
     def stream(
         self, make: Callable[[Share], Batch], *, start: int, process_index: int = 0, process_count: int = 1
     ) -> Generator[Batch, None, None]:
-        """What `make` makes of this process's rows of the global batches `start`, `start + 1`, …, for ever.
+        """Yields `make(share)` for this process's rows of the global batches `start`, `start + 1`, …, without end.
 
         Every epoch has each example once.
+
+        Raises:
+          BadInput: `rows_multiple` does not divide over the processes.
         """
         self._check(process_count)
         with concurrent.futures.ThreadPoolExecutor(max(self._num_threads, 1)) as pool:
@@ -133,7 +143,7 @@ class Buckets:
             number = start
             try:
                 while True:
-                    while len(waiting) < max(AHEAD, 2 * self._num_threads):
+                    while len(waiting) < max(MIN_PREFETCH, 2 * self._num_threads):
                         waiting.append(pool.submit(self._training_batch, make, number, process_index, process_count))
                         number += 1
                     yield waiting.popleft().result()
@@ -143,7 +153,7 @@ class Buckets:
     def evaluation(
         self, make: Callable[[Share], Batch], *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[Batch]:
-        """Every example once, bucket by bucket; this process's rows of each global batch."""
+        """Yields `make(share)` for this process's rows of batches that hold every example once, bucket by bucket."""
         self._check(process_count)
         for bucket, number in self._all:
             rows = self.shapes[bucket][0]

@@ -1,8 +1,8 @@
-"""The one road from a source to batches, for every kind of data.
+"""Batches from a source of examples of one size, for training and evaluation.
 
-A stream's position is nothing but the number of its next global batch. Which examples a batch holds, and every random
-number of their augmentation, follow from that number and the seed alone: not from the number of processes, threads or
-workers, and not from where the stream was started. Resuming is therefore starting at a number, and is exact.
+The position of a stream is the number of its next global batch, and nothing else. That number and the seed determine the
+examples of a batch and every random number of their augmentation, whatever the number of processes, threads or workers
+and wherever the stream was started. A run resumes exactly by starting its stream at a number.
 """
 
 import atexit
@@ -35,24 +35,28 @@ def training_stream(
     num_threads: int = 8,
     num_workers: int = 0,
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's rows of the global batches `start`, `start + 1`, …, for ever.
+    """Yields this process's rows of the global batches `start`, `start + 1`, …, without end.
 
-    Each epoch is shuffled anew; what is left at its end goes into the next epoch's first batch.
+    Every epoch has its own order; examples left at the end of an epoch go into the first batch of the next.
 
     Args:
-      batch_size: rows of a global batch. Process p of n has rows p·B/n to (p + 1)·B/n.
+      source: the examples.
+      batch_size: B, rows of a global batch. Process p of n has rows p·B/n to (p + 1)·B/n.
+      seed: determines order and augmentation, at least 0.
+      start: number of the first batch.
       transform: applied to every example.
       pair_transform: applied to two consecutive examples as a batch of two (mixup, CutMix).
+      process_index, process_count: p and n.
       num_threads: threads that read and transform.
-      num_workers: processes that do, 0 for none.
+      num_workers: processes that read and transform; 0 for none.
 
     Raises:
-      BadInput: the batch does not divide over the processes, or not into pairs; the seed is negative.
+      BadInput: the batch does not divide over the processes or into pairs, or the seed is negative.
     """
     if seed < 0:
         raise BadInput(f"config.seed = {seed}: expected 0 or more")
     local = _local_size(batch_size, process_count)
-    # As good as for ever. Grain's own for ever is too long for batches of one, by rounding.
+    # Practically endless. Grain's own endless repeat overflows by rounding for batches of one.
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**60 // len(source))
     if transform is not None:
         dataset = dataset.random_map(transform)
@@ -70,7 +74,7 @@ def training_stream(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * num_threads, 2))
     iterable = dataset.to_iter_dataset(options)
     if num_workers:
-        # Grain's workers read absl's flags, which a notebook never parses.
+        # Grain's workers read absl's flags, which nobody has parsed in a notebook.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
@@ -88,10 +92,11 @@ def evaluation_batches(
     process_count: int = 1,
     num_threads: int = 8,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order, this process's rows of each global batch.
+    """Yields this process's rows of global batches that hold every example once, in order.
 
-    The last batch is filled up with copies; `mask` (rows,) float32 is 1 for examples and 0 for those. All processes
-    yield equally many batches.
+    The last batch is filled up with copies of the last example; `mask` (rows,) float32 is 1 for examples and 0 for
+    copies. All processes yield the same number of batches. Arguments as in `training_stream`, except that `transform`
+    takes no generator.
 
     Raises:
       BadInput: the batch does not divide over the processes.
@@ -101,9 +106,8 @@ def evaluation_batches(
     last = len(source) - 1
 
     def example(row: int) -> dict[str, Any]:
-        found = source[min(row, last)]
-        found = dict(transform(found) if transform is not None else found)
-        return {**found, "mask": np.float32(row <= last)}
+        raw = source[min(row, last)]
+        return {**(transform(raw) if transform is not None else raw), "mask": np.float32(row <= last)}
 
     dataset = grain.MapDataset.range(batches * batch_size).map(example).batch(local)[process_index::process_count]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * num_threads, 2))
@@ -119,7 +123,7 @@ def _closing(iterator: Any) -> Generator[dict[str, np.ndarray], None, None]:
 
 @atexit.register
 def _close_streams() -> None:
-    """Ends worker processes and frees the memory shared with them while the modules that do so still exist."""
+    """Ends worker processes and frees their shared memory before the interpreter unloads the modules needed for that."""
     for stream in list(_streams):
         stream.close()
 

@@ -1,4 +1,4 @@
-"""Texts as numbers, made once and kept: one array of all tokens, and where each text begins in it."""
+"""Cache of tokenized texts on disk: one array of all tokens, and the offset of each text in it."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,12 @@ from sigmarep.files import locked
 
 
 class Corpus:
-    """Token arrays (n,) int32 of texts, read from disk as they are asked for.
+    """Token arrays (n,) int32 of texts, read from disk on access.
 
     Attributes:
-      offsets: (texts + 1,) int64, where each begins. counts: what was counted while they were made.
-      fingerprint: SHA-256 of all tokens, hexadecimal.
+      offsets: (texts + 1,) int64, where each text begins among all tokens.
+      counts: the counts that `encode` returned, see `obtain`.
+      fingerprint: hexadecimal SHA-256 of offsets and tokens.
     """
 
     def __init__(self, folder: str):
@@ -39,7 +40,7 @@ class Corpus:
 
 @contextlib.contextmanager
 def cache_lock(path: str) -> Iterator[None]:
-    """Holds the lock of the cached file or folder `path`: two processes that want the same one make it once.
+    """Locks the cached file or folder `path`, so that two processes that need it create it once.
 
     Raises:
       BadInput: the folder cannot be written.
@@ -56,12 +57,17 @@ def cache_lock(path: str) -> Iterator[None]:
 
 
 def key_digest(key: str) -> str:
-    """The file name of what is kept under `key`."""
+    """Name of the cached file or folder for `key`."""
     return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def obtain(folder: str, key: str, encode: Callable[[], tuple[Sequence[np.ndarray], dict[str, int]]]) -> Corpus:
-    """The corpus kept in `folder` under `key`, made by `encode()` (token arrays, counts) if it is not there.
+    """Opens the corpus cached in `folder` under `key`, creating it if necessary.
+
+    Args:
+      folder: folder of the cache.
+      key: names the content.
+      encode: returns the token arrays, and counts to store with them.
 
     Raises:
       BadInput: the folder cannot be written.
@@ -87,7 +93,7 @@ def obtain(folder: str, key: str, encode: Callable[[], tuple[Sequence[np.ndarray
 
 
 def feature(example: Mapping[str, Any], name: str, field: str) -> str:
-    """The text of a feature.
+    """Returns a feature of an example as text.
 
     Raises:
       BadInput: there is no such feature; the message names `config.data.<field>`.

@@ -312,7 +312,7 @@ def test_every_unusable_file_is_left_out_and_named(tmp_path):
     assert re.fullmatch(r"wav/text\.wav: cannot be decoded \(.+\)", unreadable[0])
     assert unreadable[1:] == [
         "wav/nan.wav: holds samples that are not finite",
-        f"wav/cut.wav: cannot be decoded (is cut off: {len(whole) // 2 - 8:,} of {len(whole) - 8:,} bytes are there)",
+        f"wav/cut.wav: cannot be decoded (truncated: {len(whole) // 2 - 8:,} of {len(whole) - 8:,} bytes are present)",
     ]
     assert found == {
         "missing": ["wav/gone.wav: there is no such file"],

@@ -19,7 +19,7 @@ def config(channels=3, **fields):
     return made
 
 
-def colours(count=4, channels=3, seed=0):
+def colors(count=4, channels=3, seed=0):
     return np.random.default_rng(seed).random((count, 12, 14, channels)).astype(np.float32)
 
 
@@ -43,29 +43,29 @@ def test_jitter_is_pillows_to_a_rounding(operation, enhancer, change):
     np.testing.assert_allclose(255 * found, expected, atol=1.6)
 
 
-@pytest.mark.parametrize("turns", [-0.3, 0.0, 0.1, 0.5])
-def test_the_hue_turns_as_in_the_standard_library(turns):
-    stack = colours(1)
-    # Ties between channels and pixels without colour as well.
+@pytest.mark.parametrize("shift", [-0.3, 0.0, 0.1, 0.5])
+def test_the_hue_shifts_as_in_the_standard_library(shift):
+    stack = colors(1)
+    # Ties between channels and pixels without color as well.
     stack[0, 0, 0], stack[0, 0, 1], stack[0, 0, 2], stack[0, 0, 3] = 0.5, (0.7, 0.7, 0.2), (0.2, 0.7, 0.7), 0
-    found = views.hue_turned(stack, factor(turns))[0]
+    found = views.hue_shifted(stack, factor(shift))[0]
     for index in np.ndindex(stack.shape[1:3]):
         hue, saturation, value = colorsys.rgb_to_hsv(*map(float, stack[0][index]))
-        np.testing.assert_allclose(found[index], colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value), atol=1e-5)
+        np.testing.assert_allclose(found[index], colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value), atol=1e-5)
 
 
 def test_grey_and_solarised_are_pillows_to_a_rounding():
     image = np.random.default_rng(1).integers(0, 256, (12, 14, 3), dtype=np.uint8)
     stack = image[None].astype(np.float32) / 255
-    grey = np.asarray(Image.fromarray(image).convert("L"))
-    np.testing.assert_allclose(255 * views.greyscaled(stack)[0], np.stack([grey] * 3, -1), atol=1)
-    solarised = np.asarray(ImageOps.solarize(Image.fromarray(image), 128))
-    np.testing.assert_allclose(255 * views.solarise(stack)[0], solarised, atol=1e-3)
+    gray = np.asarray(Image.fromarray(image).convert("L"))
+    np.testing.assert_allclose(255 * views.grayscaled(stack)[0], np.stack([gray] * 3, -1), atol=1)
+    solarized = np.asarray(ImageOps.solarize(Image.fromarray(image), 128))
+    np.testing.assert_allclose(255 * views.solarize(stack)[0], solarized, atol=1e-3)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_scipys_gaussian_with_mirrored_edges(sigma):
-    stack = colours(1).astype(np.float64)
+    stack = colors(1).astype(np.float64)
     expected = stack[0]
     for axis in (0, 1):
         expected = gaussian_filter1d(expected, sigma, axis=axis, mode="reflect", radius=max(int(np.ceil(4 * sigma)), 1))
@@ -74,7 +74,7 @@ def test_blur_is_scipys_gaussian_with_mirrored_edges(sigma):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_stack_is_changed_as_each_of_its_pictures_alone(channels):
-    stack, rng = colours(4, channels), np.random.default_rng(3)
+    stack, rng = colors(4, channels), np.random.default_rng(3)
     changes = rng.uniform(-0.4, 0.4, (4, 4)).astype(np.float32)
     orders = np.stack([rng.permutation(4) for _ in range(4)])
     sigmas = np.asarray([0.2, 0.5, 1.0, 2.0])
@@ -86,9 +86,9 @@ def test_a_stack_is_changed_as_each_of_its_pictures_alone(channels):
 
 
 def test_jitter_follows_each_pictures_own_order():
-    stack = colours(1)
+    stack = colors(1)
     changes = np.asarray([[0.4, -0.3, 0.2, 0.1]], np.float32)
-    steps = [views.brightened, views.contrasted, views.saturated, views.hue_turned]
+    steps = [views.brightened, views.contrasted, views.saturated, views.hue_shifted]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         expected = stack
         for index in order:
@@ -96,11 +96,11 @@ def test_jitter_follows_each_pictures_own_order():
         np.testing.assert_allclose(views.jittered(stack, changes, np.asarray([order])), expected, atol=1e-6)
 
 
-def test_changes_of_colour_leave_one_channel_as_it_is():
-    stack = colours(2, channels=1)
+def test_changes_of_color_leave_one_channel_as_it_is():
+    stack = colors(2, channels=1)
     np.testing.assert_array_equal(views.saturated(stack, factor(0.4)), stack)
-    np.testing.assert_array_equal(views.hue_turned(stack, factor(0.2)), stack)
-    np.testing.assert_array_equal(views.greyscaled(stack), stack)
+    np.testing.assert_array_equal(views.hue_shifted(stack, factor(0.2)), stack)
+    np.testing.assert_array_equal(views.grayscaled(stack), stack)
     assert not np.array_equal(views.brightened(stack, factor(0.4)), stack)
 
 

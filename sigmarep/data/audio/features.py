@@ -1,4 +1,4 @@
-"""Sound: reading files, resampling, log-mel filterbank features and SpecAugment."""
+"""Audio: reading files, resampling, log-mel filterbank features and SpecAugment."""
 
 import dataclasses
 import functools
@@ -11,20 +11,26 @@ import numpy as np
 
 from sigmarep.errors import BadInput
 
-# Samples are scaled to the range of 16-bit integers before the features are taken, as Kaldi's are.
+# As in Kaldi, features are computed from samples in the range of 16-bit integers.
 FULL_SCALE = 32768.0
-# The mel energies are floored here before the logarithm.
+# Lower bound of mel energies before the logarithm.
 FLOOR = float(np.finfo(np.float32).eps)
-# Frames that are transformed at once: they fit into a core's cache.
+# Number of frames transformed together: they fit into a core's cache.
 BLOCK = 256
 
 
 class AudioError(ValueError):
-    """Audio that cannot be used; the message names the file and what is wrong with it."""
+    """Unusable audio; the message names the file and its fault."""
 
 
 class Recording(NamedTuple):
-    """`samples` float32 (n,) in [-1, 1], the mean of the channels; `rate` in Hz; `channels` as they were in the file."""
+    """Samples of an audio file.
+
+    Attributes:
+      samples: float32 (n,) in [-1, 1], the mean over channels.
+      rate: in Hz.
+      channels: number of channels in the file.
+    """
 
     samples: np.ndarray
     rate: int
@@ -32,15 +38,15 @@ class Recording(NamedTuple):
 
 
 def read(path: str | os.PathLike) -> Recording:
-    """The samples of a WAV, FLAC or OGG file.
+    """Reads a WAV, FLAC or OGG file.
 
     Raises:
-      AudioError: the file is missing, cut off or cannot be decoded, holds no samples, or one that is not finite.
+      AudioError: the file is missing or truncated, cannot be decoded, or has no samples or a sample that is not finite.
     """
     import soundfile
 
     try:
-        # The file is opened here: libsndfile's own message for a missing one is "System error".
+        # Opened here because libsndfile reports a missing file as "System error".
         with open(path, "rb") as file:
             _check_length(file)
             samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
@@ -58,17 +64,17 @@ def read(path: str | os.PathLike) -> Recording:
 
 
 def _check_length(file: BinaryIO) -> None:
-    """Raises ValueError where a WAV file is shorter than the length in its head: libsndfile reads what is left of it."""
+    """Raises ValueError if a WAV file is shorter than its header tells; libsndfile would read the remainder silently."""
     riff, size, wave = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
     present = file.seek(0, os.SEEK_END) - 8
     file.seek(0)
-    # Writers of streams, who do not know the length, give none or the largest.
+    # Streaming writers do not know the length and write 0 or the largest number.
     if riff == b"RIFF" and wave == b"WAVE" and present < size < 0xFFFF0000:
-        raise ValueError(f"is cut off: {present:,} of {size:,} bytes are there")
+        raise ValueError(f"truncated: {present:,} of {size:,} bytes are present")
 
 
 def resampled(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """Samples (n,) at `rate` Hz as float32 (ceil(n · to / rate),) at `to` Hz, by `scipy.signal.resample_poly`."""
+    """Resamples (n,) at `rate` Hz to float32 (ceil(n · to / rate),) at `to` Hz, by `scipy.signal.resample_poly`."""
     if rate == to:
         return np.asarray(samples, np.float32)
     from scipy import signal
@@ -78,7 +84,7 @@ def resampled(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1] as int16; what lies outside is clipped."""
+    """Converts samples in [-1, 1] to int16; values outside are clipped."""
     return np.clip(np.rint(np.asarray(samples) * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
@@ -86,12 +92,13 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
 class LogMel:
     """Log-mel filterbank features as Kaldi defines them (`compute-fbank-feats` with --dither=0 and its other defaults).
 
-    Of every frame that lies wholly within the signal (`snip_edges`), the samples in the range of 16-bit integers: their
-    mean is subtracted, then 0.97 times the sample before (the first is taken to come after itself), then they are
-    multiplied by the Povey window, a symmetric Hann window to the power 0.85, and padded with zeros to a power of two.
-    Of the power spectrum each filter takes a weighted sum, of which the natural logarithm is taken, floored at 2⁻²³.
-    The filters are triangles on the mel scale 1127 ln(1 + f / 700), `num_filters` + 2 corners equally spaced in mel
-    from `low_hz` to half the sample rate, height 1. Calls keep no state: one instance serves several threads.
+    Only frames that lie entirely within the signal are used (`snip_edges`). For each frame, with samples in the range of
+    16-bit integers: the mean is subtracted; `preemphasis` times the previous sample is subtracted (the first sample
+    counts as its own predecessor); the frame is multiplied by the Povey window, a symmetric Hann window to the power
+    0.85, and padded with zeros to a power of two. Each filter takes a weighted sum of the power spectrum; the feature is
+    the natural logarithm of the sum, which is first floored at 2⁻²³. The filters are triangles of height 1 on the mel
+    scale 1127 ln(1 + f / 700), with `num_filters` + 2 corners equally spaced from `low_hz` to half the sample rate.
+    Instances are stateless and may be shared by threads.
 
     >>> LogMel()(np.zeros(16000, np.float32)).shape
     (98, 80)
@@ -120,25 +127,25 @@ class LogMel:
 
     @property
     def window(self) -> int:
-        """Samples of a frame."""
+        """Length of a frame in samples."""
         return round(self.window_seconds * self.sample_rate)
 
     @property
     def hop(self) -> int:
-        """Samples between the starts of frames."""
+        """Distance between the starts of frames in samples."""
         return round(self.hop_seconds * self.sample_rate)
 
     @property
     def fft_size(self) -> int:
-        """The least power of two that holds a frame."""
+        """The smallest power of two that holds a frame."""
         return 1 << (self.window - 1).bit_length()
 
     def frames(self, num_samples: int) -> int:
-        """Frames of a signal of so many samples."""
+        """Number of frames of a signal of `num_samples` samples."""
         return 1 + (num_samples - self.window) // self.hop if num_samples >= self.window else 0
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """float32 (frames, num_filters) of samples (n,), floats in [-1, 1] or int16."""
+        """Computes features float32 (frames, num_filters) of samples (n,), floats in [-1, 1] or int16."""
         from scipy import fft
 
         samples = np.asarray(samples)
@@ -154,11 +161,11 @@ class LogMel:
         for start in range(0, count, BLOCK):
             block = framed[start : start + BLOCK]
             block = block - block.mean(axis=1, keepdims=True)
-            emphasised = block * np.float32(1 - self.preemphasis)
-            np.multiply(block[:, :-1], np.float32(-self.preemphasis), out=emphasised[:, 1:])
-            emphasised[:, 1:] += block[:, 1:]
-            emphasised *= window
-            spectrum = fft.rfft(emphasised, self.fft_size, axis=1)
+            emphasized = block * np.float32(1 - self.preemphasis)
+            np.multiply(block[:, :-1], np.float32(-self.preemphasis), out=emphasized[:, 1:])
+            emphasized[:, 1:] += block[:, 1:]
+            emphasized *= window
+            spectrum = fft.rfft(emphasized, self.fft_size, axis=1)
             power = np.square(spectrum.real)
             power += np.square(spectrum.imag)
             features[start : start + BLOCK] = (filters @ np.ascontiguousarray(power.T)).T
@@ -176,11 +183,18 @@ def spec_augment(
     time_width: int,
     time_fraction: float,
 ) -> np.ndarray:
-    """A copy of features (T, F) in which bands of filters and stretches of frames hold the mean of all features.
+    """Returns a copy of features (T, F) with bands of filters and stretches of frames set to the mean of all features.
 
-    A mask's width is drawn uniformly from 0 to `freq_width` filters, or from 0 to the lesser of `time_width` and
-    `time_fraction` · T frames, both ends included, and its place uniformly from those where it fits (Park et al. 2019,
-    arXiv:1904.08779, without time warping; `time_fraction` is its p). Masks may overlap.
+    This is SpecAugment (Park et al. 2019, arXiv:1904.08779) without time warping; `time_fraction` is its p. The width of a
+    mask is uniform from 0 to `freq_width` filters, or from 0 to the smaller of `time_width` and `time_fraction` · T
+    frames, both ends included; its position is uniform among those where it fits. Masks may overlap.
+
+    Args:
+      features: (T, F).
+      rng: source of the random numbers.
+      freq_masks, time_masks: number of masks.
+      freq_width, time_width: largest widths, in filters and frames.
+      time_fraction: largest width of a time mask as a share of T.
     """
     masked = features.copy()
     if not features.size:
@@ -212,10 +226,10 @@ def _mel(hertz):
 
 @functools.lru_cache(maxsize=16)
 def _sparse_filters(settings: LogMel) -> Any:
-    """The transpose of `_filters`, of which hundredths are not zero, as a sparse array.
+    """The transpose of `_filters` as a sparse array; a few per cent of it are not zero.
 
-    A product with a dense one would be shared out by BLAS to threads of its own, which wait for each other where
-    several threads make features at once.
+    BLAS would spread a dense product over threads of its own, which block each other when several threads compute
+    features at once.
     """
     from scipy import sparse
 
@@ -224,7 +238,7 @@ def _sparse_filters(settings: LogMel) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _filters(settings: LogMel) -> np.ndarray:
-    """float32 (fft_size / 2 + 1, num_filters)."""
+    """Weights of the mel filters, float32 (fft_size / 2 + 1, num_filters)."""
     high = settings.sample_rate / 2
     corners = np.linspace(_mel(settings.low_hz), _mel(high), settings.num_filters + 2)
     at = _mel(np.linspace(0, high, settings.fft_size // 2 + 1))[:, None]

@@ -5,16 +5,16 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# Stand in contexts before the first label, and in counts for the end.
+# BEGIN fills contexts before the first label; END is counted as the label after the last.
 BEGIN, END = -1, -2
 
 
 class NGram:
-    """p(label | the last order − 1 labels), interpolated over all shorter contexts with Witten and Bell's weights.
+    """Witten-Bell-smoothed n-gram model: p(label | the last order − 1 labels), interpolated with all shorter contexts.
 
-    With n the times a context was seen and t the different labels that followed it,
-    p(w | context) = (count(context, w) + t · p(w | shorter context)) / (n + t); below the empty context stands the uniform
-    distribution over labels and the end (Witten and Bell, 1991; Chen and Goodman, 1998).
+    For a context that occurred n times and was followed by t different labels,
+    p(w | context) = (count(context, w) + t · p(w | shorter context)) / (n + t). The empty context is interpolated with the
+    uniform distribution over labels and the end (Witten and Bell, 1991; Chen and Goodman, 1998).
     """
 
     def __init__(self, counts: dict[tuple[int, ...], dict[int, int]], *, order: int, vocabulary_size: int):
@@ -23,7 +23,7 @@ class NGram:
 
     @classmethod
     def train(cls, sequences: Iterable[Sequence[int] | np.ndarray], *, order: int, vocabulary_size: int) -> "NGram":
-        """Counts the labels of `sequences`, 0 to vocabulary_size − 1.
+        """Trains a model of `order` on sequences of labels from 0 to vocabulary_size − 1.
 
         Raises:
           ValueError: the order is below 1.
@@ -44,7 +44,7 @@ class NGram:
         return self._of_context(self._context(prefix))[:-1]
 
     def log_end(self, prefix: Sequence[int]) -> float:
-        """ln p that nothing follows `prefix`."""
+        """ln p that the sequence ends after `prefix`."""
         return float(self._of_context(self._context(prefix))[-1])
 
     def _context(self, prefix: Sequence[int]) -> tuple[int, ...]:

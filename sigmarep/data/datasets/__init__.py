@@ -1,1 +1,1 @@
-"""One file a data set: builders of this project, read through `sigmarep.data.sources`."""
+"""TFDS builders of this project, one data set per file; read through `sigmarep.data.sources`."""

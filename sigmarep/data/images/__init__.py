@@ -1,1 +1,1 @@
-"""Pictures: normalization, augmentation, and views for contrastive learning."""
+"""Images: normalization, augmentation, and views for contrastive learning."""

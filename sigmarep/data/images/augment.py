@@ -1,7 +1,7 @@
-"""Random changes to images, on the host, in NumPy and Pillow.
+"""Random augmentation of images on the host, in NumPy and Pillow.
 
-Images are uint8 arrays (height, width, channels) until they are normalised to float32. Every function takes its random
-numbers from the generator it is given.
+Images are uint8 arrays (height, width, channels) until they are normalized to float32. Random numbers come only from the
+generator passed in.
 """
 
 import math
@@ -15,7 +15,7 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-# Grey that fills what a geometric change uncovers.
+# Gray value of areas that a geometric operation uncovers.
 FILL = 128
 
 
@@ -29,14 +29,14 @@ def from_pil(image: Image.Image) -> np.ndarray:
 
 
 def resized(image: np.ndarray, size: tuple[int, int], interpolation: str, box=None) -> np.ndarray:
-    """`image`, or its part `box` (left, top, right, bottom), at `size` (height, width)."""
+    """Resizes `image`, or its part `box` (left, top, right, bottom), to `size` (height, width)."""
     if box is None and image.shape[:2] == size:
         return image
     return from_pil(to_pil(image).resize(size[::-1], RESAMPLING[interpolation], box=box))
 
 
 def center_crop(image: np.ndarray, size: int, fraction: float, interpolation: str) -> np.ndarray:
-    """The shorter side resized to size / fraction, then the middle `size` x `size`."""
+    """Resizes the shorter side to size / fraction and crops the central `size` x `size`."""
     height, width = image.shape[:2]
     scale = round(size / fraction) / min(height, width)
     height, width = max(round(height * scale), size), max(round(width * scale), size)
@@ -48,9 +48,15 @@ def center_crop(image: np.ndarray, size: int, fraction: float, interpolation: st
 def crop_box(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator, ratio=(3 / 4, 4 / 3)
 ) -> tuple[int, int, int, int]:
-    """A random box (left, top, right, bottom) of the given shares of the area and aspect ratios (Szegedy et al., 2015).
+    """Draws a box (left, top, right, bottom) as in Szegedy et al. (2015).
 
-    Falls back to the largest centred box of an allowed ratio after ten boxes that do not fit.
+    If ten boxes in a row do not fit into the image, returns the largest centered box with an allowed aspect ratio.
+
+    Args:
+      height, width: size of the image.
+      scale: range of the box's share of the area.
+      rng: source of the random numbers.
+      ratio: range of width / height.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -71,7 +77,7 @@ def random_resized_crop(image, size: int, scale, interpolation: str, rng) -> np.
 
 
 def pad_and_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
-    """Pads with zeros on all sides and crops to the size it had."""
+    """Pads an image with zeros on all sides and crops it at random to its original size."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     top, left = rng.integers(0, 2 * padding + 1, size=2)
@@ -79,7 +85,7 @@ def pad_and_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> n
 
 
 def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast and saturation, each by a factor from 1 − strength to 1 + strength, in random order."""
+    """Scales brightness, contrast and saturation by factors from 1 − strength to 1 + strength, in random order."""
     picture = to_pil(image)
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     for i in rng.permutation(len(enhancers)):
@@ -100,8 +106,8 @@ def _rotated(picture: Image.Image, degrees: float) -> Image.Image:
     return picture.rotate(degrees, RESAMPLING["bilinear"], fillcolor=fill)
 
 
-# RandAugment's operations (Cubuk et al., 2020) in the "increasing" reading: a level from 0 to 1 means more change the
-# larger it is, and nothing at 0 where that can be. `sign` is −1 or 1.
+# RandAugment's operations (Cubuk et al., 2020) in the "increasing" variant: the change grows with the level, from 0 to 1;
+# where possible level 0 changes nothing. `sign` is −1 or 1.
 OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "auto_contrast": lambda picture, level, sign: ImageOps.autocontrast(picture),
     "equalize": lambda picture, level, sign: ImageOps.equalize(picture),
@@ -130,7 +136,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
 def rand_augment(
     image: np.ndarray, *, layers: int, magnitude: float, std: float, probability: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """`layers` random operations, each applied with `probability` at a level of N(magnitude, std)/10, cut to [0, 1]."""
+    """Applies `layers` random operations, each with `probability`, at levels N(magnitude, std)/10 clipped to [0, 1]."""
     picture = to_pil(image)
     names = list(OPERATIONS)
     for index in rng.integers(0, len(names), size=layers):
@@ -141,7 +147,7 @@ def rand_augment(
 
 
 def random_erasing(image: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """Fills a random box of 2 to 33 % of the area with normal noise (Zhong et al., 2020); for normalised images."""
+    """Fills a random box of 2 to 33 % of the area with normal noise (Zhong et al., 2020); for normalized images."""
     if rng.random() >= probability:
         return image
     height, width, channels = image.shape
@@ -156,15 +162,17 @@ def mix_pair(
 ) -> tuple[np.ndarray, float]:
     """Mixes two images with each other by mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019).
 
-    One of the two is chosen with equal chance if both alphas are positive.
+    If both alphas are positive, each method is chosen with equal probability.
 
     Args:
-      images: (2, height, width, channels), normalised.
-      mixup, cutmix: the alphas of their Beta distributions, 0 for off.
+      images: (2, height, width, channels), normalized.
+      mixup, cutmix: α of the methods' Beta distributions, 0 for off.
+      probability: probability of mixing at all.
+      rng: source of the random numbers.
 
     Returns:
-      The images, and the share λ of each in its own mixture; the other has 1 − λ. Under CutMix λ is the exact share of
-      pixels.
+      The mixed images, and λ: image i of the result is λ · image i + (1 − λ) · the other image. Under CutMix λ is the exact
+      share of pixels.
     """
     if rng.random() >= probability or not (mixup > 0 or cutmix > 0):
         return images, 1.0

@@ -1,4 +1,4 @@
-"""From decoded images to what a model is given, as `config.data` says."""
+"""Transforms of decoded images into a model's input, as configured by `config.data`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -108,10 +108,13 @@ def _check_word(name: str, value: str, accepted: Iterable[str]) -> None:
 
 
 def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]] | None]:
-    """The transforms of `sigmarep.data.pipeline.training_stream`: of one example, and of pairs (None without mixing).
+    """Returns the transforms of single examples and of pairs for `sigmarep.data.pipeline.training_stream`.
 
-    An example becomes `image` float32 (size, size, channels), `label` int32, `mix` float32, the weight of `label`, and
-    `mix_label` int32, the label that has the rest.
+    The pair transform is None without mixing. The result of both has `image` float32 (size, size, channels), `label`
+    int32, `mix` float32, the weight of `label`, and `mix_label` int32, the label with the remaining weight.
+
+    Raises:
+      BadInput: a field of `config` has an invalid value.
     """
     check(config)
     a, size, channels = config.augment, config.image_size, len(config.mean)
@@ -138,7 +141,7 @@ def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callab
                 probability=a.randaugment_probability,
                 rng=rng,
             )
-        image = _normalised(image, mean, std)
+        image = _normalized(image, mean, std)
         if a.erasing:
             image = augment.random_erasing(image, a.erasing, rng)
         label = np.int32(example["label"])
@@ -159,25 +162,25 @@ def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callab
 
 
 def eval_transform(config: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """The deterministic transform of evaluation: `image` float32 (size, size, channels) and `label` int32."""
+    """Returns the deterministic transform of evaluation: `image` float32 (size, size, channels) and `label` int32."""
     check_pictures(config)
     mean, std = _statistics(config)
 
     def transform(example: Mapping[str, Any]) -> dict[str, Any]:
         image = with_channels(example["image"], len(config.mean))
         image = augment.center_crop(image, config.image_size, config.eval_crop, config.interpolation)
-        return {"image": _normalised(image, mean, std), "label": np.int32(example["label"])}
+        return {"image": _normalized(image, mean, std), "label": np.int32(example["label"])}
 
     return transform
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """The image as uint8 (height, width, channels): grey made of colours, or colours of grey.
+    """Converts an image to uint8 (height, width, channels), from color to gray or gray to color.
 
-    Four channels are read as CMYK: that is what a JPEG file with four holds, a few of ImageNet among them.
+    Four channels are read as CMYK, as in JPEG files; a few images of ImageNet have them.
 
     Raises:
-      BadInput: the image has another type or number of channels.
+      BadInput: the image is not uint8, or has no or more than four channels.
     """
     image = np.asarray(image)
     if image.ndim == 2:
@@ -189,8 +192,8 @@ def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
         )
     if image.shape[-1] == channels:
         return image
-    height, width, found = image.shape
-    picture = Image.frombytes(MODES[found], (width, height), image.tobytes())
+    height, width, stored_channels = image.shape
+    picture = Image.frombytes(MODES[stored_channels], (width, height), image.tobytes())
     return augment.from_pil(picture.convert("L" if channels == 1 else "RGB"))
 
 
@@ -198,5 +201,5 @@ def _statistics(config: Any) -> tuple[np.ndarray, np.ndarray]:
     return 255 * np.asarray(config.mean, np.float32), 255 * np.asarray(config.std, np.float32)
 
 
-def _normalised(image: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+def _normalized(image: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     return (image.astype(np.float32) - mean) / std

@@ -1,8 +1,8 @@
-"""Two random views of a picture (SimCLR: Chen et al., 2020; MoCo v3: Chen et al., 2021), on the host.
+"""Two random views of an image (SimCLR: Chen et al., 2020; MoCo v3: Chen et al., 2021), on the host.
 
-The changes of colour and sharpness work on a stack of pictures (N, height, width, channels), float32 from 0 to 1, in
-NumPy, each picture with factors of its own. Saturation, hue and greyscale mean nothing on one channel and are left out
-there; the other changes, and the random numbers they draw, are the same.
+Color and sharpness operations work in NumPy on stacks of images (N, height, width, channels), float32 from 0 to 1, with
+separate factors for each image. Images with one channel skip saturation, hue and grayscale; the other operations, and the
+random numbers drawn, are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ from sigmarep.data.images import augment, transforms
 from sigmarep.errors import BadInput
 
 VIEWS = 2
-# ITU-R 601, as Pillow and torchvision turn colours into grey.
+# ITU-R 601, the weights of Pillow and torchvision.
 LUMA = np.asarray((0.299, 0.587, 0.114), np.float32)
 JITTERS = ("brightness", "contrast", "saturation", "hue")
-SOLARISE_FROM = 0.5
+SOLARIZE_THRESHOLD = 0.5
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -69,15 +69,15 @@ def check(config: Any) -> None:
 
 
 def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]:
-    """The transform of `sigmarep.data.pipeline.training_stream`: `views` float32 (2, size, size, channels), normalised.
+    """Returns the transform for `sigmarep.data.pipeline.training_stream`.
 
-    No label is passed on: training never sees one.
+    Its result has only `views` float32 (2, size, size, channels), normalized, and no label: training never sees one.
 
     Args:
       config: `config.data`, with the block `views`.
 
     Raises:
-      BadInput: a field means nothing.
+      BadInput: a field has an invalid value.
     """
     check(config)
     v, size, channels = config.views, config.image_size, len(config.mean)
@@ -90,7 +90,7 @@ def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Gener
         ]
         stack = np.stack(crops).astype(np.float32) / 255
         chosen = rng.random((5, VIEWS)) < [[v.flip] * 2, [v.jitter] * 2, [v.greyscale] * 2, v.blur, v.solarise]
-        flips, jitters, greys, blurs, solarised = chosen
+        flips, jitters, grays, blurs, solarized = chosen
         orders = np.stack([rng.permutation(len(JITTERS)) for _ in range(VIEWS)])
         spread = np.asarray([v[name] for name in JITTERS], np.float32)
         factors = rng.uniform(-1, 1, (VIEWS, len(JITTERS))).astype(np.float32) * spread
@@ -98,39 +98,42 @@ def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Gener
 
         stack[flips] = stack[flips, :, ::-1]
         stack[jitters] = jittered(stack[jitters], factors[jitters], orders[jitters])
-        stack[greys] = greyscaled(stack[greys])
+        stack[grays] = grayscaled(stack[grays])
         stack[blurs] = blurred(stack[blurs], sigmas[blurs])
-        stack[solarised] = solarise(stack[solarised])
+        stack[solarized] = solarize(stack[solarized])
         return {"views": (stack - mean) / std}
 
     return transform
 
 
 def evaluation_transform(config: Any, *, seed: int | None = None) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """The deterministic transform of evaluation: `image` and `label` as in `transforms.eval_transform`.
+    """Returns the deterministic transform of evaluation: `image` and `label` as in `transforms.eval_transform`.
 
     Args:
-      seed: adds `views`, drawn from it and the example's `index`: the same at every evaluation.
+      config: `config.data`, with the block `views`.
+      seed: adds `views`, drawn from the seed and the example's `index`, so that they are the same in every evaluation;
+        None for no views.
     """
     plain, random = transforms.eval_transform(config), train_transform(config)
 
     def transform(example: Mapping[str, Any]) -> dict[str, Any]:
-        found = plain(example)
+        transformed = plain(example)
         if seed is not None:
-            found |= random(example, np.random.default_rng((seed, int(example["index"]))))
-        return found
+            transformed |= random(example, np.random.default_rng((seed, int(example["index"]))))
+        return transformed
 
     return transform
 
 
 def jittered(stack: np.ndarray, changes: np.ndarray, orders: np.ndarray) -> np.ndarray:
-    """Brightness, contrast, saturation and hue changed in each picture's own order.
+    """Changes brightness, contrast, saturation and hue, in an order of its own for each image.
 
     Args:
-      changes: (N, 4) what is added to a factor of 1, or to the hue in turns; in the order of `JITTERS`.
-      orders: (N, 4) which of them comes first, second, … on each picture.
+      stack: (N, height, width, channels).
+      changes: (N, 4), in the order of `JITTERS`: factor − 1, or for the hue the shift as a fraction of the color circle.
+      orders: (N, 4), indices into `JITTERS` in the order of application.
     """
-    operations = (brightened, contrasted, saturated, hue_turned)
+    operations = (brightened, contrasted, saturated, hue_shifted)
     stack = stack.copy()
     for place in range(len(JITTERS)):
         for index, operation in enumerate(operations):
@@ -141,26 +144,26 @@ def jittered(stack: np.ndarray, changes: np.ndarray, orders: np.ndarray) -> np.n
 
 
 def brightened(stack: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """The picture times 1 + change."""
+    """Multiplies the image by 1 + change."""
     return np.clip(stack * (1 + change), 0, 1)
 
 
 def contrasted(stack: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """The distance from the picture's mean grey times 1 + change."""
-    mean = _grey(stack).mean((1, 2, 3), keepdims=True)
+    """Multiplies the distance from the image's mean gray by 1 + change."""
+    mean = _gray(stack).mean((1, 2, 3), keepdims=True)
     return np.clip(mean + (stack - mean) * (1 + change), 0, 1)
 
 
 def saturated(stack: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """The distance from the pixel's own grey times 1 + change."""
+    """Multiplies the distance from each pixel's gray by 1 + change."""
     if stack.shape[-1] == 1:
         return stack
-    grey = _grey(stack)
-    return np.clip(grey + (stack - grey) * (1 + change), 0, 1)
+    gray = _gray(stack)
+    return np.clip(gray + (stack - gray) * (1 + change), 0, 1)
 
 
-def hue_turned(stack: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    """The hue of the HSV colour circle turned by `turns` of it; saturation and value stay."""
+def hue_shifted(stack: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Shifts the HSV hue by a fraction of the color circle; saturation and value stay."""
     if stack.shape[-1] == 1:
         return stack
     value, least = stack.max(-1), stack.min(-1)
@@ -172,24 +175,24 @@ def hue_turned(stack: np.ndarray, turns: np.ndarray) -> np.ndarray:
         (green - blue) / safe,
         np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    sixth = sixth + 6 * turns[..., 0]
+    sixth = sixth + 6 * shift[..., 0]
     # Red, green and blue as functions of the hue (Smith, 1978, in one formula).
     at = (np.asarray((5, 3, 1), np.float32) + sixth[..., None]) % 6
     return value[..., None] - chroma[..., None] * np.clip(np.minimum(at, 4 - at), 0, 1)
 
 
-def greyscaled(stack: np.ndarray) -> np.ndarray:
-    """Every channel the pixel's grey."""
-    return np.broadcast_to(_grey(stack), stack.shape)
+def grayscaled(stack: np.ndarray) -> np.ndarray:
+    """Sets every channel to the pixel's gray."""
+    return np.broadcast_to(_gray(stack), stack.shape)
 
 
-def solarise(stack: np.ndarray) -> np.ndarray:
-    """Values from a half on inverted."""
-    return np.where(stack >= SOLARISE_FROM, 1 - stack, stack)
+def solarize(stack: np.ndarray) -> np.ndarray:
+    """Inverts values of at least `SOLARIZE_THRESHOLD`."""
+    return np.where(stack >= SOLARIZE_THRESHOLD, 1 - stack, stack)
 
 
 def blurred(stack: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """A Gaussian of each picture's own standard deviation in pixels; beyond the edge the picture is mirrored."""
+    """Blurs images with Gaussians whose standard deviations are `sigmas` (N,) in pixels; edges are mirrored."""
     if not len(stack):
         return stack
     count, height, width, channels = stack.shape
@@ -203,7 +206,7 @@ def blurred(stack: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
 
 
 def gaussian_matrix(size: int, sigma: float) -> np.ndarray:
-    """The (size, size) matrix of a Gaussian cut at four standard deviations, mirrored at both ends; rows sum to 1."""
+    """Matrix (size, size) of a Gaussian truncated at four standard deviations, mirrored at both ends; rows sum to 1."""
     radius = max(int(np.ceil(4 * sigma)), 1)
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -218,5 +221,5 @@ def gaussian_matrix(size: int, sigma: float) -> np.ndarray:
     return matrix
 
 
-def _grey(stack: np.ndarray) -> np.ndarray:
+def _gray(stack: np.ndarray) -> np.ndarray:
     return stack if stack.shape[-1] == 1 else (stack @ LUMA)[..., None]

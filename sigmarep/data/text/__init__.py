@@ -1,1 +1,1 @@
-"""Text: vocabularies, packed documents, and pairs of sentences."""
+"""Text: vocabularies, packed documents, and sentence pairs."""

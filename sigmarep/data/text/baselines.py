@@ -1,4 +1,4 @@
-"""What can be said without a network: the figures that a language or translation model has to beat."""
+"""Baselines without a network, for language and translation models to beat."""
 
 import gzip
 import math
@@ -11,7 +11,7 @@ from sigmarep.errors import BadInput
 
 
 def unigram(train: Windows, test: Windows, vocabulary_size: int) -> float:
-    """Nats that a unigram model of the training targets, each counted once more, spends on all targets of `test`."""
+    """Total −ln p, in nats, of the targets of `test` under an add-one-smoothed unigram model of the training targets."""
     counts = np.ones(vocabulary_size, np.float64)
     for targets in train.targets():
         np.add.at(counts, targets, 1)
@@ -20,14 +20,20 @@ def unigram(train: Windows, test: Windows, vocabulary_size: int) -> float:
 
 
 def gzip_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits a byte of the texts in a row under gzip at its best level."""
+    """Bits per byte of the texts, joined by line breaks, under gzip at its highest level."""
     content = "\n".join(texts).encode()
     return 8 * len(gzip.compress(content, compresslevel=9, mtime=0)) / len(content)
 
 
 def nearest_neighbour(train_sources: Sequence[str], train_targets: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """For each source the translation of the training source most like it: by the cosine of TF-IDF vectors of words and of
-    runs of 2 to 4 characters within words. The earlier one wins a tie."""
+    """Translates each source by the translation of the most similar training source.
+
+    Similarity is the cosine of TF-IDF vectors of words and of 2- to 4-grams of characters within words. The earliest
+    source wins a tie.
+
+    Raises:
+      BadInput: scikit-learn is not installed.
+    """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.pipeline import make_union
@@ -36,9 +42,10 @@ def nearest_neighbour(train_sources: Sequence[str], train_targets: Sequence[str]
             'config.baselines = True: needs the extra "packaged"; pip install "sigmarep[packaged]"'
         ) from None
     vectors = make_union(TfidfVectorizer(token_pattern=r"\w+"), TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)))
-    train, found = vectors.fit_transform(train_sources), []
+    train = vectors.fit_transform(train_sources)
+    translations: list[str] = []
     block = max(10_000_000 // max(len(train_sources), 1), 1)
     for i in range(math.ceil(len(sources) / block)):
         similarity = vectors.transform(sources[i * block : (i + 1) * block]) @ train.T
-        found += [train_targets[j] for j in np.asarray(similarity.argmax(axis=1)).reshape(-1)]
-    return found
+        translations += [train_targets[j] for j in np.asarray(similarity.argmax(axis=1)).reshape(-1)]
+    return translations
