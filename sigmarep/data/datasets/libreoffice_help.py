@@ -1,13 +1,12 @@
-"""The LibreOffice manual in English and German: real sentences of some 4,000 help pages, aligned by paragraph (MPL 2.0).
+"""The LibreOffice manual in English and German: sentences of some 4,000 help pages, aligned by paragraph (MPL 2.0).
 
-Two packages of Debian bring it, `libreoffice-help-en-us` and `libreoffice-help-de` (5 MB). Paragraphs of the same name
-on the same page are a pair. Left out are paragraphs without a letter, those of three words or more that were left
-untranslated, and all but the first of English paragraphs that differ only in case, punctuation and numbers: pages
-include each other.
+It comes with two Debian packages, `libreoffice-help-en-us` and `libreoffice-help-de` (5 MB). Paragraphs with the same name
+on the same page form a pair. Left out are paragraphs without letters and untranslated paragraphs of three or more words.
+Pages include each other, so of English paragraphs that differ only in case, punctuation and numbers the first is used.
 
-The split is by help page, a twentieth each for validation and testing, by hash of the page's name. Training keeps no
-pair whose English resembles a held-out one (`sigmarep.data.splitting.gist`). What remains shared are the manual's
-set phrases, and sentences that differ in a longer word.
+The split is by a hash of the page's name: a twentieth of the pages each for validation and testing. Training has no pair
+whose English resembles a held-out one (`sigmarep.data.splitting.gist`). The manual's set phrases, and sentences that
+differ in a longer word, occur in several splits.
 """
 
 import glob
@@ -22,13 +21,13 @@ from sigmarep.data import splitting
 from sigmarep.errors import BadInput
 
 INSTALLED = "/usr/share/libreoffice/help"
-# Shares of the pages, from 0 up: the rest is for training.
+# Upper ends of the splits' ranges of `splitting.fraction`; training has the rest.
 HELD_OUT = {"test": 0.05, "validation": 0.1}
 BLOCKS = ("p", "h1", "h2", "h3", "h4", "h5", "h6")
 
 
 class LibreofficeHelpEnDe(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the manual, from the installed packages or from what was unpacked into downloads/manual."""
+    """TFDS builder of the manual, from the installed packages or from packages unpacked into downloads/manual."""
 
     name = "libreoffice_help_en_de"
     VERSION = tfds.core.Version("1.0.0")
@@ -56,8 +55,7 @@ class LibreofficeHelpEnDe(tfds.core.GeneratorBasedBuilder):
                 "apt-get install libreoffice-help-en-us libreoffice-help-de, or: apt-get download libreoffice-help-en-us "
                 f"libreoffice-help-de && for deb in *.deb; do dpkg -x $deb {self._manual}; done"
             )
-        found = split(pages)
-        return {name: self._generate_examples(rows) for name, rows in found.items()}
+        return {name: self._generate_examples(rows) for name, rows in split(pages).items()}
 
     def _generate_examples(self, rows):
         for i, (english, german, page) in enumerate(rows):
@@ -65,24 +63,24 @@ class LibreofficeHelpEnDe(tfds.core.GeneratorBasedBuilder):
 
 
 def manual_pages(roots: list[str]) -> dict[str, tuple[str, str]]:
-    """Name of each page that is there in both languages, and its files; of the first root that has any."""
+    """Finds the pages that exist in both languages, in the first root that has any: (English, German) paths by name."""
     for root in roots:
         starts = [root, *glob.glob(os.path.join(glob.escape(root), "**", "help"), recursive=True)]
         for start in starts:
             english = os.path.join(start, "en-US", "text")
-            found = {}
+            pages = {}
             for path in sorted(glob.glob(os.path.join(glob.escape(english), "**", "*.html"), recursive=True)):
                 name = os.path.relpath(path, english)
                 german = os.path.join(start, "de", "text", name)
                 if os.path.exists(german):
-                    found[name] = (path, german)
-            if found:
-                return found
+                    pages[name] = (path, german)
+            if pages:
+                return pages
     return {}
 
 
 def split(pages: dict[str, tuple[str, str]]) -> dict[str, list[tuple[str, str, str]]]:
-    """English, German and page of the cleaned pairs, by split."""
+    """(English, German, page) of the cleaned pairs, by split."""
     rows: dict[str, list[tuple[str, str, str]]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
     for page in sorted(pages):
@@ -103,31 +101,31 @@ def split(pages: dict[str, tuple[str, str]]) -> dict[str, list[tuple[str, str, s
 
 
 def paragraphs(path: str) -> dict[str, str]:
-    """The text of a page's paragraphs and headings by their names, white space made single spaces."""
+    """Texts of a page's paragraphs and headings by name, with single spaces."""
     reader = _Reader()
     with open(path, encoding="utf-8") as file:
         reader.feed(file.read())
     reader.close()
-    return reader.found
+    return reader.paragraphs
 
 
 class _Reader(html.parser.HTMLParser):
-    """Collects paragraphs; of words that depend on the system it reads the default ones."""
+    """Collects paragraphs by name; of words that vary with the operating system it reads the default."""
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.found: dict[str, str] = {}
+        self.paragraphs: dict[str, str] = {}
         self._name: str | None = None
         self._text: list[str] = []
-        # One entry for every open <span> of the paragraph: is its text left out?
+        # One entry for every open <span> of the paragraph, True if its text is left out.
         self._hidden: list[bool] = []
 
     def handle_starttag(self, tag, attrs):
-        said = dict(attrs)
+        attributes = dict(attrs)
         if tag in BLOCKS:
-            self._name, self._text, self._hidden = said.get("id"), [], []
+            self._name, self._text, self._hidden = attributes.get("id"), [], []
         elif tag == "span":
-            self._hidden.append("hidden" in said and not (said.get("id") or "").startswith("default"))
+            self._hidden.append("hidden" in attributes and not (attributes.get("id") or "").startswith("default"))
         elif tag == "br":
             self._text.append(" ")
 
@@ -135,7 +133,7 @@ class _Reader(html.parser.HTMLParser):
         if tag in BLOCKS and self._name:
             text = " ".join("".join(self._text).split())
             if text:
-                self.found.setdefault(self._name, text)
+                self.paragraphs.setdefault(self._name, text)
             self._name = None
         elif tag == "span" and self._hidden:
             self._hidden.pop()

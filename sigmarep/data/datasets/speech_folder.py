@@ -1,15 +1,17 @@
-"""Recordings of a folder, with what is said in them, as a TFDS data set.
+"""Recordings of a folder and their transcripts, as a TFDS data set.
 
-Two layouts are read. LibriSpeech's: `<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt`, of which each line is an
-utterance's id, a space and its text, with `<id>.flac` (or .wav, .ogg) beside it; splits have the names of the folders with
-"_" for "-" (train_clean_100). Or a table for each split, `train.tsv`, `validation.tsv` (or valid, dev), `test.tsv`: on
-each line an audio file's path from the folder, a tab and its text, then, if wanted, a tab and the speaker.
+Two layouts are supported:
 
-Audio of any sampling rate becomes 16 kHz, several channels their mean. Files and lines that cannot be used are left out;
-`problems` names them.
+- LibriSpeech's: `<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt`, with an utterance's id, a space and its text
+  on each line, and `<id>.flac` (or .wav, .ogg) in the same folder. Splits are named after the folders, with "_" for "-"
+  (train_clean_100).
+- One table per split, `train.tsv`, `validation.tsv` (or valid, dev) and `test.tsv`: on each line the path of an audio file
+  relative to the folder, a tab, its text and, optionally, a tab and the speaker.
 
-What is prepared is kept under the hash of the transcripts and of the names and sizes of the audio files: a changed folder
-is another data set.
+Audio is resampled to 16 kHz and averaged over channels. Unusable files and lines are left out; `problems` lists them.
+
+The prepared data set is stored under a hash of the transcripts and of the names and sizes of the audio files, so that a
+changed folder gives a new data set.
 """
 
 import glob
@@ -30,12 +32,21 @@ from sigmarep.errors import BadInput
 RATE = 16000
 EXTENSIONS = (".flac", ".wav", ".ogg")
 REPORT = "problems.json"
-# Files that an error names.
+# Number of files named in an error.
 NAMED = 3
 
 
 class Entry(NamedTuple):
-    """An utterance of a transcript or table; `problem` and `reason` say why it cannot be used, "" if it can."""
+    """An utterance of a transcript or table.
+
+    Attributes:
+      path: the audio file.
+      text: the transcript.
+      speaker: "" if unknown.
+      name: id of the utterance.
+      problem: kind of the fault that makes it unusable, a key of `problems`; "" for none.
+      reason: the fault in words.
+    """
 
     path: str
     text: str
@@ -54,7 +65,11 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
     SKIP_REGISTERING = True
 
     def __init__(self, *, folder: str, **options: Any):
-        """Raises BadInput where there is no such folder, or nothing of either layout in it."""
+        """Finds the recordings.
+
+        Raises:
+          BadInput: see `find_splits`.
+        """
         self._folder = os.path.expanduser(folder)
         splits = find_splits(folder)
         self._splits = {split: list(_entries(self._folder, paths)) for split, paths in splits.items()}
@@ -71,8 +86,11 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
         super().__init__(config=tfds.core.BuilderConfig(name=digest.hexdigest()[:20]), **options)
 
     def _without_text(self, split: str, tables: list[str]) -> list[Entry]:
-        """The audio of a folder's split in chapters that have no transcript; of tables the audio that none of them names,
-        told with the split that comes first."""
+        """Audio files that have no transcript, as unusable entries.
+
+        In LibriSpeech's layout these are the files of chapters without a transcript; in tables the files that no table
+        names, which are reported with the first split.
+        """
         if split not in tables:
             roots = [name for name in os.listdir(self._folder) if re.sub(r"\W", "_", name) == split]
             known = {os.path.dirname(entry.path) for entry in self._splits[split]}
@@ -80,11 +98,11 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
         elif split == tables[0]:
             known = {os.path.normpath(entry.path) for name in tables for entry in self._splits[name]}
             tops = {os.path.relpath(os.path.dirname(path), self._folder).split(os.sep)[0] for path in known}
-            # A table may name files outside the folder; what else is there is none of its business.
+            # A table may name files outside the folder; other files there are none of this data set's business.
             unnamed = [path for path in _audio_below(self._folder, sorted(tops - {".."})) if path not in known]
         else:
             return []
-        return [Entry(path, "", "", "", "no_text", "nothing says what is spoken") for path in unnamed]
+        return [Entry(path, "", "", "", "no_text", "has no transcript") for path in unnamed]
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -117,12 +135,12 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
                 f"config.data.folder = {self._folder!r}: nothing of the split {split!r} can be used "
                 f"(left out {len(dropped)}): {shown}"
             )
-        # While TFDS prepares, data_dir is a folder that becomes the data set's when all of it is there.
+        # While TFDS prepares, data_dir is a temporary folder that is renamed when the data set is complete.
         with open(os.path.join(str(self.data_dir), REPORT), "w", encoding="utf-8") as file:
             json.dump(self._problems, file, indent=1, ensure_ascii=False)
 
     def _samples(self, entry: Entry, dropped: list[str]) -> np.ndarray | None:
-        """int16 (n,) at 16 kHz, or None with the reason noted."""
+        """Samples int16 (n,) at 16 kHz; None for an unusable entry, whose reason is added to `dropped`."""
         named = os.path.relpath(entry.path, self._folder)
         kind, reason = entry.problem, f"{named}: {entry.reason}"
         if not kind:
@@ -143,11 +161,12 @@ class SpeechFolder(tfds.core.GeneratorBasedBuilder):
 
 
 def problems(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
-    """What was wrong with the files of a prepared folder; {} if nothing was, and for other data sets.
+    """Faults of the files of a prepared data set; {} if there are none, and for data sets that do not record them.
 
-    Lists of "file: reason" under `missing` (no such audio), `unreadable`, `empty_audio`, `empty_text`, `no_text` (audio
-    without a line), `repeated` (another format of the same recording) and `malformed` (lines that are not of the layout):
-    these were left out. Those under `resampled` and `averaged` (several channels) are in the data set.
+    Lists of "file: reason" by kind. Left out of the data set are `missing` (no audio file), `unreadable`, `empty_audio`,
+    `empty_text`, `no_text` (audio without a transcript), `repeated` (another format of the same recording) and
+    `malformed` (lines that do not follow the layout). Part of the data set are `resampled` and `averaged` (several
+    channels).
     """
     path = os.path.join(str(builder.data_dir), REPORT)
     if not os.path.exists(path):
@@ -157,19 +176,19 @@ def problems(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
 
 
 def find_splits(folder: str) -> dict[str, list[str]]:
-    """The transcripts of each split, or its one table, as paths.
+    """Finds the paths of each split's transcripts, or of its table.
 
     Raises:
-      BadInput: there is no such folder, nothing of either layout in it, or two files of one split.
+      BadInput: there is no such folder, it has neither layout, or a split has two tables, or a table and transcripts.
     """
     if not folder or not os.path.isdir(os.path.expanduser(folder)):
         raise BadInput(f"config.data.folder = {folder!r}: there is no such folder")
     root = os.path.expanduser(folder)
-    found: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(root), "*.tsv"))):
         stem = re.sub(r"\W", "_", os.path.basename(path).removesuffix(".tsv"))
-        found.setdefault(text_folder.SPLITS.get(stem, stem), []).append(path)
-    for split, paths in found.items():
+        files.setdefault(text_folder.SPLITS.get(stem, stem), []).append(path)
+    for split, paths in files.items():
         if len(paths) > 1:
             names = ", ".join(os.path.basename(path) for path in paths)
             raise BadInput(
@@ -177,15 +196,15 @@ def find_splits(folder: str) -> dict[str, list[str]]:
             )
     for path in sorted(glob.glob(os.path.join(glob.escape(root), "*", "*", "*", "*.trans.txt"))):
         split = re.sub(r"\W", "_", os.path.relpath(path, root).split(os.sep)[0])
-        if found.get(split, [""])[0].endswith(".tsv"):
+        if files.get(split, [""])[0].endswith(".tsv"):
             raise BadInput(f"config.data.folder = {folder!r}: has a table and a folder of the split {split}; keep one")
-        found.setdefault(split, []).append(path)
-    if not found:
+        files.setdefault(split, []).append(path)
+    if not files:
         raise BadInput(
             f"config.data.folder = {folder!r}: has no train.tsv (audio, tab, text on each line) and no transcripts such as "
             "train-clean-100/103/1240/103-1240.trans.txt"
         )
-    return found
+    return files
 
 
 def _entries(folder: str, paths: list[str]) -> Iterator[Entry]:
@@ -194,7 +213,7 @@ def _entries(folder: str, paths: list[str]) -> Iterator[Entry]:
 
 
 def _rows(folder: str, path: str) -> Iterator[Entry]:
-    """The entries of a table."""
+    """Yields the entries of a table."""
     for number, line in enumerate(text_folder.lines(path), 1):
         columns = [column.strip() for column in line.split("\t")]
         if not any(columns):
@@ -210,7 +229,7 @@ def _rows(folder: str, path: str) -> Iterator[Entry]:
 
 
 def _chapter(path: str) -> Iterator[Entry]:
-    """The entries of a transcript, and the audio beside it that no line names."""
+    """Yields the entries of a transcript, then audio files of its folder that it does not name."""
     here = os.path.dirname(path)
     speaker = os.path.basename(os.path.dirname(here))
     audio_files: dict[str, str] = {}
@@ -236,14 +255,14 @@ def _chapter(path: str) -> Iterator[Entry]:
 
 
 def _audio_below(folder: str, roots: list[str]) -> list[str]:
-    """Audio files in the folders `roots` of `folder`, and in those below them; "." is the folder alone."""
-    found = []
+    """Audio files in subfolders `roots` of `folder` and below; the root "." is `folder` itself without subfolders."""
+    paths = []
     for root in roots:
         for here, _, names in os.walk(os.path.normpath(os.path.join(folder, root))):
-            found += [os.path.join(here, name) for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
+            paths += [os.path.join(here, name) for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
             if root == ".":
                 break
-    return sorted(set(found))
+    return sorted(set(paths))
 
 
 def _checked(entry: Entry) -> Entry:

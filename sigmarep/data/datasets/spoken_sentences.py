@@ -1,21 +1,21 @@
-"""Synthesised English speech: phrases of Python's reference pages spoken by the synthesiser espeak-ng.
+"""Synthesized English speech: phrases of Python's reference pages, spoken by the synthesizer espeak-ng.
 
-Nobody speaks here: an error rate on this set says that a recogniser learns, not how well it would hear people.
+No person speaks here: an error rate on this set tells that a recognizer learns, not how well it would recognize people.
 
-The text is some two thousand distinct phrases of two to six words, of the letters a to z and the apostrophe, out of
-the pages of `sigmarep.data.datasets.python_docs`; those of the most frequent words are taken. A voice is an accent and a
-speaker of espeak-ng; rate and pitch of every utterance follow from a hash of its name, and so does the sound, to the
-last bit, on one build of the library.
+The text consists of some two thousand distinct phrases of two to six words, of the letters a to z and the apostrophe,
+from the pages of `sigmarep.data.datasets.python_docs`; phrases with the most frequent words are chosen. A voice is an
+accent and a speaker of espeak-ng. A hash of voice and text determines rate and pitch of an utterance, and with them,
+for one build of the library, every bit of the sound.
 
 - train: phrases spoken by training voices.
-- dev: other phrases spoken by training voices, for choosing how to decode.
+- dev: other phrases spoken by training voices, for choosing decoding options.
 - test_sentences: held-out phrases spoken by training voices.
 - test: the same held-out phrases spoken by held-out speakers.
 
-No phrase of one of these three sets of phrases is one of another, stands within one or holds one. Shared are words,
-pairs of words, the synthesiser, and the accents: a held-out speaker has them too.
+The phrases of train, dev and test are disjoint, and none contains a phrase of another set. The sets share words, pairs
+of words, the synthesizer, and the accents, which held-out speakers use too.
 
-The wheel `espeakng-loader` (GPL 3, part of the extra "packaged") brings the library; the text is of the PSF licence.
+The library comes with the wheel `espeakng-loader` (GPL 3, part of the extra "packaged"); the text has the PSF license.
 """
 
 import ctypes
@@ -36,23 +36,23 @@ RATE = 16000
 ACCENTS = ("en", "en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-scotland")
 SPEAKERS = ("m1", "m2", "m3", "m5", "m6", "m8", "f1", "f2", "f4", "f5", "klatt2", "klatt4")
 HELD_OUT_SPEAKERS = ("m4", "m7", "f3", "klatt3")
-# Words a minute, and espeak-ng's scale of pitch, on which 50 is the speaker's own.
+# Ranges of the rate, and of the pitch on espeak-ng's scale, where 50 is the speaker's natural pitch.
 WORDS_PER_MINUTE = (110, 180)
 PITCH = (35, 65)
-# A phrase ends at punctuation, and before a word that begins another.
+# A phrase ends at punctuation and before conjunctions and prepositions.
 PHRASE_END = re.compile(
     r"[.,;:()?!]+(?:\s|$)|\s\(|\s-+\s|\s(?=(?:and|or|but|that|which|where|when|while|if|unless|because|as|by|for|from"
     r"|in|on|than|to|with|without)\s)"
 )
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
-# Listings, grammars and sessions of the interpreter.
+# Listings, interpreter sessions and grammars.
 NOT_PROSE = re.compile(r"\s{5,}|\s*(?:>>>|\.\.\.|\(Pdb\))|.*::=")
 # `espeak_ERROR`, `espeak_AUDIO_OUTPUT` and parameters of espeak-ng's speak_lib.h.
 SYNCHRONOUS, DO_NOT_EXIT, UTF8, BY_CHARACTER, SPEED, PITCH_PARAMETER = 2, 0x8000, 1, 1, 1, 3
 
 
 class Utterance(NamedTuple):
-    """What is said; `voice` is an accent, "+" and a speaker."""
+    """A text and the voice that speaks it: an accent, "+" and a speaker."""
 
     text: str
     voice: str
@@ -62,14 +62,14 @@ class SpokenSentences(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the utterances; needs the wheel `espeakng-loader` and no TensorFlow.
 
     Args:
-      sentences: how many distinct phrases to take at most.
-      held_out: how many of them to hold out for testing.
-      chosen_on: how many of them to hold out for "dev"; some are dropped, see the module docstring.
-      repeats: how many voices speak each phrase of training.
+      sentences: largest number of distinct phrases.
+      held_out: number of phrases for testing.
+      chosen_on: number of phrases for "dev", before those that contain a phrase for testing are dropped.
+      repeats: number of voices that speak each training phrase.
     """
 
     name = "spoken_sentences"
-    # The text is another one with every version of Python; the last digit is this builder's own.
+    # Every version of Python has its own text; the last digit is this builder's version.
     VERSION = tfds.core.Version("{}.{}.{}1".format(*sys.version_info[:3]))
     RELEASE_NOTES = {str(VERSION): "The help of this Python; the split dev."}  # noqa: RUF012
 
@@ -113,8 +113,8 @@ class SpokenSentences(tfds.core.GeneratorBasedBuilder):
 
 
 def phrases(pages: Iterable[str], count: int) -> list[str]:
-    """At most `count` distinct phrases of the pages in alphabetical order: those whose rarest word is the most frequent."""
-    found: set[str] = set()
+    """Chooses at most `count` distinct phrases of the pages, those whose rarest word is most frequent; sorted."""
+    candidates: set[str] = set()
     frequency: Counter[str] = Counter()
     for page in pages:
         frequency.update(WORD.findall(page.lower()))
@@ -123,49 +123,50 @@ def phrases(pages: Iterable[str], count: int) -> list[str]:
                 continue
             for piece in PHRASE_END.split(" ".join(paragraph.split())):
                 words = piece.strip().lower().split()
-                # Single letters other than these are names of variables.
+                # Other single letters are names of variables.
                 if 2 <= len(words) <= 6 and all(WORD.fullmatch(w) and (len(w) > 1 or w in "ai") for w in words):
-                    found.add(" ".join(words))
-    rarest = {phrase: min(frequency[word] for word in phrase.split()) for phrase in found}
-    kept = sorted(found, key=lambda phrase: (-rarest[phrase], splitting.fraction(phrase)))[:count]
-    return sorted(kept)
+                    candidates.add(" ".join(words))
+    rarest = {phrase: min(frequency[word] for word in phrase.split()) for phrase in candidates}
+    return sorted(sorted(candidates, key=lambda phrase: (-rarest[phrase], splitting.fraction(phrase)))[:count])
 
 
-def split(found: list[str], held_out: int, chosen_on: int) -> tuple[list[str], list[str], list[str]]:
-    """Phrases for training, for choosing and for testing: `held_out` for testing; of the next `chosen_on` for choosing
-    those that hold none of them and stand in none of them; of the others for training those of which the same holds.
+def split(texts: list[str], held_out: int, chosen_on: int) -> tuple[list[str], list[str], list[str]]:
+    """Splits phrases by their hash into training, dev and test.
+
+    The first `held_out` phrases are for testing, the next `chosen_on` for dev, the others for training. Phrases of dev
+    and training that contain a phrase of a later set in this list, or are part of one, are dropped.
     """
-    order = sorted(found, key=splitting.fraction)
+    order = sorted(texts, key=splitting.fraction)
     testing = order[:held_out]
     development = apart(order[held_out : held_out + chosen_on], testing)
     training = apart(order[held_out + chosen_on :], [*testing, *development])
     return sorted(training), sorted(development), sorted(testing)
 
 
-def apart(found: list[str], others: list[str]) -> list[str]:
-    """The phrases that are none of the others, hold none of them and stand in none of them."""
+def apart(texts: list[str], others: list[str]) -> list[str]:
+    """Phrases that neither contain one of the others nor are part of one."""
     runs, chosen = {run for phrase in others for run in _runs(phrase)}, set(others)
-    return [phrase for phrase in found if phrase not in runs and not chosen & _runs(phrase)]
+    return [phrase for phrase in texts if phrase not in runs and not chosen & _runs(phrase)]
 
 
 def cast(texts: list[str], voices: list[str], repeats: int) -> list[Utterance]:
-    """Every text with `repeats` of the voices, chosen by a hash of the text."""
-    found = []
+    """Assigns `repeats` voices to every text, by a hash of voice and text."""
+    utterances = []
     for text in texts:
         order = {voice: splitting.fraction(f"{voice} {text}") for voice in voices}
-        found += [Utterance(text, voice) for voice in sorted(voices, key=order.__getitem__)[:repeats]]
-    return found
+        utterances += [Utterance(text, voice) for voice in sorted(voices, key=order.__getitem__)[:repeats]]
+    return utterances
 
 
 def spoken(utterance: Utterance) -> np.ndarray:
-    """int16 samples (n,) at 16 kHz.
+    """Synthesizes an utterance as int16 samples (n,) at 16 kHz.
 
     Raises:
-      BadInput: espeak-ng is missing, or does not know the voice.
+      BadInput: espeak-ng is missing or does not know the voice.
     """
     key = f"{utterance.voice} {utterance.text}"
     rate = _between(WORDS_PER_MINUTE, f"rate {key}")
-    samples, sample_rate = _synthesised(utterance, rate, _between(PITCH, f"pitch {key}"))
+    samples, sample_rate = _synthesized(utterance, rate, _between(PITCH, f"pitch {key}"))
     return features.to_int16(features.resampled(samples / features.FULL_SCALE, sample_rate, RATE))
 
 
@@ -178,8 +179,8 @@ def _between(ends: tuple[int, int], key: str) -> int:
     return ends[0] + int(splitting.fraction(key) * (ends[1] - ends[0] + 1))
 
 
-def _synthesised(utterance: Utterance, words_per_minute: int, pitch: int) -> tuple[np.ndarray, int]:
-    """int16 samples and their rate."""
+def _synthesized(utterance: Utterance, words_per_minute: int, pitch: int) -> tuple[np.ndarray, int]:
+    """Returns int16 samples (n,) and their rate in Hz."""
     try:
         import _ctypes
 
@@ -188,8 +189,8 @@ def _synthesised(utterance: Utterance, words_per_minute: int, pitch: int) -> tup
         raise BadInput(
             "config.data.name = 'spoken_sentences': needs espeak-ng; pip install \"sigmarep[packaged]\""
         ) from None
-    # Loaded anew for every utterance (some milliseconds): the library keeps phases and the state of its noise from one
-    # call to the next, so that the sound would depend on what was said before.
+    # Loaded again for every utterance (some milliseconds): the library keeps phases and the state of its noise between
+    # calls, so that the sound would depend on earlier utterances.
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
         folder = espeakng_loader.get_data_path()
@@ -205,7 +206,7 @@ def _synthesised(utterance: Utterance, words_per_minute: int, pitch: int) -> tup
             return 0
 
         library.espeak_SetSynthCallback(receive)
-        # Otherwise the noise of breath follows from the time of day.
+        # Otherwise breath noise depends on the time of day.
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         if library.espeak_SetVoiceByName(utterance.voice.encode()):
             raise BadInput(f"espeak-ng has no voice {utterance.voice!r}")

@@ -1,19 +1,19 @@
 """Recordings of people who describe the pictures of the drawing program Tux Paint, in six languages (GPL 2).
 
-The package `tuxpaint-stamps-default` of Debian (161 MB) brings them: `picture_desc_es.ogg` says in Spanish what stands
-behind `es.utf8=` in `picture.txt`. Each language is a variant of the set, "latin" holds those of the Latin script
-together. A few people read each language, most of it one person; who reads what is not known, so that `speaker` is the
-language.
+They come with the Debian package `tuxpaint-stamps-default` (161 MB): `picture_desc_es.ogg` is the Spanish text that
+follows `es.utf8=` in `picture.txt`. Each language is a variant of the data set; the variant "latin" has all languages in
+Latin script. Each language has a few readers, one of whom reads most of it; the reader of a recording is not known, so
+`speaker` is the language.
 
-Transcripts are in lower case, in the composed form of Unicode, without punctuation but for the apostrophe and the
-Catalan middle dot. Left out are transcripts with digits, currency signs, brackets or letters of another script, which
-may be read in several ways; recordings without a transcript; files of equal contents but for the first; and recordings
-whose length does not fit: outside 0.55 to 1.8 times the line through length and letters of the language's recordings
-(Theil and Sen's fit), which are cut off or say something else.
+Transcripts are in lower case and in Unicode's composed form, with the apostrophe and the Catalan middle dot as their only
+punctuation. Left out are transcripts with digits, currency signs, brackets or letters of another script, because they can
+be read in several ways; recordings without a transcript; all but the first of identical files; and recordings whose
+length is not between 0.55 and 1.8 times the length expected from the number of letters (a Theil-Sen fit over the
+language's recordings), because they are truncated or say something else.
 
-The split is by transcript, by its hash an eighth for "test" and a sixteenth for "dev", on which to choose how to decode:
-all recordings of a transcript are in one split, in the variant "latin" across languages too. Shared are the speakers,
-the words, and phrases that differ in a word.
+The split is by a hash of the transcript: an eighth for "test", a sixteenth for "dev", for choosing decoding options. All
+recordings of a transcript are in one split, in the variant "latin" across languages too. The splits share speakers,
+words, and phrases that differ in a word.
 """
 
 import glob
@@ -34,18 +34,18 @@ from sigmarep.errors import BadInput
 
 RATE = 16000
 INSTALLED = "/usr/share/tuxpaint/stamps"
-# Of the transcripts, the parts below these hashes that are no other split's.
+# Upper ends of the splits' ranges of `splitting.fraction`.
 SPLITS = {"test": 1 / 8, "dev": 3 / 16, "train": 1.0}
 LANGUAGES = ("fr", "es", "ro", "ca", "ru", "bg")
 CYRILLIC = ("ru", "bg")
-# Lengths that fit, as multiples of what the letters let expect.
+# Accepted lengths, as multiples of the length expected from the number of letters.
 FITTING = (0.55, 1.8)
-# Romanian is often written with the cedillas of Turkish.
+# Unifies apostrophes, Romanian letters written with Turkish cedillas, and the Catalan ŀ.
 SPELLING = str.maketrans({"’": "'", "‘": "'", "ş": "ș", "ţ": "ț", "ŀ": "l·"})
 
 
-class Recording(NamedTuple):
-    """A sound file and what it says; `seconds` is its length."""
+class StampRecording(NamedTuple):
+    """A sound file, its transcript and language, and its length in seconds."""
 
     path: str
     text: str
@@ -54,7 +54,7 @@ class Recording(NamedTuple):
 
 
 class StampRecordings(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the recordings, from the installed package or from what was unpacked into downloads/stamps."""
+    """TFDS builder of the recordings, from the installed package or from a package unpacked into downloads/stamps."""
 
     name = "stamp_recordings"
     VERSION = tfds.core.Version("1.1.0")
@@ -87,20 +87,20 @@ class StampRecordings(tfds.core.GeneratorBasedBuilder):
             [language for language in LANGUAGES if language not in CYRILLIC] if variant == "latin" else [variant]
         )
         root = find_stamps([INSTALLED, self._unpacked])
-        found = [recordings(root, language) for language in languages] if root else []
-        rows = [row for kept, _ in found for row in kept]
+        of_language = [recordings(root, language) for language in languages] if root else []
+        rows = [row for usable, _ in of_language for row in usable]
         if not rows:
             raise BadInput(
                 f"config.data.name = 'stamp_recordings/{variant}': has no recordings in {INSTALLED} nor under "
                 f"{self._unpacked}; run: apt-get install tuxpaint-stamps-default, or: apt-get download "
                 f"tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb {self._unpacked}"
             )
-        self._left_out = {language: names for language, (_, names) in zip(languages, found, strict=True)}
-        sides: dict[str, list[Recording]] = {split: [] for split in SPLITS}
+        self._left_out = {language: names for language, (_, names) in zip(languages, of_language, strict=True)}
+        members: dict[str, list[StampRecording]] = {split: [] for split in SPLITS}
         for row in rows:
             hashed = splitting.fraction(row.text)
-            sides[next(split for split, end in SPLITS.items() if hashed < end)].append(row)
-        return {split: self._generate_examples(root, sides[split]) for split in ("train", "dev", "test")}
+            members[next(split for split, end in SPLITS.items() if hashed < end)].append(row)
+        return {split: self._generate_examples(root, members[split]) for split in ("train", "dev", "test")}
 
     def _generate_examples(self, root, rows):
         for row in rows:
@@ -109,13 +109,13 @@ class StampRecordings(tfds.core.GeneratorBasedBuilder):
             samples = features.to_int16(features.resampled(read.samples, read.rate, RATE))
             example = {"audio": samples, "text": row.text, "speaker": row.language, "language": row.language}
             yield name, {**example, "id": name}
-        # Beside the records, where `speech_folder.problems` looks for it.
+        # `speech_folder.problems` reads this file.
         with open(os.path.join(str(self.data_dir), speech_folder.REPORT), "w", encoding="utf-8") as file:
             json.dump(self._left_out, file, indent=1, ensure_ascii=False)
 
 
 def find_stamps(roots: list[str]) -> str | None:
-    """The folder of the pictures within the first of the roots that has any."""
+    """Finds the folder of the pictures, in the first root that has recordings; None without any."""
     for root in roots:
         unpacked = glob.glob(os.path.join(glob.escape(root), "**", "tuxpaint", "stamps"), recursive=True)
         for start in (*sorted(unpacked), root):
@@ -124,9 +124,9 @@ def find_stamps(roots: list[str]) -> str | None:
     return None
 
 
-def recordings(root: str, language: str) -> tuple[list[Recording], dict[str, list[str]]]:
-    """The recordings of a language that are kept, in the order of their names, and those left out, by reason."""
-    found: list[Recording] = []
+def recordings(root: str, language: str) -> tuple[list[StampRecording], dict[str, list[str]]]:
+    """Returns the usable recordings of a language, sorted by name, and the names of the others by reason."""
+    candidates: list[StampRecording] = []
     left_out: dict[str, list[str]] = {"transcript": [], "repeated": [], "unreadable": [], "length": []}
     contents: set[bytes] = set()
     ending = f"_desc_{language}.ogg"
@@ -145,25 +145,25 @@ def recordings(root: str, language: str) -> tuple[list[Recording], dict[str, lis
             except features.AudioError as error:
                 left_out["unreadable"].append(str(error).replace(path, os.path.relpath(path, root)))
                 continue
-            found.append(Recording(path, text, language, len(read.samples) / read.rate))
-    kept = fitting(found)
-    fits = {row.path for row in kept}
-    left_out["length"] = [os.path.relpath(row.path, root) for row in found if row.path not in fits]
-    return kept, left_out
+            candidates.append(StampRecording(path, text, language, len(read.samples) / read.rate))
+    usable = fitting(candidates)
+    paths = {row.path for row in usable}
+    left_out["length"] = [os.path.relpath(row.path, root) for row in candidates if row.path not in paths]
+    return usable, left_out
 
 
 def description(path: str, language: str) -> str:
-    """What stands behind `<language>.utf8=` in a picture's text file, "" if it stands there not once."""
+    """Text after `<language>.utf8=` in a picture's text file; "" unless there is exactly one such line."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            found = re.findall(rf"^{language}\.utf8=(.*)$", file.read(), re.MULTILINE)
+            texts = re.findall(rf"^{language}\.utf8=(.*)$", file.read(), re.MULTILINE)
     except OSError:
         return ""
-    return found[0] if len(found) == 1 else ""
+    return texts[0] if len(texts) == 1 else ""
 
 
 def transcript(text: str, language: str) -> str:
-    """The text as transcripts are written here, "" if it cannot be one (see the module docstring)."""
+    """Normalizes a text to a transcript; "" if it cannot be one (see the module docstring)."""
     text = unicodedata.normalize("NFC", text).lower().translate(SPELLING)
     # Symbols such as currency signs are spoken.
     if re.search(r"[\d()\[\]{}<>/@&%\ufffd]", text) or any(unicodedata.category(each)[0] == "S" for each in text):
@@ -174,16 +174,16 @@ def transcript(text: str, language: str) -> str:
     return text if all(script in unicodedata.name(each, "") for each in text if each not in " '·") else ""
 
 
-def fitting(found: list[Recording]) -> list[Recording]:
-    """The recordings whose length is in proportion to their transcript's (see the module docstring)."""
-    if len(found) < 2:
-        return found
-    letters = np.array([len(row.text) for row in found], float)
-    seconds = np.array([row.seconds for row in found])
-    first, second = np.triu_indices(len(found), 1)
+def fitting(rows: list[StampRecording]) -> list[StampRecording]:
+    """Recordings whose length is in proportion to that of their transcript (see the module docstring)."""
+    if len(rows) < 2:
+        return rows
+    letters = np.array([len(row.text) for row in rows], float)
+    seconds = np.array([row.seconds for row in rows])
+    first, second = np.triu_indices(len(rows), 1)
     apart = letters[first] != letters[second]
     rises = (seconds[first] - seconds[second])[apart] / (letters[first] - letters[second])[apart]
     slope = np.median(rises) if len(rises) else 0.0
     expected = slope * letters + np.median(seconds - slope * letters)
     ratio = seconds / np.maximum(expected, 1e-3)
-    return [row for row, each in zip(found, ratio, strict=True) if FITTING[0] <= each <= FITTING[1]]
+    return [row for row, each in zip(rows, ratio, strict=True) if FITTING[0] <= each <= FITTING[1]]

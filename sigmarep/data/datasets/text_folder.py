@@ -1,11 +1,14 @@
 """Text files of a folder as a TFDS data set.
 
-A split is one of: `train.txt`, documents with an empty line between them (`wiki.train.tokens` and `wiki.train.raw`, as
-WikiText comes, are read too: there a line ` = Title = ` begins a document); `train.tsv`, a source and its translation with
-a tab between them on each line; `train.en` with `train.de`, line by line. Any may be gzipped (`.gz`). Splits are train,
-validation (or valid, dev) and test; at least train must be there.
+The splits are train, validation (or valid, dev) and test; train is required. A split is one of these, possibly gzipped
+(`.gz`):
 
-What is prepared is kept under the hash of the files' contents: a changed file is another data set.
+- `train.txt`: documents, separated by empty lines. (`wiki.train.tokens` and `wiki.train.raw`, WikiText's own files, are
+  read too; in them a line ` = Title = ` begins a document.)
+- `train.tsv`: on each line a source, a tab and its translation.
+- `train.en` and `train.de`: translations line by line.
+
+The prepared data set is stored under a hash of the files' contents, so that a changed file gives a new data set.
 """
 
 import gzip
@@ -24,7 +27,7 @@ TITLE = re.compile(r" = [^=].*[^=] = \s*")
 
 
 class TextFolder(tfds.core.GeneratorBasedBuilder):
-    """Text files of a folder; see the module docstring."""
+    """TFDS builder of the text files of a folder; see the module docstring."""
 
     name = "text_folder"
     VERSION = tfds.core.Version("1.0.0")
@@ -32,7 +35,11 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
     SKIP_REGISTERING = True
 
     def __init__(self, *, folder: str, **options):
-        """Raises BadInput where there is no such folder or no training file in it."""
+        """Finds the files.
+
+        Raises:
+          BadInput: see `find_files`.
+        """
         self._files = find_files(folder)
         digest = hashlib.sha256()
         for split, paths in sorted(self._files.items()):
@@ -50,7 +57,7 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=__doc__,
             features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in columns}),
-            # In the order of the file, so that a stream of text is one.
+            # Texts stay in the order of the file, so that they can be read as one stream.
             disable_shuffling=True,
         )
 
@@ -67,24 +74,24 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
 
 
 def find_files(folder: str) -> dict[str, list[str]]:
-    """The file, or the two aligned files, of each split.
+    """Finds the file, or the two aligned files, of each split.
 
     Raises:
-      BadInput: there is no such folder, no training file, or more than one of a split.
+      BadInput: there is no such folder, no training file, or a split has several files that do not belong together.
     """
     if not folder or not os.path.isdir(os.path.expanduser(folder)):
         raise BadInput(f"config.data.folder = {folder!r}: there is no such folder")
     folder = os.path.expanduser(folder)
-    found: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):
         match = re.fullmatch(r"(?:wiki\.)?(\w+)\.([A-Za-z_-]+)(\.gz)?", name)
         if match and match[1] in SPLITS:
-            found.setdefault(SPLITS[match[1]], []).append(os.path.join(folder, name))
-    if "train" not in found:
+            files.setdefault(SPLITS[match[1]], []).append(os.path.join(folder, name))
+    if "train" not in files:
         raise BadInput(
             f"config.data.folder = {folder!r}: has no train.txt, no train.tsv and no pair such as train.en and train.de"
         )
-    for split, paths in found.items():
+    for split, paths in files.items():
         if len(paths) > 2 or (len(paths) == 2 and {language_of(path) for path in paths} & {*PLAIN, "tsv"}):
             names = ", ".join(os.path.basename(path) for path in paths)
             raise BadInput(
@@ -92,21 +99,21 @@ def find_files(folder: str) -> dict[str, list[str]]:
             )
         if len(paths) == 1 and language_of(paths[0]) not in (*PLAIN, "tsv"):
             raise BadInput(
-                f"{paths[0]}: is alone; a pair such as {split}.en and {split}.de, {split}.tsv or {split}.txt is expected"
+                f"{paths[0]}: is alone; expected a pair such as {split}.en and {split}.de, or {split}.tsv, or {split}.txt"
             )
-    return found
+    return files
 
 
 def language_of(path: str) -> str:
-    """What stands behind the dot of a file's name, .gz left out."""
+    """Extension of a file's name without the dot, and before ".gz": the language in `train.en`."""
     return os.path.basename(path).removesuffix(".gz").rpartition(".")[2]
 
 
 def lines(path: str) -> Iterator[str]:
-    """The lines of a text file without their ends.
+    """Yields the lines of a text file without their line ends.
 
     Raises:
-      BadInput: it is empty, or a line is not UTF-8; the message names file and line.
+      BadInput: the file is empty or cannot be read, or a line is not UTF-8; the message names file and line.
     """
     opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115
     number = 0
@@ -123,10 +130,10 @@ def lines(path: str) -> Iterator[str]:
 
 
 def documents(path: str) -> Iterator[str]:
-    """The documents of a plain text file.
+    """Yields the documents of a plain text file.
 
     Raises:
-      BadInput: see `lines`; or nothing but white space is in it.
+      BadInput: see `lines`; or the file has nothing but white space.
     """
     wikitext = language_of(path) in ("tokens", "raw")
     gathered: list[str] = []
@@ -148,10 +155,10 @@ def documents(path: str) -> Iterator[str]:
 
 
 def columns_of(path: str) -> Iterator[dict[str, str]]:
-    """Source and target of every line.
+    """Yields `source` and `target` of every line of a table.
 
     Raises:
-      BadInput: see `lines`; or a line has not exactly one tab.
+      BadInput: see `lines`; or a line does not have exactly one tab.
     """
     for number, line in enumerate(lines(path), 1):
         columns = line.split("\t")
@@ -163,10 +170,10 @@ def columns_of(path: str) -> Iterator[dict[str, str]]:
 
 
 def aligned(first: str, second: str) -> Iterator[dict[str, str]]:
-    """The lines of two files side by side.
+    """Yields the pairs of lines of two files, by the files' languages.
 
     Raises:
-      BadInput: see `lines`; or they have different numbers of lines.
+      BadInput: see `lines`; or the files have different numbers of lines.
     """
     counts = [sum(1 for _ in lines(path)) for path in (first, second)]
     if counts[0] != counts[1]:
