@@ -1,12 +1,10 @@
 """Every configuration file: loads, refuses a typo, builds its model and schedule, and is what its golden file says.
 
-A golden file holds the resolved configuration and the table of parameters: path, shape, whether the kernel is
-reparametrised and whether it is decayed. After an intended change: pytest tests/configs --update-golden, and read the
-difference.
+A golden file holds what a recipe changes in the defaults of its task, and the parameters of its model; see
+tests/configs/goldens.py. After an intended change: pytest tests/configs --update-golden, and read the difference.
 """
 
 import importlib.util
-import json
 from pathlib import Path
 
 import jax
@@ -15,12 +13,13 @@ import pytest
 from sigmarep import tasks
 from sigmarep.errors import BadInput
 from sigmarep.training.config import arguments, default_config, validate
-from sigmarep.training.mesh import path_name
-from sigmarep.training.optimizers import create_optimizer, decay_mask
+from sigmarep.training.optimizers import create_optimizer
 from sigmarep.training.schedules import create_schedule
+from tests.configs import goldens
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = Path(__file__).parent / "golden"
+DEFAULTS = GOLDEN / "defaults.txt"
 # Every file with the arguments that stand for its arms.
 ARMS = {
     "quickstart.py": [""],
@@ -69,41 +68,43 @@ def abstract_variables(config):
     return jax.eval_shape(task.init, jax.random.key(0))
 
 
-def description(config):
-    variables = abstract_variables(config)
-    params = variables["params"]
-    spectral = {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(variables.get("spectral", {}))}
-    decayed = decay_mask(params, config.optimizer.no_decay)
-    names = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
+@functools.cache
+def resolved(name, text):
+    """The validated configuration of an arm and the abstract variables of its model."""
+    config = validate(load(name).get_config(text))
+    return config, abstract_variables(config)
 
-    def reparametrised(name):
-        stem = name.removesuffix("/kernel")
-        return name.endswith("/kernel") and (f"{stem}/u" in spectral or f"{stem}/gamma" in names)
 
-    table = {
-        path_name(path): {
-            "shape": list(names[path_name(path)]),
-            "reparametrised": reparametrised(path_name(path)),
-            "decayed": keep,
-        }
-        for path, keep in jax.tree_util.tree_leaves_with_path(decayed)
-    }
-    return {"config": json.loads(config.to_json()), "parameters": dict(sorted(table.items()))}
+def golden_path(name):
+    return (GOLDEN / name).with_suffix(".txt")
 
 
 def test_every_file_is_covered():
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.py")} == set(ARMS)
 
 
-@pytest.mark.parametrize(("name", "text"), CASES)
-def test_it_is_what_its_golden_file_says(name, text, request):
-    found = description(validate(load(name).get_config(text)))
-    slug = (name.removesuffix(".py") + ("-" + text if text else "")).replace("/", "_").replace(",", "-")
-    path = GOLDEN / f"{slug}.json"
+@pytest.mark.parametrize("name", ARMS)
+def test_it_is_what_its_golden_file_says(name, request):
+    text = goldens.recipe(name, [(argument, *resolved(name, argument)) for argument in ARMS[name]])
+    path = golden_path(name)
     if request.config.getoption("--update-golden"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    assert found == json.loads(path.read_text())
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+    assert text.splitlines() == path.read_text().splitlines()
+
+
+def test_no_default_changed(request):
+    """A field that the file does not have yet is no difference: a new field with a default changes no recipe."""
+    tasks_of = goldens.defaults()
+    if request.config.getoption("--update-golden"):
+        DEFAULTS.write_text(goldens.format_defaults(tasks_of))
+    recorded = goldens.parse_defaults(DEFAULTS.read_text())
+    changed = {setting: tasks - tasks_of.get(setting, set()) for setting, tasks in recorded.items()}
+    assert not {setting: tasks for setting, tasks in changed.items() if tasks}
+
+
+def test_every_golden_file_belongs_to_a_recipe():
+    assert set(GOLDEN.rglob("*.*")) == {*map(golden_path, ARMS), DEFAULTS}
 
 
 @pytest.mark.parametrize(("name", "text"), CASES)
@@ -117,8 +118,8 @@ def test_a_typo_is_refused_where_it_is_written(name, text):
 
 @pytest.mark.parametrize(("name", "text"), CASES)
 def test_its_optimizer_can_be_built(name, text):
-    config = validate(load(name).get_config(text))
-    params = abstract_variables(config)["params"]
+    config, variables = resolved(name, text)
+    params = variables["params"]
     schedule = create_schedule(config.optimizer, total_steps=1000, warmup_steps=10)
     state = jax.eval_shape(create_optimizer(config.optimizer, schedule=schedule, params=params).init, params)
     assert jax.tree.leaves(state)
