@@ -62,7 +62,7 @@ def resolved_config(flag: Any) -> Any:
 
 def imports() -> list[str]:
     """The values of --import, for commands that start others."""
-    return list(flags.FLAGS["import"].value)
+    return list(flags.FLAGS["import"].value or ())
 
 
 def load_config_file(path: str) -> Any:
@@ -173,7 +173,7 @@ def _import(arguments: Sequence[str]) -> None:
         early(list(arguments), known_only=True)
         if early.config:
             doors.make_importable(early.config.partition(":")[0])
-        for module in early["import"].value:
+        for module in early["import"].value or ():
             doors.import_named(module)
 
 

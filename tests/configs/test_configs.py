@@ -4,6 +4,7 @@ A golden file holds what a recipe changes in the defaults of its task, and the p
 tests/configs/goldens.py. After an intended change: pytest tests/configs --update-golden, and read the difference.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 
