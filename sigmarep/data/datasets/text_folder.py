@@ -1,6 +1,6 @@
 """Text files of a folder as a TFDS data set.
 
-The splits are train, validation (or valid, dev) and test; train is required. A split is one of these, possibly gzipped
+The splits are train, validation (or valid, dev) and test; only training needs train. A split is one of these, possibly gzipped
 (`.gz`):
 
 - `train.txt`: documents, separated by empty lines. (`wiki.train.tokens` and `wiki.train.raw`, WikiText's own files, are
@@ -77,7 +77,7 @@ def find_files(folder: str) -> dict[str, list[str]]:
     """Finds the file, or the two aligned files, of each split.
 
     Raises:
-      BadInput: there is no such folder, no training file, or a split has several files that do not belong together.
+      BadInput: there is no such folder, no file of a split in it, or a split has several files that do not belong together.
     """
     if not folder or not os.path.isdir(os.path.expanduser(folder)):
         raise BadInput(f"config.data.folder = {folder!r}: there is no such folder")
@@ -87,7 +87,7 @@ def find_files(folder: str) -> dict[str, list[str]]:
         match = re.fullmatch(r"(?:wiki\.)?(\w+)\.([A-Za-z_-]+)(\.gz)?", name)
         if match and match[1] in SPLITS:
             files.setdefault(SPLITS[match[1]], []).append(os.path.join(folder, name))
-    if "train" not in files:
+    if not files:
         raise BadInput(
             f"config.data.folder = {folder!r}: has no train.txt, no train.tsv and no pair such as train.en and train.de"
         )
