@@ -1,4 +1,4 @@
-"""Data sets by name, all through TFDS, as sources that can be read at any index.
+"""Data sets by name, through TFDS or from a function of the user's (`supplied`), as sources that can be read at any index.
 
 Sets that packages bring are prepared on first use; the others by one command, which the error names. Reading never
 needs TensorFlow.
@@ -8,7 +8,9 @@ import difflib
 import functools
 import glob
 import hashlib
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -16,6 +18,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from sigmarep import doors
+from sigmarep.data import supplied
 from sigmarep.errors import BadInput
 from sigmarep.files import locked
 
@@ -99,7 +103,7 @@ def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
     if "://" in root:
         raise BadInput(f"config.data.data_dir = {root!r}: expected a folder; mount the bucket, as docs/data.md shows")
     try:
-        if _is_own(name) or name in FOLDERS:
+        if _is_own(name) or name in FOLDERS or doors.is_dotted(name):
             found = _own(name, root, folder)
         else:
             # Read as it lies there: TFDS's own code for the set may need TensorFlow, or be of another version.
@@ -156,6 +160,8 @@ def open_source(name: str, split: str, *, data_dir: str | None = None, folder: s
     Raises:
       BadInput: see `builder`; or there is no such split, or nothing in it.
     """
+    if is_supplied(name):
+        return supplied.open_source(name, split, data_dir=data_dir, folder=folder)
     found = builder(name, data_dir=data_dir, folder=folder)
     splits = found.info.splits
     try:
@@ -182,23 +188,32 @@ def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: s
     Raises:
       BadInput: see `builder`.
     """
+    if is_supplied(name):
+        return supplied.fingerprint(name, split, open_source(name, split, data_dir=data_dir, folder=folder))
     info = builder(name, data_dir=data_dir, folder=folder).info
     sizes = {each: (details.num_examples, details.num_bytes) for each, details in info.splits.items()}
     return hashlib.sha256(f"{info.full_name}|{split}|{sorted(sizes.items())}".encode()).hexdigest()
 
 
 def sample_rate(name: str, feature: str, *, data_dir: str | None = None, folder: str = "") -> int | None:
-    """Samples a second of a data set's audio, as far as it says so; this project's own sets have 16,000.
+    """Samples a second of a data set's audio, None where that is not known; this project's own sets have 16,000.
 
     Raises:
       BadInput: see `builder`.
     """
     if _is_own(name) or name in FOLDERS:
         return 16_000
+    if is_supplied(name):
+        return getattr(supplied.load(name), "sample_rate", None)
     directory = str(builder(name, data_dir=data_dir, folder=folder).data_dir)
     with open(os.path.join(directory, "features.json")) as file:
         features = json.load(file).get("featuresDict", {}).get("features", {})
     return int(features.get(feature, {}).get("audio", {}).get("sampleRate", 0)) or None
+
+
+def is_supplied(name: str) -> bool:
+    """Whether a function of the user's gives the data set."""
+    return doors.is_dotted(name) and not _is_builder(supplied.load(name))
 
 
 def describe(name: str, *, data_dir: str | None = None) -> Description:
@@ -207,6 +222,9 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
     Raises:
       BadInput: see `builder`; or it has no images with labels.
     """
+    if is_supplied(name):
+        classes = supplied.class_names(name)
+        return Description(len(classes), (None, None, None), {}, classes, name)
     info = builder(name, data_dir=data_dir).info
     features = info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
@@ -230,23 +248,34 @@ def published(name: str, *, data_dir: str | None = None) -> Description:
     return PUBLISHED.get(name) or describe(name, data_dir=data_dir)
 
 
+def _is_builder(opener: Any) -> bool:
+    import tensorflow_datasets as tfds
+
+    return isinstance(opener, type) and issubclass(opener, tfds.core.DatasetBuilder)
+
+
 def _is_own(name: str) -> bool:
     """Whether it is a builder of this project, with or without a variant; a version is read as it lies there."""
     return name.split("/")[0] in OWN and ":" not in name
 
 
 def _own(name: str, root: str, folder: str = ""):
-    dataset, _, variant = name.partition("/")
-    module, attribute = {**OWN, **FOLDERS}[dataset]
-    made = getattr(importlib.import_module(module), attribute)
-    variants = [config.name for config in made.BUILDER_CONFIGS]
-    if variant not in (variants or [""]):
-        expected = ", ".join(f"{dataset}/{each}" for each in variants) or dataset
-        raise BadInput(f"config.data.name = {name!r}: there is no such variant; expected one of {expected}")
-    if variants:
-        made = functools.partial(made, config=variant)
-    if dataset in FOLDERS:
-        made = functools.partial(made, folder=folder)
+    if doors.is_dotted(name):
+        made = supplied.load(name)
+        if "folder" in inspect.signature(made).parameters:
+            made = functools.partial(made, folder=folder)
+    else:
+        dataset, _, variant = name.partition("/")
+        module, attribute = {**OWN, **FOLDERS}[dataset]
+        made = getattr(importlib.import_module(module), attribute)
+        variants = [config.name for config in made.BUILDER_CONFIGS]
+        if variant not in (variants or [""]):
+            expected = ", ".join(f"{dataset}/{each}" for each in variants) or dataset
+            raise BadInput(f"config.data.name = {name!r}: there is no such variant; expected one of {expected}")
+        if variants:
+            made = functools.partial(made, config=variant)
+        if dataset in FOLDERS:
+            made = functools.partial(made, folder=folder)
     found = made(data_dir=root, file_format="array_record")
     if found.is_prepared():
         return found
@@ -326,8 +355,8 @@ def _missing(name: str, folder: str):
 
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(KNOWN)} and every name of TFDS"
-    return f"config.data.name = {name!r}: there is no such data set; {hint}"
+    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(KNOWN)}, another name of TFDS"
+    return f"config.data.name = {name!r}: there is no such data set; {hint}, or a dotted Python name"
 
 
 def _damaged(name: str, folder: str, error: Exception) -> str:

@@ -43,8 +43,10 @@ class PictureData(TaskData):
 
     def files(self):
         # Not the sizes of the files: the same pictures compress to others elsewhere.
-        examples = sorted(self.description.splits.items())
-        identity = f"{self.description.full_name}|{self.config.data.train_split}|{examples}"
+        data, examples = self.config.data, sorted(self.description.splits.items())
+        identity = f"{self.description.full_name}|{data.train_split}|{examples}"
+        if not examples:
+            identity += sources.fingerprint(data.name, data.train_split, data_dir=data.data_dir)
         facts = {"fingerprint": hashlib.sha256(identity.encode()).hexdigest(), "examples": self.num_train_examples}
         return {"data.json": json.dumps(facts, indent=2).encode() + b"\n"}
 

@@ -17,7 +17,7 @@ from sigmarep.tasks.protocol import Files, TaskModel
 from sigmarep.training import mesh as meshes
 from sigmarep.training import workdir
 from sigmarep.training.checkpoints import read_variables
-from sigmarep.training.config import default_config, flatten, nearest, validate
+from sigmarep.training.config import FREE, default_config, flatten, nearest, validate
 
 
 class Restored(NamedTuple):
@@ -93,11 +93,12 @@ def restored_config(folder: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _without_none(stored: dict[str, Any]) -> dict[str, Any]:
+def _without_none(stored: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without the fields that are None, as they are by default; those of the sections `FREE` have no default."""
     return {
-        name: _without_none(value) if isinstance(value, dict) else value
+        name: _without_none(value, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in stored.items()
-        if value is not None
+        if value is not None or prefix.startswith(tuple(f"{section}." for section in FREE))
     }
 
 

@@ -206,7 +206,9 @@ class SpeechCorpus:
             "ignored": ignored,
         }
         unknown = collections.Counter(c for i in np.flatnonzero(~ignored) for c in encoded[i].unknown)
-        problem = problems(sources.builder(data.name, data_dir=data.data_dir, folder=data.folder))
+        problem = {}
+        if not sources.is_supplied(data.name):
+            problem = problems(sources.builder(data.name, data_dir=data.data_dir, folder=data.folder))
         self.report: dict[str, Any] = {
             "utterances": len(frames),
             "hours": round(float(seconds.sum()) / 3600, 4),
