@@ -1,11 +1,11 @@
-"""What happened in a run, a sweep or a folder of runs: one HTML page that opens offline, and its pictures as PNG.
+"""Writes a report of a run, a sweep or a folder of runs: one HTML page that opens offline, and its pictures as PNG.
 
     python scripts/report.py runs/stability_vit --output report.html
     python scripts/report.py runs/a runs/b runs/c --output report.html [--plots 4]
 
-Loss against attention entropy of every layer and head, spectral norms and γ, sharpness with its threshold, sensitivity
-of sweeps to the learning rate, a table of all runs, the differences of their configurations, and findings in words.
-Runs may still be going on. Needs matplotlib: pip install "sigmarep[report]".
+The page shows loss against attention entropy of every layer and head, spectral norms and γ, sharpness and its threshold,
+the sensitivity of sweeps to the learning rate, a table of all runs, differences between their configurations, and findings
+in words. Runs may be unfinished. Needs matplotlib: pip install "sigmarep[report]".
 """
 
 import os
@@ -14,8 +14,8 @@ from absl import flags
 
 from sigmarep import command
 
-OUTPUT = flags.DEFINE_string("output", None, "The page, FILE.html; pictures go into FILE_plots beside it.")
-PLOTS = flags.DEFINE_integer("plots", 4, "Runs that are drawn one by one.", lower_bound=0)
+OUTPUT = flags.DEFINE_string("output", None, "Path of the page, FILE.html; pictures go into FILE_plots.")
+PLOTS = flags.DEFINE_integer("plots", 4, "Largest number of runs that are drawn one by one.", lower_bound=0)
 
 
 def main(folders: list[str]) -> None:

@@ -1,11 +1,11 @@
-"""What a sweep says of the learning rate: loss and entropy by arm and rate, and the rates at which each arm trains.
+"""Prints a sweep's dependence on the learning rate: loss and entropy by arm and rate, and the rates that train.
 
     python scripts/sensitivity.py --workdir runs/stability_vit
 
-A loss is the mean of the last tenth of the logged training losses, an entropy the lowest layer's lowest of the run; both
-are medians over seeds (lowest to highest). An arm trains where its loss is within 10 % of the best of any arm; beside it
-stands where it is within 10 % of the arm's own best. Its sensitivity is the mean over rates of what its loss, cut at the
-start's, has above its best (Wortsman et al., 2023).
+A loss is the mean of the last tenth of the logged training losses; an entropy is the lowest of any layer at any step of a
+run. Both are given as median over seeds (lowest to highest). An arm trains at the rates where its loss is within 10 % of
+the best of any arm; the next column has the rates within 10 % of the arm's own best. Sensitivity is the mean over rates of
+the loss, capped at the first loss, minus the arm's best loss (Wortsman et al., 2023).
 """
 
 import math
@@ -25,15 +25,15 @@ def main() -> None:
     table = sensitivity.read_sweep(workdir)
     rates = sorted({rate for by_rate in table.values() for rate in by_rate})
 
-    def cell(each: list[sensitivity.Outcome], name: str) -> str:
+    def cell(each: list[sensitivity.RunOutcome], name: str) -> str:
         diverged = sum(math.isinf(one.loss) for one in each)
         if name == "loss" and diverged:
             return f"{diverged} of {len(each)} diverged"
         values = [value for one in each if not math.isnan(value := getattr(one, name))]
         return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
 
-    for name, said in (("loss", "loss, nats"), ("lowest", "lowest entropy, nats")):
-        print(f"| {said} | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---{'|---' * len(rates)}|")
+    for name, title in (("loss", "loss, nats"), ("lowest", "lowest entropy, nats")):
+        print(f"| {title} | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---{'|---' * len(rates)}|")
         for arm, by_rate in table.items():
             print(f"| {arm} | {' | '.join(cell(by_rate.get(rate, []), name) for rate in rates)} |")
         print()
@@ -41,8 +41,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for row in sensitivity.findings(table):
         print(
-            f"| {row['arm']} | {row['loss']:.3f}, {row['rate']:g} | {sensitivity.said(row['range'])} "
-            f"| {sensitivity.said(row['own'])} | {row['sensitivity']:.3f} | {row['entropy']:.3f} nats |"
+            f"| {row['arm']} | {row['loss']:.3f}, {row['rate']:g} | {sensitivity.in_words(row['range'])} "
+            f"| {sensitivity.in_words(row['own'])} | {row['sensitivity']:.3f} | {row['entropy']:.3f} nats |"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a curve of losses says by itself: when it rose, and how often it jumped."""
+"""Statistics of a single loss curve: the step at which it rose, and its spike score."""
 
 import collections
 import itertools
@@ -6,25 +6,25 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# The running median that says whether a loss rose is over so many logged points.
+# Number of logged points in the running median that decides whether a loss rose.
 WINDOW = 5
-# The loss rose if that median exceeds its lowest value by this many typical jumps between neighbours, and by this share of
-# the first loss.
+# The loss rose if that median exceeds its lowest value by this many median differences of successive losses, and by this
+# share of the first loss.
 JUMPS = 3.0
 SHARE = 0.02
 # OLMo 2's spike score.
 SPIKE_WINDOW = 1000
 SPIKE_DEVIATIONS = 7.0
-# Deviations of fewer points than these say nothing.
+# Fewest values from which a standard deviation is taken.
 SPIKE_LEAST = 20
 
 
 def rise(steps: Sequence[int], losses: Sequence[float]) -> int | None:
-    """The step at which the loss rose first; None if it never did.
+    """Finds the step at which the loss first rose; None if it never did.
 
-    The median of the last `WINDOW` losses is held against the lowest such median before. What it must exceed is in
-    `JUMPS` and `SHARE`; the step is that of the first loss of the window above it. A loss that is no number is above
-    everything.
+    The loss rose if the median of `WINDOW` successive losses exceeds the lowest such median before by the margin of
+    `JUMPS` and `SHARE`. The step is that of the first loss in the window above the margin. A loss that is not finite is
+    above everything.
     """
     losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
     if not losses or math.inf in losses[:1]:
@@ -40,15 +40,15 @@ def rise(steps: Sequence[int], losses: Sequence[float]) -> int | None:
             above = next(i for i, loss in enumerate(window) if loss > lowest + margin)
             return steps[end - WINDOW + above]
         lowest = min(lowest, middle)
-    # The last losses may be too few for the median.
+    # The last losses may be too few to move the median.
     return steps[losses.index(math.inf)] if math.inf in losses else None
 
 
 def spike_score(values: Sequence[float]) -> float:
-    """The share of values at least 7 standard deviations from the mean of the 1000 before them, in per cent (OLMo 2, 2025).
+    """Percentage of values at least 7 standard deviations from the mean of the 1000 values before them (OLMo 2, 2025).
 
-    Fewer earlier values serve where there are no 1000, but not fewer than `SPIKE_LEAST`. A value that is not finite is a
-    spike, and is left out of the means. NaN without any value that has enough before it.
+    Near the start fewer values serve, but at least `SPIKE_LEAST`. A value that is not finite is a spike and does not enter
+    the means. NaN if no value has enough values before it.
     """
     earlier: collections.deque[float] = collections.deque()
     origin = next((value for value in values if math.isfinite(value)), 0.0)
@@ -58,7 +58,7 @@ def spike_score(values: Sequence[float]) -> float:
         if not math.isfinite(value):
             spikes, counted = spikes + 1, counted + 1
             continue
-        # Sums relative to the first value: its size costs no precision.
+        # Sums are relative to the first value, so that its magnitude costs no precision.
         value -= origin
         if len(earlier) >= SPIKE_LEAST:
             mean = total / len(earlier)
@@ -68,6 +68,6 @@ def spike_score(values: Sequence[float]) -> float:
         earlier.append(value)
         total, squares = total + value, squares + value**2
         if len(earlier) > SPIKE_WINDOW:
-            gone = earlier.popleft()
-            total, squares = total - gone, squares - gone**2
+            oldest = earlier.popleft()
+            total, squares = total - oldest, squares - oldest**2
     return 100 * spikes / counted if counted else math.nan

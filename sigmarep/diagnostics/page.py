@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing beside itself: text, tables and embedded pictures, no script."""
+"""Rendering of a report as one self-contained HTML page: text, tables and embedded pictures, without scripts."""
 
 import base64
 import html
@@ -13,7 +13,7 @@ from sigmarep.diagnostics import sensitivity
 from sigmarep.diagnostics.findings import Facts, differences
 from sigmarep.diagnostics.runs import Run
 
-# Up to so many runs the differences of their configurations are a table with a column a run.
+# Largest number of runs whose configurations are compared in a table with one column per run.
 MOST_COLUMNS = 8
 
 STYLE = """
@@ -56,7 +56,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 class Picture(NamedTuple):
-    """`name` of its file, `caption` of what it shows, and the `png`."""
+    """A picture: the name of its file, its caption, and the PNG file's bytes."""
 
     name: str
     caption: str
@@ -64,7 +64,14 @@ class Picture(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A sweep's `folder`, its `table`, how many of its runs are `missing` from that, and its `picture`."""
+    """A sweep of learning rates.
+
+    Attributes:
+      folder: folder of the sweep.
+      table: outcomes of its runs.
+      missing: number of its runs that are not in the table.
+      picture: the table as a picture.
+    """
 
     folder: str
     table: sensitivity.Table
@@ -73,10 +80,10 @@ class Sweep(NamedTuple):
 
 
 class Detail(NamedTuple):
-    """One run that is shown by itself."""
+    """A run that is shown individually, with findings in words and pictures."""
 
     run: Run
-    said: list[str]
+    sentences: list[str]
     pictures: list[Picture]
 
 
@@ -84,20 +91,30 @@ def render(
     *,
     runs: Sequence[Run],
     facts: Sequence[Facts],
-    said: Sequence[str],
+    findings: Sequence[str],
     notes: Sequence[str],
     sweeps: Sequence[Sweep],
     together: Picture | None,
     details: Sequence[Detail],
 ) -> str:
-    """The page. `said` are the findings of all runs together, `notes` what was wrong with the folders."""
+    """Renders the page.
+
+    Args:
+      runs: all runs, with at least the metrics shown in tables.
+      facts: facts of each run.
+      findings: findings about all runs together, in words.
+      notes: problems with the folders, in words.
+      sweeps: the sweeps that the runs are part of.
+      together: picture of all runs; None for one run.
+      details: runs that are shown individually.
+    """
     title = f"Training stability: {runs[0].name}" if len(runs) == 1 else f"Training stability: {len(runs)} runs"
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="quiet">Read on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates.</p>',
         *[f'<p class="note">{_text(note)}</p>' for note in notes],
         "<h2>Findings</h2>",
-        _list(said),
+        _list(findings),
     ]
     if len(runs) > 1 and together:
         parts += ["<h2>All runs</h2>", '<div class="pictures">', _figure(together), "</div>"]
@@ -137,7 +154,7 @@ def _text(value: Any) -> str:
 
 
 def _name(name: str) -> str:
-    """A run's name, which may be broken where its parts end."""
+    """A run's name as HTML that may be wrapped after commas."""
     return _text(name).replace(",", ",<wbr>")
 
 
@@ -154,7 +171,7 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *, numbers: bool = True) -> str:
-    """A table whose cells are HTML already; with `numbers`, single words that begin with a digit or a sign stand right."""
+    """Renders a table of HTML cells; `numbers` aligns single words that begin with a digit or a sign to the right."""
 
     def cell(content: str) -> str:
         number = numbers and content[:1] in tuple("-0123456789") and " " not in content
@@ -238,8 +255,8 @@ def _sweep(sweep: Sweep) -> list[str]:
                 _text(row["arm"]),
                 loss,
                 f"{row['rate']:g}",
-                sensitivity.said(row["range"]),
-                sensitivity.said(row["own"]),
+                sensitivity.in_words(row["range"]),
+                sensitivity.in_words(row["own"]),
                 _number(row["sensitivity"], 3),
                 _number(row["entropy"], 3),
             ]
@@ -249,9 +266,10 @@ def _sweep(sweep: Sweep) -> list[str]:
     missing = f" {sweep.missing} of its runs have not ended, or failed, and are left out." if sweep.missing else ""
     return [
         f"<h2>Learning rates: {_text(sweep.folder)}</h2>",
-        f"<p>Loss is the mean of the last tenth of the logged training losses, the median over seeds ({words} a rate). "
-        f"An arm trains where that is within {sensitivity.WITHIN:.0%} of the best of any arm. Sensitivity is the mean over "
-        f"rates of what its loss, cut at that of the start, has above its own best (Wortsman et al., 2023).{missing}</p>",
+        "<p>Loss is the mean of the last tenth of the logged training losses, and of these the median over seeds "
+        f"({words} per rate). An arm trains where its loss is within {sensitivity.WITHIN:.0%} of the best of any arm. "
+        "Sensitivity is the mean over rates of the loss, capped at the first loss, minus the arm's best loss (Wortsman et "
+        f"al., 2023).{missing}</p>",
         '<div class="pictures">',
         _figure(sweep.picture),
         "<div>",
@@ -278,7 +296,7 @@ def _detail(detail: Detail, *, alone: bool) -> list[str]:
     return [
         "" if alone else f"<h3>{_text(run.name)} {_state(run)}</h3>",
         f'<p class="quiet">{_text(" · ".join(str(fact) for fact in facts if fact))}</p>',
-        "" if alone else _list(detail.said),
+        "" if alone else _list(detail.sentences),
         '<div class="pictures">',
         *map(_figure, detail.pictures),
         "</div>",

@@ -1,4 +1,4 @@
-"""Pictures of runs, as PNG. Colours are told apart by colour-blind readers, and never say anything alone."""
+"""Pictures of runs, as PNG. Color-blind readers can distinguish the colors, and no color carries information alone."""
 
 import io
 import math
@@ -13,16 +13,16 @@ from sigmarep.diagnostics.runs import Run
 from sigmarep.errors import BadInput
 from sigmarep.training import divergence
 
-# Okabe and Ito's palette, without its yellow, which is faint on white, and three more for what has many kinds.
+# The palette of Okabe and Ito without yellow, which is faint on white, and three more colors.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#882255", "#6b8e23")
 DASHES = ("-", "--", ":")
 WIDTH = 4.8
 LEGEND_COLUMNS = 3
 DPI = 130
-# More points than pixels cost time and show nothing.
+# Longer curves are thinned: more points than pixels cost time and show nothing.
 MOST_POINTS = 600
 LOSS, LOWEST = "train/loss", "attention/entropy_min"
-# What `together` draws of all runs.
+# The metrics that `together` draws.
 ALL = (LOSS, LOWEST)
 # Ticks are multiples of these.
 ROUND = (1, 2, 2.5, 5, 10)
@@ -30,7 +30,7 @@ BLOCK = re.compile(r"block_(\d+)")
 
 
 def png(figure: Any) -> bytes:
-    """The bytes of a figure."""
+    """Renders a figure as the bytes of a PNG file."""
     _arrange(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
@@ -38,7 +38,7 @@ def png(figure: Any) -> bytes:
 
 
 def load() -> Any:
-    """Loads what draws; it takes a second.
+    """Imports matplotlib, which takes a second, and returns its Figure class.
 
     Raises:
       BadInput: matplotlib is missing.
@@ -60,10 +60,10 @@ def _figure(heights: Sequence[float]) -> tuple[Any, list[Any]]:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25, linewidth=0.6)
         each.tick_params(labelsize=8)
-        # Ticks are most of what a picture costs. Steps and logarithmic rates are the only horizontal axes.
+        # Few ticks, because they take most of the time. Horizontal axes are steps, or logarithmic rates (see `rates`).
         each.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=ROUND))
         each.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
-        # No offset or power beside the axis, where a legend is.
+        # No offset or power above the axis, where the legend is.
         each.yaxis.set_major_formatter("{x:g}")
         each.margins(x=0.02)
         each.xaxis.label.set_size(9)
@@ -72,9 +72,9 @@ def _figure(heights: Sequence[float]) -> tuple[Any, list[Any]]:
 
 
 def _arrange(figure: Any) -> None:
-    """Places the axes of a figure below each other, with room for what stands above each.
+    """Stacks the axes of a figure, with room for the legend above each.
 
-    In half the time of matplotlib's own layouts, which draw everything twice.
+    This takes half the time of matplotlib's own layouts, which draw everything twice.
     """
     legends = [axes.get_legend() for axes in figure.axes]
     above = [0.12 + (0.14 * math.ceil(len(each.get_texts()) / LEGEND_COLUMNS) if each else 0.0) for each in legends]
@@ -89,7 +89,7 @@ def _arrange(figure: Any) -> None:
 
 
 def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options: Any) -> None:
-    """Finite points alone, thinned evenly where there are very many; nothing where there are none."""
+    """Draws the finite points of a curve, evenly thinned to about `MOST_POINTS`; nothing if there are none."""
     points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
     if not points:
         return
@@ -101,35 +101,37 @@ def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options:
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis if no value is negative and they spread over more than a decade; a zero leaves it downwards.
-    Without any finite value the axis says so."""
-    found = [value for value in values if math.isfinite(value)]
-    if not found:
+    """Makes an axis logarithmic if no value is negative and the positive ones span more than a decade.
+
+    Zeros then lie below the axis. If no value is finite, a text in the axes tells so.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
         axes.text(0.03, 0.5, "no finite value", transform=axes.transAxes, fontsize=8, color="#595959")
         axes.set_yticks([])
-    above = [value for value in found if value > 0]
-    if above and min(found) >= 0 and max(above) > 10 * min(above):
+    positive = [value for value in finite if value > 0]
+    if positive and min(finite) >= 0 and max(positive) > 10 * min(positive):
         from matplotlib.ticker import LogLocator
 
         axes.set_yscale("log")
-        # Powers of ten alone are few on an axis of one or two decades.
-        subs = (1, 2, 5) if max(above) < 100 * min(above) else (1,)
+        # On an axis of one or two decades powers of ten would be too few ticks.
+        subs = (1, 2, 5) if max(positive) < 100 * min(positive) else (1,)
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
-        # Powers as mathematics take as long as the whole axis.
+        # Formatting powers as mathematics would take as long as the rest of the axis.
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
 
 
 def _legend(axes: Any, count: int) -> None:
     if count > 1:
-        # Above the curves, never on them.
+        # Above the axes, so that it never covers curves.
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1, "ncols": LEGEND_COLUMNS}
         axes.legend(fontsize=7, frameon=False, handlelength=1.6, columnspacing=1.0, labelspacing=0.2, **place)
 
 
-def _events(axes: Sequence[Any], run: Run, found: Facts) -> None:
-    """Vertical lines where the loss rose, the run diverged or was changed on purpose."""
-    events = {"rise": (found.rose, ":"), "change": (run.config.get("intervention.at_steps"), "-")}
+def _events(axes: Sequence[Any], run: Run, facts: Facts) -> None:
+    """Draws vertical lines where the loss rose or the run diverged, and where an intervention changed the run."""
+    events = {"rise": (facts.rose, ":"), "change": (run.config.get("intervention.at_steps"), "-")}
     for step, dash in events.values():
         if step is not None and step <= run.last_step:
             for each in axes:
@@ -137,7 +139,7 @@ def _events(axes: Sequence[Any], run: Run, found: Facts) -> None:
 
 
 def _groups(names: Sequence[str]) -> dict[str, list[str]]:
-    """Layers that differ in the number of their block alone, together: `encoder`, `decoder/cross_attention`, …"""
+    """Groups layers whose names differ only in the number of their block: `encoder`, `decoder/cross_attention`, …"""
     groups: dict[str, list[str]] = {}
     for name in names:
         group = "/".join(part for part in name.split("/") if not BLOCK.fullmatch(part)) or name
@@ -146,7 +148,7 @@ def _groups(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _by_depth(layers: Sequence[str]) -> Mapping[str, Any]:
-    """A colour for every layer: from dark to light with depth, on a scale that is even to colour-blind eyes."""
+    """Assigns a color to every layer, from dark to light with depth, on a scale suited to color-blind readers."""
     from matplotlib import colormaps
 
     shades = colormaps["viridis"]
@@ -154,14 +156,14 @@ def _by_depth(layers: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _label(layer: str, layers: Sequence[str]) -> str | None:
-    """The block's number; with many layers only of the first, the middle and the last."""
+    """Label of a layer in the legend: the number of its block. With many layers only first, middle and last have one."""
     shown = layers if len(layers) <= 6 else (layers[0], layers[len(layers) // 2], layers[-1])
-    found = BLOCK.search(layer)
-    return (f"block {found[1]}" if found else layer) if layer in shown else None
+    block = BLOCK.search(layer)
+    return (f"block {block[1]}" if block else layer) if layer in shown else None
 
 
-def entropy(run: Run, found: Facts) -> Any | None:
-    """Loss above, the entropy of every layer below it, and of every head below that; None without entropies."""
+def entropy(run: Run, facts: Facts) -> Any | None:
+    """Draws the loss, below it the entropy of every layer, then of every head; None if no entropy was recorded."""
     prefix = "attention/entropy/"
     groups = _groups([name.removeprefix(prefix) for name in run.names if name.startswith(prefix)])
     if not groups:
@@ -172,14 +174,14 @@ def entropy(run: Run, found: Facts) -> Any | None:
     _scale(axes[0], losses.values)
     axes[0].set_ylabel("training loss")
     for (group, layers), above, below in zip(groups.items(), axes[1::2], axes[2::2], strict=True):
-        colours = _by_depth(layers)
+        colors = _by_depth(layers)
         for layer in layers:
-            style = {"color": colours[layer], "linewidth": 1.3}
+            style = {"color": colors[layer], "linewidth": 1.3}
             _line(above, *run.series(prefix + layer), label=_label(layer, layers), **style)
             _line(above, *run.series(f"attention/bound/{layer}"), **(style | {"linewidth": 0.8, "linestyle": ":"}))
             for name in run.names:
                 if name.startswith(f"attention/entropy_head/{layer}/"):
-                    _line(below, *run.series(name), color=colours[layer], linewidth=0.6)
+                    _line(below, *run.series(name), color=colors[layer], linewidth=0.6)
         for each, what in ((above, "layers"), (below, "heads")):
             each.axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
             each.set_ylabel(f"entropy of {what},\nnats")
@@ -187,35 +189,35 @@ def entropy(run: Run, found: Facts) -> Any | None:
                 each.text(0.99, 0.96, group, transform=each.transAxes, ha="right", va="top", fontsize=7)
             each.set_ylim(bottom=0)
         _legend(above, len(layers))
-    _events(axes, run, found)
+    _events(axes, run, facts)
     axes[-1].set_xlabel("step")
     return figure
 
 
-def spectra(run: Run, found: Facts) -> Any | None:
-    """Spectral norms σ, effective norms, stable ranks and the largest logits; None where nothing of it was recorded."""
+def spectra(run: Run, facts: Facts) -> Any | None:
+    """Draws spectral norms σ, |γ|, stable ranks and the largest logits; None if none of them was recorded."""
     panels = {
         "spectral norm σ(W)": "spectral/sigma/",
         "|γ|": "spectral/gamma/",
         "stable rank": "spectral/stable_rank/",
         "largest logit": "attention/max_logit/",
     }
-    return _by_kind(run, found, panels)
+    return _by_kind(run, facts, panels)
 
 
-def updates(run: Run, found: Facts) -> Any | None:
-    """Gradient norm and update-to-weight ratio of every layer; None where neither was recorded."""
-    return _by_kind(run, found, {"gradient norm": "gradient/norm/", "update / weight": "update/ratio/"})
+def updates(run: Run, facts: Facts) -> Any | None:
+    """Draws gradient norm and update-to-weight ratio of every layer; None if neither was recorded."""
+    return _by_kind(run, facts, {"gradient norm": "gradient/norm/", "update / weight": "update/ratio/"})
 
 
-def _place(layer: str) -> tuple[str, str]:
-    """What a layer is, its last name without blocks, and the stack that it stands in."""
+def _kind_and_stack(layer: str) -> tuple[str, str]:
+    """Splits the name of a layer, without block numbers, into its last part and the stack before it."""
     *stack, kind = [part for part in layer.split("/") if not BLOCK.fullmatch(part)] or [layer]
     return kind, "/".join(stack)
 
 
-def _by_kind(run: Run, found: Facts, panels: Mapping[str, str]) -> Any | None:
-    """One panel for each prefix of metrics that was recorded, coloured by what a layer is, dashed by its stack."""
+def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str]) -> Any | None:
+    """Draws a panel for each prefix of metrics that was recorded, with a color per kind of layer and dashes per stack."""
     shown = {
         title: names
         for title, prefix in panels.items()
@@ -224,8 +226,8 @@ def _by_kind(run: Run, found: Facts, panels: Mapping[str, str]) -> Any | None:
     if not shown:
         return None
     figure, axes = _figure([1.5] * len(shown))
-    # One colour for one kind of layer and one dash for one stack, in all panels.
-    places = {name: _place(name) for names in shown.values() for name in names}
+    # A kind of layer has the same color, and a stack the same dashes, in all panels.
+    places = {name: _kind_and_stack(name) for names in shown.values() for name in names}
     kinds, stacks = (list(dict.fromkeys(each)) for each in zip(*places.values(), strict=True))
     named: set[str] = set()
     for (title, names), each in zip(shown.items(), axes, strict=True):
@@ -244,13 +246,13 @@ def _by_kind(run: Run, found: Facts, panels: Mapping[str, str]) -> Any | None:
         _scale(each, everything)
         each.set_ylabel(title)
         _legend(each, len(each.get_legend_handles_labels()[1]))
-    _events(axes, run, found)
+    _events(axes, run, facts)
     axes[-1].set_xlabel("step")
     return figure
 
 
-def sharpness(run: Run, found: Facts) -> Any | None:
-    """Sharpness with its threshold; None if it was not measured."""
+def sharpness(run: Run, facts: Facts) -> Any | None:
+    """Draws sharpness and its threshold; None if it was not measured."""
     shown = [name for name in SHARPNESS if name in run.names]
     if not shown:
         return None
@@ -262,13 +264,13 @@ def sharpness(run: Run, found: Facts) -> Any | None:
         _scale(each, [*values.values, *limit.values])
         each.set_ylabel("largest eigenvalue" + (",\npreconditioned Hessian" if "precond" in name else ",\nHessian"))
         _legend(each, 2)
-    _events(axes, run, found)
+    _events(axes, run, facts)
     axes[-1].set_xlabel("step")
     return figure
 
 
 def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
-    """Loss and lowest layer's entropy of all runs, coloured by arm; None if nothing was logged."""
+    """Draws loss and lowest layer's entropy of all runs, colored by arm; None if nothing was logged."""
     shown = [run for run in runs if run.series(LOSS).values]
     if not shown:
         return None
@@ -308,7 +310,7 @@ def _shortened(name: str, most: int = 28) -> str:
 
 
 def rates(table: sensitivity.Table) -> Any:
-    """Final loss against learning rate: the median over seeds, and from the lowest to the highest; entropy below it."""
+    """Draws final loss against learning rate, as median and range over seeds, and below it the lowest entropy."""
     figure, axes = _figure([2.4, 1.6])
     losses = sensitivity.medians(table)
     best = sensitivity.best_loss(losses)
@@ -316,20 +318,21 @@ def rates(table: sensitivity.Table) -> Any:
     finite = [loss for by_rate in losses.values() for loss in by_rate.values() if math.isfinite(loss)]
     top = max([*finite, *[start for start in starts if math.isfinite(start)]], default=1.0) * 1.15
     for i, (arm, by_rate) in enumerate(table.items()):
-        colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
+        color, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
         tried = list(by_rate)
         ends = [[each.loss for each in by_rate[rate]] for rate in tried]
-        # A run that diverged stands at the top.
+        # Diverged runs are drawn at the top.
         cut = [[min(loss, top) for loss in each] for each in ends]
-        axes[0].fill_between(tried, [min(c) for c in cut], [max(c) for c in cut], color=colour, alpha=0.15, linewidth=0)
+        axes[0].fill_between(tried, [min(c) for c in cut], [max(c) for c in cut], color=color, alpha=0.15, linewidth=0)
         middle = [statistics.median(each) for each in cut]
-        axes[0].plot(tried, middle, color=colour, linestyle=dash, marker="o", markersize=3, linewidth=1.4, label=arm)
+        axes[0].plot(tried, middle, color=color, linestyle=dash, marker="o", markersize=3, linewidth=1.4, label=arm)
         lost = [rate for rate, each in zip(tried, ends, strict=True) if any(map(math.isinf, each))]
-        # Beside each other, where several arms diverge at one rate.
-        axes[0].plot([rate * 1.06**i for rate in lost], [top] * len(lost), "x", color=colour, markersize=6)
+        # Slightly shifted, so that arms that diverge at one rate do not cover each other.
+        axes[0].plot([rate * 1.06**i for rate in lost], [top] * len(lost), "x", color=color, markersize=6)
         lowest = [[each.lowest for each in by_rate[rate] if math.isfinite(each.lowest)] for rate in tried]
-        kept = [(rate, statistics.median(each)) for rate, each in zip(tried, lowest, strict=True) if each]
-        _line(axes[1], *zip(*kept, strict=True), color=colour, linestyle=dash, linewidth=1.4) if kept else None
+        points = [(rate, statistics.median(each)) for rate, each in zip(tried, lowest, strict=True) if each]
+        if points:
+            _line(axes[1], *zip(*points, strict=True), color=color, linestyle=dash, linewidth=1.4)
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)
     axes[0].set(ylabel="training loss at the end", xscale="log")

@@ -1,4 +1,4 @@
-"""The report of runs: read, judged, drawn and written."""
+"""The report of runs: reads them, judges them, draws their pictures and writes the page."""
 
 import concurrent.futures
 import contextlib
@@ -15,14 +15,15 @@ from sigmarep.diagnostics.page import Detail, Picture, Sweep, render
 from sigmarep.diagnostics.runs import Place, Run
 from sigmarep.errors import BadInput
 
-# A process starts in 0.2 seconds and loads what draws in 0.6: in that time another one reads and judges 130 megabytes.
+# Bytes of metrics per process. A new process needs 0.8 s to start and load matplotlib; in that time another one reads and
+# judges 130 MB.
 WORTH_A_PROCESS = 64 * 2**20
 
 PICTURES: tuple[tuple[str, str, Callable[[Run, Facts], Any]], ...] = (
     (
         "entropy",
-        "Training loss, and attention entropy of every layer and head. Dashed: 0.1 nats. Dotted: the least that Theorem "
-        "3.1 allows, and upright where the loss rose.",
+        "Training loss, and attention entropy of every layer and head. Dashed: 0.1 nats. Dotted: the lower bound of "
+        "Theorem 3.1, and a vertical line where the loss rose.",
         plots.entropy,
     ),
     (
@@ -31,37 +32,45 @@ PICTURES: tuple[tuple[str, str, Callable[[Run, Facts], Any]], ...] = (
         plots.spectra,
     ),
     ("updates", "Gradient norms and update-to-weight ratios of all layers.", plots.updates),
-    ("sharpness", "Sharpness, and the threshold beyond which a step no longer descends.", plots.sharpness),
+    ("sharpness", "Sharpness, and the threshold above which a step no longer descends.", plots.sharpness),
 )
 
 
 class Judged(NamedTuple):
-    """What all runs are shown with: the `run` with the metrics of `plots.ALL` alone, its `facts`, what there is to be
-    `said` of it, and its `outcome`. Hundreds of these are small where hundreds of runs are not."""
+    """A run as far as the comparison of all runs needs it, small enough to hold hundreds in memory.
+
+    Attributes:
+      run: the run with only the metrics of `plots.ALL`.
+      facts: its facts.
+      sentences: the findings about it in words.
+      outcome: its outcome as a run of a sweep.
+    """
 
     run: Run
     facts: Facts
-    said: list[str]
-    outcome: sensitivity.Outcome
+    sentences: list[str]
+    outcome: sensitivity.RunOutcome
 
 
 def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> list[str]:
-    """Writes the report of the runs in `folders` to `output`, and its pictures into a folder beside it.
+    """Writes the report of the runs in `folders` to `output`, and its pictures into a folder next to it.
 
     Args:
-      most: runs that are drawn one by one.
-      jobs: processes that may read and draw. They import the main module, as `multiprocessing` does.
+      folders: runs, sweeps, or folders of runs.
+      output: path of the page, FILE.html; pictures go into FILE_plots.
+      most: largest number of runs that are drawn one by one.
+      jobs: number of processes that may read and draw. Like all of `multiprocessing` they import the main module.
 
     Returns:
-      The files, the page first.
+      Paths of the files, the page first.
 
     Raises:
-      BadInput: no folder holds a run, matplotlib is missing, or the page cannot be written.
+      BadInput: no folder has a run, matplotlib is missing, or the page cannot be written.
     """
     places, notes = runs.find(folders)
     with _processes(places, jobs) as each:
         reading = each(_judge, places)
-        # While the others read.
+        # Loads matplotlib while the other processes read.
         plots.load()
         judged = list(reading)
         chosen = select(judged, most)
@@ -69,17 +78,17 @@ def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> l
         sweeps = _sweeps(judged)
         together = _together([one.run for one in judged])
         drawn = list(drawing)
-    known = [one.facts for one in judged]
-    found = [one.run for one in judged]
-    said = judged[0].said if len(judged) == 1 else overview(found, known)
+    all_facts = [one.facts for one in judged]
+    all_runs = [one.run for one in judged]
+    findings = judged[0].sentences if len(judged) == 1 else overview(all_runs, all_facts)
     page = render(
-        runs=found,
-        facts=known,
-        said=[*said, *(text for sweep in sweeps for text in _sweep_findings(sweep))],
+        runs=all_runs,
+        facts=all_facts,
+        findings=[*findings, *(text for sweep in sweeps for text in _sweep_findings(sweep))],
         notes=notes,
         sweeps=sweeps,
         together=together,
-        details=[Detail(found[i], judged[i].said, pictures) for i, pictures in zip(chosen, drawn, strict=True)],
+        details=[Detail(all_runs[i], judged[i].sentences, pictures) for i, pictures in zip(chosen, drawn, strict=True)],
     )
     pictures = [*([together] if together else []), *(sweep.picture for sweep in sweeps)]
     return _save(output, page, [*pictures, *(picture for each in drawn for picture in each)])
@@ -87,12 +96,12 @@ def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> l
 
 @contextlib.contextmanager
 def _processes(places: Sequence[Place], jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map`, in up to `jobs` processes of their own if there is so much to read that they pay."""
+    """Yields a `map` that runs in up to `jobs` new processes if there is enough to read to make up for their start."""
     size = sum(runs.size(place) for place in places)
     if (jobs := min(jobs, size // WORTH_A_PROCESS)) < 2:
         yield map
         return
-    # Not forked: the caller may be a process of many threads, as JAX makes it. Interrupts are the caller's.
+    # Spawned, because forking a process with JAX's threads is unsafe. Interrupts are left to the caller.
     new = multiprocessing.get_context("spawn")
     quiet = (signal.SIGINT, signal.SIG_IGN)
     with concurrent.futures.ProcessPoolExecutor(jobs, new, signal.signal, quiet) as pool:
@@ -101,36 +110,39 @@ def _processes(places: Sequence[Place], jobs: int) -> Iterator[Callable[..., Ite
 
 def _judge(place: Place) -> Judged:
     run = runs.read(place)
-    found = facts(run)
-    ended = sensitivity.outcome(run.rows, diverged=run.state == "diverged")
-    return Judged(run.only(plots.ALL), found, sentences(run, found), ended)
+    run_facts = facts(run)
+    outcome = sensitivity.outcome(run.rows, diverged=run.state == "diverged")
+    return Judged(run.only(plots.ALL), run_facts, sentences(run, run_facts), outcome)
 
 
-def _draw(place: Place, found: Facts) -> list[Picture]:
-    """The pictures of one run, which is read again: of hundreds a few are drawn."""
+def _draw(place: Place, run_facts: Facts) -> list[Picture]:
+    """Draws the pictures of one run. Reads it again, because only a few of possibly hundreds of runs are drawn."""
     run = runs.read(place)
     return [
         Picture(f"{_slug(run.name)}-{name}", caption, plots.png(figure))
         for name, caption, draw in PICTURES
-        if (figure := draw(run, found)) is not None
+        if (figure := draw(run, run_facts)) is not None
     ]
 
 
-def _together(found: Sequence[Run]) -> Picture | None:
-    if len(found) > 1 and (figure := plots.together(found, arm)):
+def _together(all_runs: Sequence[Run]) -> Picture | None:
+    if len(all_runs) > 1 and (figure := plots.together(all_runs, arm)):
         return Picture("all", "Training loss and lowest layer's entropy of all runs.", plots.png(figure))
     return None
 
 
 def arm(run: Run) -> str:
-    """What a run has in common with those that differ by learning rate and seed alone; its name outside sweeps."""
+    """Arm of a run: the values of its sweep's point other than learning rate and seed; its name outside sweeps."""
     place = sensitivity.place(run.point)
     return place[0] if place else run.name
 
 
 def select(judged: Sequence[Judged], most: int) -> list[int]:
-    """Which runs are drawn: of each arm in turn the best and the one with the lowest entropy, then those that diverged,
-    then the others; at most `most`, in the order of the runs."""
+    """Indices of the runs to draw, at most `most`, in the order of the runs.
+
+    Chosen are first the best run of each arm, then the run with the lowest entropy of each arm, then diverged runs, then
+    the others.
+    """
     logged = [i for i, each in enumerate(judged) if each.run.rows]
     arms: dict[str, list[int]] = {}
     for i in logged:
@@ -171,10 +183,10 @@ def _sweep_findings(sweep: Sweep) -> list[str]:
     ]
 
 
-def _rates(found: sensitivity.Range | None) -> str:
-    if found is None:
+def _rates(trained: sensitivity.Range | None) -> str:
+    if trained is None:
         return "no learning rate"
-    return f"learning rate{'s' if found.ratio > 1 else ''} {sensitivity.said(found)}"
+    return f"learning rate{'s' if trained.ratio > 1 else ''} {sensitivity.in_words(trained)}"
 
 
 def _slug(name: str) -> str:

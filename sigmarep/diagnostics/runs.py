@@ -1,4 +1,4 @@
-"""Runs as they lie on the disk: one, a sweep of them, a folder of them; finished or not."""
+"""Reading of runs from disk, finished or not: a single run, a sweep, or a folder of runs."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ from sigmarep.training.stopped import stopped_early
 
 CONFIG = "config.json"
 
-# Folders of runs: of each the sweep that it is part of, if any, and what that recorded of it.
+# For the folder of each run: the folder of its sweep, if any, and the sweep's record of the run.
 Folders = dict[str, tuple[str | None, dict[str, Any]]]
 
 
 class Series(NamedTuple):
-    """Of one metric the `steps` at which it was logged, and its `values`."""
+    """Values of one metric, and the steps at which they were logged."""
 
     steps: list[int]
     values: list[float]
@@ -32,17 +32,18 @@ class Run:
     """One run.
 
     Attributes:
-      name: its folder, as short as tells it from the others.
-      folder: of its files.
-      state: "done"; "diverged"; "stopped early", by a callback; "unfinished", still going or stopped; "failed" or
-        "bad input", as its sweep recorded.
-      reason: why it diverged, failed or was stopped early, if that is known.
-      rows: of its metrics, in order.
-      config: by dotted name, {} if there is none.
-      environment: what it ran on, {} if that is not known.
-      total_steps: of the whole run, None if that is not known.
-      age: seconds since something was logged, None if nothing was.
-      sweep: folder of the sweep that it is part of, and `point`, its place there.
+      name: shortest path of its folder that distinguishes it from the other runs.
+      folder: folder of its files.
+      state: "done"; "diverged"; "stopped early", by a callback; "unfinished", running or interrupted; "failed" or
+        "bad input", from the record of its sweep.
+      reason: reason of divergence, failure or early stop; None if unknown.
+      rows: rows of metrics, in order.
+      config: values by dotted name; {} if there is no configuration.
+      environment: contents of environment.json; {} if there is none.
+      total_steps: steps of the complete run; None if unknown.
+      age: seconds since the last row was logged; None if there is none.
+      sweep: folder of its sweep; None for a single run.
+      point: its point of the sweep; {} for a single run.
     """
 
     name: str
@@ -58,28 +59,35 @@ class Run:
     point: dict[str, Any]
 
     def series(self, name: str) -> Series:
-        """The values of one metric, empty if it was not logged."""
-        found = [(row["step"], row[name]) for row in self.rows if name in row]
-        return Series([step for step, _ in found], [value for _, value in found])
+        """Steps and values of one metric; empty if it was not logged."""
+        points = [(row["step"], row[name]) for row in self.rows if name in row]
+        return Series([step for step, _ in points], [value for _, value in points])
 
     def only(self, names: Sequence[str]) -> "Run":
-        """The same run with these metrics alone."""
+        """The same run with only these metrics."""
         rows = [{name: row[name] for name in ("step", *names) if name in row} for row in self.rows]
         return dataclasses.replace(self, rows=rows)
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The metrics that were logged, in order of their first appearance."""
+        """Names of the logged metrics, in order of their first appearance."""
         return metric_names(self.rows)
 
     @property
     def last_step(self) -> int:
-        """0 before anything was logged."""
+        """The last logged step; 0 if nothing is logged."""
         return self.rows[-1]["step"] if self.rows else 0
 
 
 class Place(NamedTuple):
-    """Where a run lies: its `folder`, the short `name` of that, its `sweep`'s folder, and what the sweep `recorded`."""
+    """Location of a run on disk.
+
+    Attributes:
+      folder: folder of the run.
+      name: short name of the folder, see `Run.name`.
+      sweep: folder of its sweep; None for a single run.
+      recorded: the sweep's record of the run; {} if there is none.
+    """
 
     folder: str
     name: str
@@ -87,54 +95,54 @@ class Place(NamedTuple):
     recorded: dict[str, Any]
 
 
-class Found(NamedTuple):
-    """`places` of runs, in the order of the folders; `notes`, what a reader must know of folders that gave none."""
+class SearchResult(NamedTuple):
+    """Places of runs, in the order of the folders, and notes for the reader about folders without runs."""
 
     places: list[Place]
     notes: list[str]
 
 
-def find(folders: Sequence[str]) -> Found:
-    """Where the runs of every folder lie, which is a run itself, a sweep's, or holds runs. Reads none of them.
+def find(folders: Sequence[str]) -> SearchResult:
+    """Finds the runs in folders, without reading them. A folder is a run, a sweep, or contains runs.
 
     Raises:
-      BadInput: a folder does not exist, or there is no run in any of them.
+      BadInput: a folder does not exist, or none of them has a run.
     """
     places: Folders = {}
     notes = []
     for folder in folders:
         if not os.path.isdir(folder):
             raise BadInput(f"{folder}: there is no such folder")
-        found = _folders(folder)
-        if not found:
+        inside = _folders(folder)
+        if not inside:
             notes.append(f"{folder} holds no run.")
-        # A run that is named twice keeps what its sweep knows of it.
-        places |= {each: of for each, of in found.items() if each not in places or of[0]}
+        # A run that is given twice, alone and with its sweep, keeps the sweep's record.
+        places |= {each: record for each, record in inside.items() if each not in places or record[0]}
     if not places:
         raise BadInput(
-            f"{', '.join(folders) or 'no folder was given'}: no run found; a run's folder has a {CONFIG} or a {FILE}, as "
-            "scripts/train.py --workdir makes it"
+            f"{', '.join(folders) or 'no folder was given'}: no run found; a run's folder has a {CONFIG} or a {FILE}, "
+            "written by scripts/train.py --workdir"
         )
     names = _short(list(places))
-    return Found([Place(folder, names[folder], *of) for folder, of in places.items()], notes)
+    return SearchResult([Place(folder, names[folder], *record) for folder, record in places.items()], notes)
 
 
 def _folders(folder: str) -> Folders:
-    """Folders of runs in `folder`: of each the sweep that it belongs to, if any, and what that recorded of it."""
+    """Folders of the runs in `folder`, with sweep and record."""
     folder = os.path.normpath(folder)
     if _is_run(folder):
         return {folder: (None, {})}
     record = read_record(folder)
     if record or os.path.exists(os.path.join(folder, RECORD)):
-        inside: Folders = {os.path.join(folder, name): (folder, of) for name, of in record.items()}
-        # The record has a run when it has ended.
+        inside: Folders = {os.path.join(folder, name): (folder, entry) for name, entry in record.items()}
+        # Runs that have not ended are not in the record yet.
         return inside | {each: (folder, {}) for each in _inside(folder) if each not in inside}
     return {each: (None, {}) for each in _inside(folder)}
 
 
 def _inside(folder: str) -> list[str]:
-    found = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-    return [each for each in found if _is_run(each)]
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    return [path for path in paths if _is_run(path)]
 
 
 def _is_run(folder: str) -> bool:
@@ -142,7 +150,7 @@ def _is_run(folder: str) -> bool:
 
 
 def _short(folders: list[str]) -> dict[str, str]:
-    """Names of folders: their last parts where these differ, what follows their common parent where they do not."""
+    """Short names of folders: their last parts if these differ, else their paths relative to the common parent."""
     last = {folder: os.path.basename(os.path.abspath(folder)) for folder in folders}
     if len(set(last.values())) == len(folders):
         return last
@@ -151,7 +159,7 @@ def _short(folders: list[str]) -> dict[str, str]:
 
 
 def size(place: Place) -> int:
-    """Bytes of metrics that `read` would read."""
+    """Size of the metrics that `read` would read, in bytes."""
     try:
         return os.path.getsize(os.path.join(place.folder, FILE))
     except OSError:
@@ -159,7 +167,7 @@ def size(place: Place) -> int:
 
 
 def read(place: Place) -> Run:
-    """The run of a place, as far as it has come."""
+    """Reads the run at a place as far as it has been logged."""
     folder, name, sweep, record = place
     path = os.path.join(folder, FILE)
     unreadable = None
@@ -203,13 +211,13 @@ def read(place: Place) -> Run:
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:
-    """The contents of a file of a run; {} if it is missing, or is being written."""
+    """Contents of a JSON file of a run; {} if it is missing or incomplete."""
     try:
         with open(os.path.join(folder, name)) as file:
-            found = json.load(file)
+            content = json.load(file)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How much the outcome of a sweep depends on the learning rate."""
+"""Dependence of a sweep's outcome on the learning rate."""
 
 import json
 import math
@@ -12,13 +12,18 @@ from sigmarep.sweeps import read_record
 from sigmarep.training.metrics import read_metrics
 
 RATE, SEED = "learning_rate", "seed"
-# A learning rate trains if its median loss is at most so much above the best of any arm.
+# A learning rate trains if its median loss exceeds the best of any arm by at most this share.
 WITHIN = 0.1
 
 
-class Outcome(NamedTuple):
-    """Of one run: `loss`, the mean of the last tenth of the logged training losses, ∞ if it diverged; `lowest`, the lowest
-    layer's attention entropy of the run in nats, NaN if none was recorded; `start`, the first logged loss, NaN without."""
+class RunOutcome(NamedTuple):
+    """Outcome of one run.
+
+    Attributes:
+      loss: mean of the last tenth of the logged training losses; ∞ if the run diverged.
+      lowest: lowest attention entropy of any layer at any step, in nats; NaN if none was recorded.
+      start: the first logged loss; NaN if there is none.
+    """
 
     loss: float
     lowest: float
@@ -26,22 +31,25 @@ class Outcome(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The learning rates from `low` to `high`, next to each other in the sweep, that train; `ratio` is high / low."""
+    """Neighboring learning rates of a sweep, from `low` to `high`, that all train; `ratio` is high / low."""
 
     low: float
     high: float
     ratio: float
 
 
-Table = dict[str, dict[float, list[Outcome]]]
+# Outcomes of all seeds, by arm and learning rate.
+Table = dict[str, dict[float, list[RunOutcome]]]
 
 
 def read_sweep(workdir: str) -> Table:
-    """The outcomes of the runs of a sweep that are done or diverged, by arm and learning rate. An arm is what differs
-    between points apart from the learning rate and the seed. Runs that are done and whose folders are gone are left out.
+    """Reads the outcomes of a sweep's runs that are done or diverged, by arm and learning rate.
+
+    The arm of a point consists of its values other than learning rate and seed. Finished runs whose folders no longer
+    exist are left out.
 
     Raises:
-      BadInput: the folder holds no sweep, or a point has no learning rate.
+      BadInput: the folder has no sweep, or a point has no learning rate.
     """
     record = read_record(workdir)
     if not record:
@@ -57,20 +65,20 @@ def read_sweep(workdir: str) -> Table:
 
 
 def place(point: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The arm and the learning rate of a point; None if it has no learning rate."""
+    """Arm and learning rate of a point; None if it has no learning rate."""
     short = {key.rsplit(".", 1)[-1]: value for key, value in point.items()}
     if RATE not in short:
         return None
     return ",".join(str(value) for key, value in short.items() if key not in (RATE, SEED)) or "all", float(short[RATE])
 
 
-def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], Outcome]]) -> Table:
-    """Outcomes by arm, in the order of their names, and rising learning rate; those of points without one are left out."""
+def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], RunOutcome]]) -> Table:
+    """Groups outcomes by arm and learning rate, both sorted; points without a learning rate are left out."""
     table: Table = {}
-    for point, found in outcomes:
+    for point, result in outcomes:
         if (where := place(point)) is not None:
-            table.setdefault(where[0], {}).setdefault(where[1], []).append(found)
-    # Runs end in any order; an arm has the same place, and the same colour, in every sweep.
+            table.setdefault(where[0], {}).setdefault(where[1], []).append(result)
+    # Runs end in any order. Sorted, an arm has the same place and the same color in every sweep.
     return {arm: dict(sorted(table[arm].items())) for arm in sorted(table)}
 
 
@@ -81,17 +89,17 @@ def _rows(folder: str) -> list[dict[str, Any]]:
         raise BadInput(f"{folder}/metrics.jsonl: cannot be read ({error})") from None
 
 
-def outcome(rows: Sequence[Mapping[str, Any]], *, diverged: bool) -> Outcome:
-    """See `Outcome`."""
+def outcome(rows: Sequence[Mapping[str, Any]], *, diverged: bool) -> RunOutcome:
+    """Computes the outcome of a run from its rows of metrics."""
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     lowest = min((row["attention/entropy_min"] for row in rows if "attention/entropy_min" in row), default=math.nan)
     last = losses[-max(len(losses) // 10, 1) :]
     loss = math.inf if diverged or not last or not all(map(math.isfinite, last)) else statistics.mean(last)
-    return Outcome(loss, lowest, losses[0] if losses else math.nan)
+    return RunOutcome(loss, lowest, losses[0] if losses else math.nan)
 
 
 def medians(table: Table) -> dict[str, dict[float, float]]:
-    """The median loss over seeds, by arm and learning rate."""
+    """Median loss over seeds, by arm and learning rate."""
     return {
         arm: {rate: statistics.median(each.loss for each in outcomes) for rate, outcomes in by_rate.items()}
         for arm, by_rate in table.items()
@@ -99,33 +107,33 @@ def medians(table: Table) -> dict[str, dict[float, float]]:
 
 
 def best_loss(losses: Mapping[str, Mapping[float, float]]) -> float:
-    """The lowest median loss of any arm and learning rate, ∞ of none."""
+    """Lowest median loss of any arm and learning rate; ∞ if there is none."""
     return min((loss for by_rate in losses.values() for loss in by_rate.values()), default=math.inf)
 
 
 def trained_range(by_rate: Mapping[float, float], best: float, within: float = WITHIN) -> Range | None:
-    """The widest stretch of neighbouring learning rates whose loss is at most (1 + within)·best; None if there is none.
+    """Widest range of neighboring learning rates whose loss is at most (1 + within)·best; None if there is none.
 
-    A range's ends are rates that were tried: the true one may be wider by up to a step of the sweep on either side.
+    The ends are rates of the sweep: the true range may be wider by up to one step of the sweep on either side.
     """
-    found: Range | None = None
+    widest: Range | None = None
     low = None
     for rate, loss in sorted(by_rate.items()):
         if not loss <= (1 + within) * best < math.inf:
             low = None
             continue
         low = rate if low is None else low
-        if found is None or rate / low > found.ratio:
-            found = Range(low, rate, rate / low)
-    return found
+        if widest is None or rate / low > widest.ratio:
+            widest = Range(low, rate, rate / low)
+    return widest
 
 
-def sensitivity(by_rate: Mapping[float, Sequence[Outcome]]) -> float:
-    """Learning-rate sensitivity of one arm (Wortsman et al., 2023): the mean over the rates that were tried of
-    min(loss, loss at the start) − the arm's best loss, of medians over seeds, in nats.
+def sensitivity(by_rate: Mapping[float, Sequence[RunOutcome]]) -> float:
+    """Learning-rate sensitivity of one arm in nats (Wortsman et al., 2023); NaN if no run trained.
 
-    They take the mean over a range of rates; here a rate counts as often as it was tried, so the rates should be evenly
-    spaced in the logarithm. NaN if no run trained.
+    This is the mean over learning rates of min(loss, first loss) − the arm's best loss, where losses are medians over
+    seeds. The paper averages over an interval of rates; here every rate of the sweep counts once, so the rates should be
+    evenly spaced in the logarithm.
     """
     starts = [each.start for outcomes in by_rate.values() for each in outcomes if math.isfinite(each.start)]
     losses = [statistics.median(each.loss for each in outcomes) for outcomes in by_rate.values()]
@@ -136,18 +144,23 @@ def sensitivity(by_rate: Mapping[float, Sequence[Outcome]]) -> float:
 
 
 def findings(table: Table) -> list[dict[str, Any]]:
-    """One row for each arm: its `arm`, its best median loss (`loss`, at `rate`), its `range` against the best of any arm,
-    its `own` against its best, its `sensitivity`, and the lowest `entropy` of its runs in `range`, NaN without one."""
+    """Summarizes each arm in one row.
+
+    Returns:
+      For each arm its name `arm`; its best median `loss`, reached at `rate`; `range`, its `trained_range` relative to the
+      best loss of any arm, and `own`, relative to its own best loss; its `sensitivity`; and `entropy`, the lowest entropy
+      of its runs in `range`, NaN if there are none.
+    """
     losses = medians(table)
     best = best_loss(losses)
     rows = []
     for arm, by_rate in losses.items():
         rate = min(by_rate, key=lambda rate: by_rate[rate])
-        found = trained_range(by_rate, best)
+        trained = trained_range(by_rate, best)
         inside = [
             each.lowest
             for tried, outcomes in table[arm].items()
-            if found and found.low <= tried <= found.high
+            if trained and trained.low <= tried <= trained.high
             for each in outcomes
         ]
         rows.append(
@@ -155,7 +168,7 @@ def findings(table: Table) -> list[dict[str, Any]]:
                 "arm": arm,
                 "loss": by_rate[rate],
                 "rate": rate,
-                "range": found,
+                "range": trained,
                 "own": trained_range(by_rate, by_rate[rate]),
                 "sensitivity": sensitivity(table[arm]),
                 "entropy": min(inside, default=math.nan),
@@ -164,8 +177,10 @@ def findings(table: Table) -> list[dict[str, Any]]:
     return rows
 
 
-def said(found: Range | None) -> str:
-    """A range in words."""
-    if found is None:
+def in_words(trained: Range | None) -> str:
+    """Describes a range in words."""
+    if trained is None:
         return "nowhere"
-    return f"{found.low:g} alone" if found.ratio == 1 else f"{found.low:g} to {found.high:g} ({found.ratio:.3g} times)"
+    if trained.ratio == 1:
+        return f"{trained.low:g} alone"
+    return f"{trained.low:g} to {trained.high:g} ({trained.ratio:.3g} times)"

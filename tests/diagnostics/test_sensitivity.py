@@ -56,7 +56,7 @@ def test_a_sweeps_outcomes_are_those_of_its_runs(tmp_path):
 def test_a_range_of_its_own_is_measured_against_the_arms_own_best():
     losses = {"best": {0.1: 1.0, 1.0: 2.0}, "flat": {0.1: 1.5, 1.0: 1.4}}
     table = {
-        arm: {rate: [sensitivity.Outcome(loss, 0.3)] for rate, loss in by_rate.items()}
+        arm: {rate: [sensitivity.RunOutcome(loss, 0.3)] for rate, loss in by_rate.items()}
         for arm, by_rate in losses.items()
     }
     best, flat = sensitivity.findings(table)
