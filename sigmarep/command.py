@@ -20,9 +20,10 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sigmarep import doors
+from sigmarep import configuration, doors
 from sigmarep.errors import BadInput, SigmarepError
-from sigmarep.training.config import FREE, UNITS, locked
+from sigmarep.fields import UNITS
+from sigmarep.training.config import FREE
 
 IMPORT_HELP = "A module of yours that is imported first, by its name or its path; a workdir may then name it."
 flags.DEFINE_multi_string("import", [], IMPORT_HELP)
@@ -56,7 +57,8 @@ def resolved_config(flag: Any) -> Any:
             for other in UNITS:
                 if other != unit:
                     block[f"{leaf}_{other}"] = None
-    locked(config).update_from_flattened_dict(_free_overrides)
+    configuration.unlock(config, FREE)
+    config.update_from_flattened_dict(_free_overrides)
     return config
 
 

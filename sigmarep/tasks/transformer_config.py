@@ -7,17 +7,23 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 
+from sigmarep import fields
 from sigmarep.errors import BadInput
 from sigmarep.nn import TransformerConfig
+from sigmarep.nn.positions import TOKEN_POSITIONS
 
+# Position embeddings of models of tokens.
+TEXT_POSITIONS = (*TOKEN_POSITIONS, "rotary")
 # Decided elsewhere: by config.compute_dtype, by the kind of positions, and by the model that the blocks stand in.
 NOT_CONFIGURED = ("dtype", "rotary_base", "residual_scale", "branch_init_scale")
 
 
-def transformer_defaults(**changed: Any) -> ml_collections.ConfigDict:
+def transformer_fields(**changed: Any) -> dict[str, fields.Field]:
     """The fields of `TransformerConfig` that a configuration sets, with their defaults but for `changed`."""
-    fields = dataclasses.asdict(TransformerConfig(**changed))
-    return ml_collections.ConfigDict({name: value for name, value in fields.items() if name not in NOT_CONFIGURED})
+    defaults = dataclasses.asdict(TransformerConfig(depth=1, width=1, num_heads=1, mlp_dim=1))
+    known = fields.inferred(defaults) | fields.of_dataclass(TransformerConfig)
+    declared = {name: each for name, each in known.items() if name not in NOT_CONFIGURED}
+    return fields.with_defaults(declared, **changed)
 
 
 def create_transformer(config: ml_collections.ConfigDict, **changed: Any) -> TransformerConfig:
@@ -29,12 +35,12 @@ def create_transformer(config: ml_collections.ConfigDict, **changed: Any) -> Tra
     Raises:
       BadInput: a field has an unknown word or an impossible value.
     """
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    fields = {name: value for name, value in dict(config.model).items() if name in names}
+    names = {each.name for each in dataclasses.fields(TransformerConfig)}
+    values = {name: value for name, value in dict(config.model).items() if name in names}
     # The command line gives a number as text, because the field takes words too.
     with contextlib.suppress(ValueError):
-        fields["gamma_init"] = float(fields["gamma_init"])
+        values["gamma_init"] = float(values["gamma_init"])
     try:
-        return TransformerConfig(**(fields | changed), dtype=jnp.dtype(config.compute_dtype))
+        return TransformerConfig(**(values | changed), dtype=jnp.dtype(config.compute_dtype))
     except ValueError as error:
         raise BadInput(f"config.model.{error}") from error

@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 from sigmarep.errors import BadInput
-
-UNITS = ("steps", "epochs", "examples")
+from sigmarep.fields import UNITS
 
 
 def steps(config: Any, name: str, *, batch_size: int, num_examples: int, prefix: str = "config.") -> int | None:

@@ -20,8 +20,14 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 
 AXES = ("data", "fsdp", "tensor")
+FIELDS: dict[str, Any] = {
+    "data": field(-1, "Devices along the data axis; -1 takes those that the other axes leave.", at_least=-1),
+    "fsdp": field(1, "Devices that share parameters and data.", at_least=-1),
+    "tensor": field(1, "Devices that share heads and hidden units.", at_least=-1),
+}
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
@@ -56,7 +62,7 @@ def create_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None
     devices = jax.devices() if devices is None else list(devices)
     sizes = [config[name] for name in AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise BadInput(f"config.mesh = {dict(config)}: expected sizes of at least 1, or −1 for one of them")
+        raise BadInput(f"config.mesh = {dict(config)}: expected sizes of at least 1, or -1 for one of them")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from sigmarep import doors
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.files import write_atomically
 from sigmarep.training.callbacks import Callback, Run, failing_by_name
 
@@ -25,6 +26,16 @@ with contextlib.suppress(ImportError):
     _loads = orjson.loads
 
 FILE = "metrics.jsonl"
+FIELDS: dict[str, Any] = {
+    "tensorboard": field(False, "Also writes TensorBoard's files."),
+    "wandb_project": field("", "Also writes to this project of Weights & Biases."),
+    "extra": field((), "Writers of one's own (sigmarep.training.metrics.Writer).", dotted=True),
+    "progress": field(
+        "auto",
+        "auto: a live line on a terminal, plain lines elsewhere.",
+        choices=("auto", "plain", "off"),
+    ),
+}
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:

@@ -27,12 +27,62 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from sigmarep import doors
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
+from sigmarep.fields import Free, field
 from sigmarep.training import external
-from sigmarep.training.config import CHOICES
 from sigmarep.training.mesh import path_name
 from sigmarep.training.panel import STACKED
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon")
+FIELDS: dict[str, Any] = {
+    "name": field(
+        "adamw",
+        "Optimizer.",
+        choices=OPTIMIZERS,
+        also=lambda word: doors.is_dotted(word) or external.is_optimizer(word),
+        also_doc="an optimizer of optax such as adafactor, or a dotted Python name",
+    ),
+    "arguments": Free("Arguments of an optimizer of optax or of one's own (sigmarep.training.external)."),
+    "weight_decay": field(0.0, "Weight decay λ; decoupled in adamw, lamb, lion and muon.", at_least=0),
+    "no_decay": field(
+        ("gamma$", "bias$", "scale$", "alpha$", "shift$", "position", "class_token"),
+        "Parameter paths left out of weight decay, and of the trust ratios of LARS and LAMB.",
+        pattern=True,
+    ),
+    "gains": field(
+        ("gamma$", "bias$", "scale$", "alpha$", "shift$"),
+        "Parameter paths that gain_factor applies to: γ, biases, scales and offsets of norms.",
+        pattern=True,
+    ),
+    "gain_factor": field(1.0, "Factor on the learning rate of those.", at_least=0),
+    "other_learning_rate": field(
+        0.0,
+        "Learning rate of all parameters but the blocks' matrices, on the same schedule; 0: learning_rate.",
+        at_least=0,
+    ),
+    "relative_gradients": field(
+        False, "Multiplies the gradient of a reparametrized kernel by the kernel's norm, before any moments."
+    ),
+    "clip_norm": field(0.0, "Largest global norm of the gradient; 0: no clipping.", at_least=0),
+    "momentum": field(0.9, "Momentum of sgd and lars.", at_least=0, below=1),
+    "nesterov": field(False, "Nesterov momentum."),
+    "beta1": field(0.9, "Decay of the first moment.", at_least=0, below=1),
+    "beta2": field(0.999, "Decay of the second moment.", at_least=0, below=1),
+    "epsilon": field(1e-8, "Added to the root of the second moment.", at_least=0),
+    "trust_coefficient": field(0.001, "Factor on LARS's trust ratio.", above=0),
+    "spectral_bound": field(
+        0.0,
+        "Bounds the spectral norm of a block's matrix's update by this multiple of the matrix's own (AdamW²); 0: off.",
+        at_least=0,
+    ),
+    "qk_clip": field(
+        0.0,
+        "Shrinks query and key kernels of heads whose largest logit of a step is above this (QK-clip); 0: off.",
+        at_least=0,
+    ),
+}
 
 
 def matching(params: Any, rules: Sequence[str], field: str) -> Any:
@@ -41,10 +91,7 @@ def matching(params: Any, rules: Sequence[str], field: str) -> Any:
     Raises:
       BadInput: a rule is no regular expression; `field` is where it stands.
     """
-    try:
-        patterns = [re.compile(rule) for rule in rules]
-    except re.error as error:
-        raise BadInput(f"config.optimizer.{field} = {tuple(rules)!r}: {error}") from error
+    patterns = [re.compile(rule) for rule in rules]
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(pattern.search(path_name(path)) for pattern in patterns), params
     )
@@ -75,7 +122,7 @@ def _directions(
     config: Any, schedule: optax.Schedule, mask: Any, params: Any
 ) -> tuple[optax.GradientTransformation, ...]:
     """What `config.name` stands for: momentum, second moments, weight decay and the learning rate."""
-    if config.name not in CHOICES["optimizer.name"]:
+    if config.name not in OPTIMIZERS:
         return (
             external.create_optimizer(
                 config.name,

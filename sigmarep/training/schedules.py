@@ -5,9 +5,29 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from sigmarep import doors
 from sigmarep.errors import BadInput
+from sigmarep.fields import Free, duration, field
 from sigmarep.training import external
-from sigmarep.training.config import CHOICES
+
+SCHEDULES = ("constant", "cosine", "step", "rsqrt", "linear")
+FIELDS: dict[str, Any] = {
+    "learning_rate": field(1e-3, "Peak of the learning rate.", at_least=0),
+    "schedule": field(
+        "cosine",
+        "Learning rate over time.",
+        choices=SCHEDULES,
+        also=lambda word: doors.is_dotted(word) or external.is_schedule(word),
+        also_doc="a schedule of optax such as sgdr_schedule, or a dotted Python name",
+    ),
+    "schedule_arguments": Free("Arguments of a schedule of optax or of one's own (sigmarep.training.external)."),
+    "warmup": duration(None, "Length of the linear warmup."),
+    "end_factor": field(0.0, "Last learning rate as a fraction of the peak (cosine, linear).", at_least=0),
+    "step_at": field(
+        (0.6, 0.9), "Fractions of the run at which the step schedule falls.", at_least=0, at_most=1, order="rising"
+    ),
+    "step_factor": field(0.1, "Factor on the learning rate at each of them.", at_least=0),
+}
 
 
 def create_schedule(config: Any, *, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
@@ -35,7 +55,7 @@ def create_schedule(config: Any, *, total_steps: int, warmup_steps: int = 0) -> 
         raise BadInput(
             f"config.optimizer.warmup_steps = {warmup_steps}: longer than the run of {total_steps} steps; shorten it"
         )
-    if config.schedule not in CHOICES["optimizer.schedule"]:
+    if config.schedule not in SCHEDULES:
         factor = external.create_schedule(
             config.schedule, config.schedule_arguments, total_steps=total_steps, warmup_steps=warmup_steps
         )

@@ -13,6 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from sigmarep.core import curvature
+from sigmarep.fields import duration, field
 from sigmarep.training.experiment import Experiment
 from sigmarep.training.mesh import input_share
 from sigmarep.training.optimizers import kernel_norms, rate_factors
@@ -20,6 +21,10 @@ from sigmarep.training.parallel import global_batch
 from sigmarep.training.step import TrainState
 
 PRECONDITIONED = ("adam", "adamw")
+FIELDS: dict[str, Any] = {
+    "every": duration(None, "Interval of measurements of the largest eigenvalues of the Hessian; none if not set."),
+    "iterations": field(10, "Steps of the Lanczos iteration.", at_least=1, at_most=10_000),
+}
 
 
 class Sharpness:

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_collections
 import numpy as np
 
+from sigmarep import configuration
 from sigmarep.data.text import vocabulary
 from sigmarep.data.text.vocabulary import SPECIAL, SubwordVocabulary
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 
 # Its name in the folder of a run.
 FILE = "labels.model"
@@ -92,18 +94,19 @@ class SubwordLabels(_Normalising):
         return self._subwords.to_bytes()
 
 
+FIELDS: dict[str, Any] = {
+    "kind": field("character", "Labels of CTC.", choices=KINDS),
+    "lowercase": field(True, "Transcripts are lowercased."),
+    "characters": field("", "Characters that are labels; empty: all of the training split."),
+    "size": field(1000, "Subword labels, the special ones included.", above=SPECIAL, at_most=2**24),
+    "model": field("unigram", "Algorithm of subwords.", choices=vocabulary.MODELS),
+    "file": field("", "SentencePiece model; empty: trained on the training split."),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """The block `config.data.labels`."""
-    config = ml_collections.ConfigDict()
-    config.kind = "character"
-    config.lowercase = True
-    # Of the character kind; empty for all that the training split has.
-    config.characters = ""
-    # Of the subword kind: see sigmarep.data.text.vocabulary.
-    config.size = 1000
-    config.model = "unigram"
-    config.file = ""
-    return config
+    """The section `config.data.labels`."""
+    return configuration.make(FIELDS)
 
 
 def planned(config: ml_collections.ConfigDict) -> CharacterLabels:
@@ -144,8 +147,6 @@ def obtain(
     Raises:
       BadInput: a field has an unknown word, or no labels can be made of the texts.
     """
-    if config.kind not in KINDS:
-        raise BadInput(f"config.data.labels.kind = {config.kind!r}: expected one of {', '.join(KINDS)}")
     lowercase = config.lowercase
     if config.kind == "subword":
         normalise = _Normalising(lowercase).normalised

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
-from ml_collections import config_dict
 
+from sigmarep import configuration
 from sigmarep.data import sources, token_cache
 from sigmarep.data.audio import labels as label_sets
 from sigmarep.data.audio.features import LogMel, spec_augment
@@ -20,6 +20,7 @@ from sigmarep.data.audio.labels import Labels
 from sigmarep.data.buckets import Buckets, Share, checked, planned_rows
 from sigmarep.data.datasets.speech_folder import problems
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.files import write_atomically
 
 # Letters of fast speech.
@@ -28,48 +29,62 @@ LABELS_PER_SECOND = 20
 NAMED = 20
 
 
+FIELDS: dict[str, Any] = {
+    "name": field("spoken_sentences", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
+    "data_dir": field(
+        None,
+        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
+        kind=str,
+        optional=True,
+    ),
+    "folder": field("", "Recordings of the data set speech_folder."),
+    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "audio_feature": field("audio", "Feature of the data set that holds the samples."),
+    "text_feature": field("text", "Feature that holds the transcript."),
+    "ignored_texts": field(
+        ("ignore_time_segment_in_scoring",),
+        "Utterances with these transcripts are left out, as TED-LIUM's unscored segments.",
+    ),
+    "speaker_feature": field("speaker", "Feature that names the speaker, if there is one."),
+    "id_feature": field("id", "Feature that names the utterance, if there is one."),
+    "sample_rate": field(16_000, "Samples a second of the data set's audio.", at_least=1, at_most=10**7),
+    "num_filters": field(80, "Mel filters.", at_least=1, at_most=2**14),
+    "window_seconds": field(0.025, "Length of a spectrum's window in seconds.", above=0, at_most=60),
+    "hop_seconds": field(0.010, "Seconds from one spectrum to the next.", above=0, at_most=60),
+    "buckets": field(
+        (2.0, 4.0, 8.0, 16.0, 24.0, 36.0),
+        "Longest utterances of batches in seconds; longer training utterances are left out.",
+        nonempty=True,
+        above=0,
+        at_most=1e5,
+        order="rising",
+    ),
+    "rows_multiple": field(
+        8,
+        "Rows of a batch are a multiple of this, so that they divide over devices, processes and microbatches.",
+        at_least=1,
+        at_most=2**20,
+    ),
+    "labels": label_sets.FIELDS,
+    "spec_augment": {
+        "start_step": field(0, "SpecAugment masks from this update on.", at_least=0),
+        "freq_masks": field(0, "Masks over filters.", at_least=0, at_most=1000),
+        "freq_width": field(27, "Largest width of one, in filters.", at_least=0, at_most=2**14),
+        "time_masks": field(0, "Masks over time.", at_least=0, at_most=1000),
+        "time_width": field(50, "Largest width of one, in frames.", at_least=0, at_most=2**20),
+        "time_fraction": field(
+            0.1, "Largest fraction of an utterance under one mask over time.", at_least=0, at_most=1
+        ),
+    },
+    "in_memory": field(False, "Keeps the spectra of all utterances in memory: 115 MB an hour with 80 filters."),
+    "num_threads": field(2, "Threads that read and transform examples.", at_least=1, at_most=1024),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """The block `config.data`."""
-    config = ml_collections.ConfigDict()
-    config.name = "spoken_sentences"
-    # Where prepared data sets lie; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.
-    config.data_dir = config_dict.placeholder(str)
-    # The recordings of the set "speech_folder".
-    config.folder = ""
-    config.train_split = "train"
-    config.eval_splits = ("test",)
-    # The features of the data set; a data set need not have the last two.
-    config.audio_feature = "audio"
-    config.text_feature = "text"
-    # Utterances with one of these texts are in no split: TED-LIUM's segments that are not to be scored.
-    config.ignored_texts = ("ignore_time_segment_in_scoring",)
-    config.speaker_feature = "speaker"
-    config.id_feature = "id"
-    # Of the data set's audio, a second.
-    config.sample_rate = 16_000
-    config.num_filters = 80
-    config.window_seconds = 0.025
-    config.hop_seconds = 0.010
-    # Seconds that batches' utterances have at most. Longer training utterances are left out.
-    config.buckets = (2.0, 4.0, 8.0, 16.0, 24.0, 36.0)
-    # Rows of every batch are a multiple of this, so that they divide over devices, processes and microbatches.
-    config.rows_multiple = 8
-    config.labels = label_sets.default_config()
-    # Masks of SpecAugment, from update start_step on; widths in filters and frames.
-    config.spec_augment = ml_collections.ConfigDict(
-        {
-            "start_step": 0,
-            "freq_masks": 0,
-            "freq_width": 27,
-            "time_masks": 0,
-            "time_width": 50,
-            "time_fraction": 0.1,
-        }
-    )
-    # Keeps the filterbanks of every utterance once they are computed: 115 MB an hour with 80 filters.
-    config.in_memory = False
-    config.num_threads = 2
-    return config
+    """The section `config.data` of speech recognition."""
+    return configuration.make(FIELDS)
 
 
 def open_labels(data: ml_collections.ConfigDict) -> Labels:
@@ -367,13 +382,8 @@ def planned_shapes(data: ml_collections.ConfigDict, *, batch_seconds: float, str
 
 
 def _check_spec_augment(masks: ml_collections.ConfigDict, filters: int) -> None:
-    for name in ("start_step", "freq_masks", "freq_width", "time_masks", "time_width"):
-        if masks[name] < 0:
-            raise BadInput(f"config.data.spec_augment.{name} = {masks[name]}: expected at least 0")
     if masks.freq_masks and masks.freq_width > filters:
         raise BadInput(
             f"config.data.spec_augment.freq_width = {masks.freq_width}: expected at most config.data.num_filters = "
             f"{filters}"
         )
-    if not 0 <= masks.time_fraction <= 1:
-        raise BadInput(f"config.data.spec_augment.time_fraction = {masks.time_fraction}: expected a number from 0 to 1")

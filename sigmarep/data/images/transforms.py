@@ -1,57 +1,71 @@
 """Transforms of decoded images into a model's input, as configured by `config.data`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
 import numpy as np
-from ml_collections import config_dict
 from PIL import Image
 
+from sigmarep import configuration
 from sigmarep.data.images import augment
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 
 CROPS = ("none", "pad", "resized")
 # Pillow's modes by number of channels.
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "CMYK"}
 
 
+_SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
+FIELDS: dict[str, Any] = {
+    "name": field("digits", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
+    "data_dir": field(
+        None,
+        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
+        kind=str,
+        optional=True,
+    ),
+    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "image_size": field(8, "Height and width of the model's pictures in pixels.", at_least=1, at_most=2**14),
+    "mean": field(
+        (0.5,), "Mean of each channel on a scale of 0 to 1; 1 or 3 values, as many as channels.", lengths=(1, 3)
+    ),
+    "std": field((0.5,), "Standard deviation of each channel on the same scale.", lengths=(1, 3), above=0),
+    "interpolation": field("bicubic", "Interpolation of every change of size.", choices=augment.RESAMPLING),
+    "eval_crop": field(1.0, "Fraction of the resized picture's side that evaluation keeps.", above=0, at_most=1),
+    "in_memory": field(False, "Reads and decodes the training split once, before the first step."),
+    "num_threads": field(8, "Threads that read and transform examples.", at_least=1, at_most=1024),
+    "num_workers": field(0, "Processes that read and transform examples; 0 for none.", at_least=0, at_most=1024),
+    "augment": {
+        "crop": field("none", "pad: pad and crop; resized: a box of crop_scale of the area.", choices=CROPS),
+        "pad": field(4, "Pixels of padding on each side.", at_least=0, at_most=2**14),
+        "crop_scale": field(
+            (0.08, 1.0),
+            "Smallest and largest share of the area.",
+            lengths=(2,),
+            above=0,
+            at_most=1,
+            order="not falling",
+        ),
+        "flip": field(False, "Mirrors half of the pictures."),
+        "color_jitter": field(0.0, "Strength of brightness, contrast and saturation jitter.", **_SHARE),
+        "randaugment_layers": field(0, "RandAugment's operations per picture; 0 for none.", at_least=0, at_most=100),
+        "randaugment_magnitude": field(9.0, "Mean strength of an operation, of 10.", at_least=0, at_most=10),
+        "randaugment_std": field(0.5, "Standard deviation of the strength.", at_least=0),
+        "randaugment_probability": field(0.5, "Probability of each operation.", **_SHARE),
+        "erasing": field(0.0, "Probability of erasing a box.", **_SHARE),
+        "mixup": field(0.0, "Parameter of mixup's Beta distribution; 0 for none.", at_least=0),
+        "cutmix": field(0.0, "Parameter of CutMix's Beta distribution; 0 for none.", at_least=0),
+        "mix_probability": field(1.0, "Probability that a pair is mixed.", **_SHARE),
+    },
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """The block `config.data`; the digits without augmentation."""
-    config = ml_collections.ConfigDict()
-    config.name = "digits"
-    # Where prepared data sets lie; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.
-    config.data_dir = config_dict.placeholder(str)
-    config.train_split = "train"
-    config.eval_splits = ("test",)
-    config.image_size = 8
-    # One value a channel; their number is the number of channels.
-    config.mean = (0.5,)
-    config.std = (0.5,)
-    config.interpolation = "bicubic"
-    # The share of the resized image's side that evaluation keeps.
-    config.eval_crop = 1.0
-    # Reads and decodes the training split once, before the first step: for sets that fit in memory.
-    config.in_memory = False
-    config.num_threads = 8
-    config.num_workers = 0
-    config.augment = ml_collections.ConfigDict()
-    # "none"; "pad" by `pad` pixels and crop; "resized", a box of `crop_scale` of the area.
-    config.augment.crop = "none"
-    config.augment.pad = 4
-    config.augment.crop_scale = (0.08, 1.0)
-    config.augment.flip = False
-    config.augment.color_jitter = 0.0
-    config.augment.randaugment_layers = 0
-    config.augment.randaugment_magnitude = 9.0
-    config.augment.randaugment_std = 0.5
-    config.augment.randaugment_probability = 0.5
-    config.augment.erasing = 0.0
-    # Alphas of the Beta distributions, 0 for off.
-    config.augment.mixup = 0.0
-    config.augment.cutmix = 0.0
-    config.augment.mix_probability = 1.0
-    return config
+    """The section `config.data` of image classification; the digits without augmentation."""
+    return configuration.make(FIELDS)
 
 
 def imagenet_2012(data: ml_collections.ConfigDict) -> None:
@@ -69,42 +83,13 @@ def imagenet_2012(data: ml_collections.ConfigDict) -> None:
 
 
 def check(config: Any) -> None:
-    """Raises BadInput where a field of `config.data` has a value that means nothing."""
-    check_pictures(config)
-    a = config.augment
-    _check_word("augment.crop", a.crop, CROPS)
-    for name in ("color_jitter", "erasing", "mix_probability", "randaugment_probability"):
-        if not 0 <= a[name] <= 1:
-            raise BadInput(f"config.data.augment.{name} = {a[name]}: expected a number from 0 to 1")
-    for name in ("mixup", "cutmix", "pad", "randaugment_layers", "randaugment_std"):
-        if a[name] < 0:
-            raise BadInput(f"config.data.augment.{name} = {a[name]}: expected at least 0")
-    check_crop_scale("augment.crop_scale", a.crop_scale)
+    """Checks the relation of `config.data.mean` and `std`.
 
-
-def check_pictures(config: Any) -> None:
-    """Raises BadInput where a field of `config.data` other than its augmentation has a value that means nothing."""
-    _check_word("interpolation", config.interpolation, augment.RESAMPLING)
-    if len(config.mean) != len(config.std) or len(config.mean) not in (1, 3):
-        raise BadInput(f"config.data.mean = {config.mean} and std = {config.std}: expected 1 or 3 values in each")
-    if any(value <= 0 for value in config.std):
-        raise BadInput(f"config.data.std = {config.std}: expected positive values")
-    if not 0 < config.eval_crop <= 1:
-        raise BadInput(f"config.data.eval_crop = {config.eval_crop}: expected a number above 0, at most 1")
-    for name, least in (("image_size", 1), ("num_threads", 1), ("num_workers", 0)):
-        if config[name] < least:
-            raise BadInput(f"config.data.{name} = {config[name]}: expected at least {least}")
-
-
-def check_crop_scale(name: str, scale: tuple[float, ...]) -> None:
-    """Raises BadInput where `config.data.<name>` is no range of shares of the area."""
-    if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
-        raise BadInput(f"config.data.{name} = {scale}: expected two shares of the area, 0 < a <= b <= 1")
-
-
-def _check_word(name: str, value: str, accepted: Iterable[str]) -> None:
-    if value not in accepted:
-        raise BadInput(f"config.data.{name} = {value!r}: expected one of {', '.join(accepted)}")
+    Raises:
+      BadInput: they have different numbers of channels.
+    """
+    if len(config.mean) != len(config.std):
+        raise BadInput(f"config.data.mean = {config.mean} and std = {config.std}: expected as many values in each")
 
 
 def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]] | None]:
@@ -163,7 +148,7 @@ def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callab
 
 def eval_transform(config: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Returns the deterministic transform of evaluation: `image` float32 (size, size, channels) and `label` int32."""
-    check_pictures(config)
+    check(config)
     mean, std = _statistics(config)
 
     def transform(example: Mapping[str, Any]) -> dict[str, Any]:

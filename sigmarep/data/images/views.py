@@ -11,8 +11,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from sigmarep import configuration
 from sigmarep.data.images import augment, transforms
-from sigmarep.errors import BadInput
+from sigmarep.fields import field
 
 VIEWS = 2
 # ITU-R 601, the weights of Pillow and torchvision.
@@ -21,21 +22,31 @@ JITTERS = ("brightness", "contrast", "saturation", "hue")
 SOLARIZE_THRESHOLD = 0.5
 
 
+_SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
+FIELDS: dict[str, Any] = {
+    "crop_scale": field(
+        (0.08, 1.0), "Smallest and largest share of the area.", lengths=(2,), above=0, at_most=1, order="not falling"
+    ),
+    "flip": field(0.5, "Probability of a mirrored view.", **_SHARE),
+    "jitter": field(0.8, "Probability of color jitter.", **_SHARE),
+    "brightness": field(0.4, "Largest distance of the brightness factor from 1.", **_SHARE),
+    "contrast": field(0.4, "Largest distance of the contrast factor from 1.", **_SHARE),
+    "saturation": field(0.4, "Largest distance of the saturation factor from 1.", **_SHARE),
+    "hue": field(0.1, "Largest change of hue, in turns of the color circle.", at_least=0, at_most=0.5),
+    "greyscale": field(0.2, "Probability of a grey view.", **_SHARE),
+    "blur": field(
+        (0.5, 0.5), "Probabilities that the first and the second view are blurred.", lengths=(VIEWS,), **_SHARE
+    ),
+    "solarise": field((0.0, 0.0), "Probabilities that the two views are solarized.", lengths=(VIEWS,), **_SHARE),
+    "blur_sigma": field(
+        (0.1, 2.0), "Range of the blur's standard deviation in pixels.", lengths=(2,), above=0, order="not falling"
+    ),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """The block `config.data.views`: SimCLR's at half its colour strength, with a flip."""
-    config = ml_collections.ConfigDict()
-    config.crop_scale = (0.08, 1.0)
-    config.flip = 0.5
-    # The probability of jitter as a whole, and how far each factor goes from 1 (hue: from 0, in turns of the circle).
-    config.jitter = 0.8
-    config.brightness, config.contrast, config.saturation, config.hue = 0.4, 0.4, 0.4, 0.1
-    config.greyscale = 0.2
-    # Probabilities for the first and the second view.
-    config.blur = (0.5, 0.5)
-    config.solarise = (0.0, 0.0)
-    # Range of the Gaussian's standard deviation in pixels.
-    config.blur_sigma = (0.1, 2.0)
-    return config
+    """The section `config.data.views`: SimCLR's at half its color strength, with a flip."""
+    return configuration.make(FIELDS)
 
 
 def imagenet_2012(data: ml_collections.ConfigDict) -> None:
@@ -51,23 +62,6 @@ def imagenet_2012(data: ml_collections.ConfigDict) -> None:
     views.brightness, views.contrast, views.saturation, views.hue = 0.8, 0.8, 0.8, 0.2
 
 
-def check(config: Any) -> None:
-    """Raises BadInput where a field of `config.data` or `config.data.views` has a value that means nothing."""
-    transforms.check_pictures(config)
-    v = config.views
-    transforms.check_crop_scale("views.crop_scale", v.crop_scale)
-    for name in ("flip", "jitter", "greyscale", "brightness", "contrast", "saturation"):
-        if not 0 <= v[name] <= 1:
-            raise BadInput(f"config.data.views.{name} = {v[name]}: expected a number from 0 to 1")
-    if not 0 <= v.hue <= 0.5:
-        raise BadInput(f"config.data.views.hue = {v.hue}: expected a number from 0 to 0.5")
-    for name in ("blur", "solarise"):
-        if len(v[name]) != VIEWS or not all(0 <= each <= 1 for each in v[name]):
-            raise BadInput(f"config.data.views.{name} = {v[name]}: expected two probabilities, one a view")
-    if len(v.blur_sigma) != 2 or not 0 < v.blur_sigma[0] <= v.blur_sigma[1]:
-        raise BadInput(f"config.data.views.blur_sigma = {v.blur_sigma}: expected two numbers, 0 < a <= b")
-
-
 def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]:
     """Returns the transform for `sigmarep.data.pipeline.training_stream`.
 
@@ -79,7 +73,7 @@ def train_transform(config: Any) -> Callable[[Mapping[str, Any], np.random.Gener
     Raises:
       BadInput: a field has an invalid value.
     """
-    check(config)
+    transforms.check(config)
     v, size, channels = config.views, config.image_size, len(config.mean)
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
 

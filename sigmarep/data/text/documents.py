@@ -7,39 +7,52 @@ import bisect
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 import numpy as np
-from ml_collections import config_dict
 
+from sigmarep import configuration
 from sigmarep.data import sources, token_cache
 from sigmarep.data.text import vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD, Vocabulary
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 
 PACKINGS = ("documents", "stream")
 
 
+FIELDS: dict[str, Any] = {
+    "name": field("python_docs", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
+    "data_dir": field(
+        None,
+        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
+        kind=str,
+        optional=True,
+    ),
+    "folder": field("", "Files of the data set text_folder."),
+    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "text_feature": field("text", "Feature of the data set that holds the text."),
+    "sequence_length": field(256, "Tokens of a window.", at_least=1, at_most=2**24),
+    "packing": field(
+        "documents",
+        "documents: short ones share a window and do not see each other; stream: one text, cut anywhere.",
+        choices=PACKINGS,
+    ),
+    "eval_stride": field(
+        0,
+        "With stream, tokens from one evaluated window to the next; earlier ones are context. 0: no overlap.",
+        at_least=0,
+    ),
+    "vocabulary": vocabulary.FIELDS,
+    "num_threads": field(2, "Threads that read and transform examples.", at_least=1, at_most=1024),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """The block `config.data`."""
-    config = ml_collections.ConfigDict()
-    config.name = "python_docs"
-    # Where prepared data sets lie; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.
-    config.data_dir = config_dict.placeholder(str)
-    # The files of the set "text_folder".
-    config.folder = ""
-    config.train_split = "train"
-    config.eval_splits = ("test",)
-    # The feature of the data set that is the text.
-    config.text_feature = "text"
-    config.sequence_length = 256
-    # "documents": short ones share a window and do not see each other; "stream": one text without borders, cut anywhere.
-    config.packing = "documents"
-    # Under "stream", tokens from one window of evaluation to the next; those before them are context. 0: no overlap.
-    config.eval_stride = 0
-    config.vocabulary = vocabulary.default_config()
-    config.num_threads = 2
-    return config
+    """The section `config.data` of language modeling."""
+    return configuration.make(FIELDS)
 
 
 def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
@@ -72,10 +85,6 @@ def open_windows(data: ml_collections.ConfigDict, vocab: Vocabulary, split: str,
     Raises:
       BadInput: a field is wrong, or the split has no text.
     """
-    if data.packing not in PACKINGS:
-        raise BadInput(f"config.data.packing = {data.packing!r}: expected one of {', '.join(PACKINGS)}")
-    if data.sequence_length < 1:
-        raise BadInput(f"config.data.sequence_length = {data.sequence_length}: expected at least 1")
     if data.eval_stride and (data.packing != "stream" or not 0 < data.eval_stride <= data.sequence_length):
         raise BadInput(
             f"config.data.eval_stride = {data.eval_stride}: needs packing = 'stream' and a number from 1 to "

@@ -7,42 +7,48 @@ into the tokens of a batch, padding counted.
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 import numpy as np
-from ml_collections import config_dict
 
+from sigmarep import configuration
 from sigmarep.data import sources, token_cache
 from sigmarep.data.buckets import Buckets, Share
 from sigmarep.data.text import vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD, Vocabulary
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
+
+_ROWS = "Rows of a batch are a multiple of this, so that they divide over devices, processes and microbatches."
+FIELDS: dict[str, Any] = {
+    "name": field("interface_en_de", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
+    "data_dir": field(
+        None,
+        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
+        kind=str,
+        optional=True,
+    ),
+    "folder": field("", "Files of the data set text_folder."),
+    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "source_feature": field("en", "Feature of the data set that holds a sentence."),
+    "target_feature": field("de", "Feature of the data set that holds its translation."),
+    "max_source_length": field(
+        128, "Tokens of a source with its end; longer training pairs are left out.", at_least=2, at_most=2**20
+    ),
+    "max_target_length": field(128, "Tokens of a target with its end.", at_least=2, at_most=2**20),
+    "buckets": field((16, 32, 64, 128), "Lengths of batches, in tokens.", nonempty=True, at_least=1, order="rising"),
+    "rows_multiple": field(8, _ROWS, at_least=1, at_most=2**20),
+    # One vocabulary for both languages.
+    "vocabulary": vocabulary.FIELDS,
+    "num_threads": field(2, "Threads that read and transform examples.", at_least=1, at_most=1024),
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The block `config.data`."""
-    config = ml_collections.ConfigDict()
-    config.name = "interface_en_de"
-    # Where prepared data sets lie; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.
-    config.data_dir = config_dict.placeholder(str)
-    # The files of the set "text_folder".
-    config.folder = ""
-    config.train_split = "train"
-    config.eval_splits = ("test",)
-    # The features of the data set that are a sentence and its translation.
-    config.source_feature = "en"
-    config.target_feature = "de"
-    # Tokens of a sentence with its end. Longer training pairs are left out, longer sources are cut for evaluation.
-    config.max_source_length = 128
-    config.max_target_length = 128
-    # Lengths that batches have.
-    config.buckets = (16, 32, 64, 128)
-    # Rows of every batch are a multiple of this, so that they divide over devices, processes and microbatches.
-    config.rows_multiple = 8
-    # Of both languages.
-    config.vocabulary = vocabulary.default_config()
-    config.num_threads = 2
-    return config
+    """The section `config.data` of translation."""
+    return configuration.make(FIELDS)
 
 
 def pairs(data: ml_collections.ConfigDict, split: str) -> Iterator[tuple[str, str]]:
@@ -98,8 +104,6 @@ class PairCorpus:
         """Raises BadInput where a field is wrong or nothing is left."""
         self.data = data
         self._limits = (data.max_source_length, data.max_target_length)
-        if min(self._limits) < 2:
-            raise BadInput(f"config.data.max_source_length, max_target_length = {self._limits}: expected at least 2")
         self._source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
         key = f"{_fingerprint(data, split)}|{data.source_feature}|{data.target_feature}|{vocabulary.fingerprint(vocab)}"
         folder = os.path.join(sources.data_folder(data.data_dir), "tokenised")

@@ -18,8 +18,10 @@ from typing import Any, Protocol
 import ml_collections
 import numpy as np
 
+from sigmarep import configuration
 from sigmarep.data.token_cache import cache_lock
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.files import write_atomically
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -136,17 +138,22 @@ def fingerprint(vocabulary: Vocabulary) -> str:
     return hashlib.sha256(vocabulary.to_bytes()).hexdigest()
 
 
+FIELDS: dict[str, Any] = {
+    "kind": field("subword", "Tokens of a text.", choices=KINDS),
+    "size": field(
+        8000,
+        "Tokens, the special ones included; words: the most frequent ones. Bytes have their own number.",
+        above=SPECIAL,
+        at_most=2**24,
+    ),
+    "model": field("unigram", "Algorithm of subwords.", choices=MODELS),
+    "file": field("", "File of scripts/train_vocabulary.py or SentencePiece; empty: trained on the training split."),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """The block `config.data.vocabulary`."""
-    config = ml_collections.ConfigDict()
-    config.kind = "subword"
-    # Tokens, the special ones among them; the word kind keeps that many of the most frequent. Bytes have their own number.
-    config.size = 8000
-    # "unigram" or "bpe", of subwords.
-    config.model = "unigram"
-    # A file that scripts/train_vocabulary.py or SentencePiece wrote; empty to train one on the training split.
-    config.file = ""
-    return config
+    """The section `config.data.vocabulary`."""
+    return configuration.make(FIELDS)
 
 
 def planned(config: ml_collections.ConfigDict) -> Vocabulary:
@@ -168,9 +175,6 @@ def obtain(
     Raises:
       BadInput: a field has an unknown word, the file cannot be read, or so many tokens cannot be made of the texts.
     """
-    for field, words in (("kind", KINDS), ("model", MODELS)):
-        if config[field] not in words:
-            raise BadInput(f"config.data.vocabulary.{field} = {config[field]!r}: expected one of {', '.join(words)}")
     if config.file:
         return load(config.file)
     if config.kind == "byte":
@@ -212,8 +216,6 @@ def train(config: ml_collections.ConfigDict, texts: Iterable[str]) -> Vocabulary
             counts.update(split_words(text))
         if not counts:
             raise BadInput("config.data: the training split has no words")
-        if config.size <= SPECIAL:
-            raise BadInput(f"config.data.vocabulary.size = {config.size}: expected more than {SPECIAL}")
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return WordVocabulary(ranked[: config.size - SPECIAL])
     return _train_subwords(config, texts)

@@ -5,6 +5,6 @@ splits. `config.batch_size` counts pictures, of which each gives two views.
 """
 
 from sigmarep.tasks.contrastive.data import open_data
-from sigmarep.tasks.contrastive.model import create_model, default_config
+from sigmarep.tasks.contrastive.model import FIELDS, create_model, default_config
 
-__all__ = ["create_model", "default_config", "open_data"]
+__all__ = ["FIELDS", "create_model", "default_config", "open_data"]

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from sigmarep import configuration, fields
 from sigmarep.data.images import files as picture_files
 from sigmarep.data.images import views
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.models import simclr
+from sigmarep.nn.linear import REPARAMS
 from sigmarep.tasks import image_classification
 from sigmarep.tasks.image_classification.model import create_module as create_vit
 from sigmarep.tasks.pictures import apply_to_pictures
@@ -25,34 +28,46 @@ METHODS = ("simclr", "moco_v3")
 PATCH_KERNEL = "vit/patch_embedding/kernel"
 
 
+_HEAD: dict[str, Any] = {
+    "layers": field(3, "Dense layers.", at_least=1, at_most=1000),
+    "hidden": field(256, "Units of the hidden layers.", at_least=1, at_most=2**20),
+    "width": field(64, "Units of the last layer.", at_least=1, at_most=2**20),
+    "norm": field("batch", "Norm after each layer.", choices=simclr.HEAD_NORMS),
+    "reparam": field("none", "Reparametrization of the layers.", choices=REPARAMS),
+}
+_VIT = image_classification.FIELDS
+FIELDS: dict[str, Any] = {
+    "model": fields.with_defaults(_VIT["model"], pool="mean"),
+    "data": {**{name: each for name, each in _VIT["data"].items() if name != "augment"}, "views": views.FIELDS},
+    "method": field("simclr", "simclr, or moco_v3 with its momentum encoder.", choices=METHODS),
+    "temperature": field(0.2, "Temperature of the contrastive loss.", above=0),
+    "momentum": field(0.99, "Decay of the momentum encoder per step (moco_v3).", at_least=0, at_most=1),
+    "freeze_patch_embedding": field(False, "The patch embedding stays as initialized, MoCo v3's remedy."),
+    "projector": _HEAD,
+    # Of moco_v3 alone.
+    "predictor": fields.with_defaults(_HEAD, layers=2),
+    "knn": {
+        "neighbours": field(20, "Neighbors that vote.", at_least=1),
+        "temperature": field(0.07, "Temperature of their weights.", above=0),
+    },
+    "probe": {
+        "learning_rates": field(
+            (0.01, 0.03, 0.1, 0.3, 1.0),
+            "Learning rates tried; the best on a held-out tenth of the training split is used.",
+            nonempty=True,
+            at_least=0,
+        ),
+        "weight_decays": field((0.0, 1e-4, 1e-3, 1e-2, 1e-1), "Weight decays tried.", nonempty=True, at_least=0),
+        "epochs": field(50, "Epochs of the linear probe; 0 for none.", at_least=0),
+        "batch_size": field(256, "Examples of a batch of the probe.", at_least=1),
+        "baselines": field(True, "Also probes the encoder before its first step, and the pixels."),
+    },
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The ViT's `model` and `data` as in image classification, and the fields of the two methods and the evaluators."""
-    config = image_classification.default_config()
-    del config.label_smoothing
-    config.model.pool = "mean"
-    del config.data.augment
-    config.data.views = views.default_config()
-    config.method = "simclr"
-    config.temperature = 0.2
-    # Of the momentum encoder, a step (moco_v3).
-    config.momentum = 0.99
-    # MoCo v3's remedy against instability: the patch embedding stays as it was initialised.
-    config.freeze_patch_embedding = False
-    head = {"layers": 3, "hidden": 256, "width": 64, "norm": "batch", "reparam": "none"}
-    config.projector = ml_collections.ConfigDict(head)
-    # moco_v3 only.
-    config.predictor = ml_collections.ConfigDict(head | {"layers": 2})
-    config.knn = ml_collections.ConfigDict({"neighbours": 20, "temperature": 0.07})
-    config.probe = ml_collections.ConfigDict()
-    # Those that do best on a held-out tenth of the training split are used.
-    config.probe.learning_rates = (0.01, 0.03, 0.1, 0.3, 1.0)
-    config.probe.weight_decays = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-    # 0 leaves the probe out.
-    config.probe.epochs = 50
-    config.probe.batch_size = 256
-    # The same probe on the encoder before its first step, and on the pixels.
-    config.probe.baselines = True
-    return config
+    return configuration.make(FIELDS)
 
 
 def create_model(config: ml_collections.ConfigDict, files: Files) -> "Contrastive":
@@ -218,28 +233,8 @@ def _head(config: ml_collections.ConfigDict, name: str, inputs: int) -> simclr.H
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
-    if config.method not in METHODS:
-        raise BadInput(f"config.method = {config.method!r}: expected one of {', '.join(METHODS)}")
     if config.batch_size < 2:
         raise BadInput(f"config.batch_size = {config.batch_size}: a contrastive loss needs at least 2 pictures")
-    for name, value in (("temperature", config.temperature), ("knn.temperature", config.knn.temperature)):
-        if not value > 0:
-            raise BadInput(f"config.{name} = {value}: expected a number above 0")
-    if not 0 <= config.momentum <= 1:
-        raise BadInput(f"config.momentum = {config.momentum}: expected a number from 0 to 1")
-    for name, count, least in (
-        ("knn.neighbours", config.knn.neighbours, 1),
-        ("probe.epochs", config.probe.epochs, 0),
-        ("probe.batch_size", config.probe.batch_size, 1),
-    ):
-        if count < least:
-            raise BadInput(f"config.{name} = {count}: expected at least {least}")
-    for name, values in (
-        ("learning_rates", config.probe.learning_rates),
-        ("weight_decays", config.probe.weight_decays),
-    ):
-        if not values or min(values) < 0:
-            raise BadInput(f"config.probe.{name} = {values}: expected at least one number, none below 0")
     decayed = not any(re.search(rule, PATCH_KERNEL) for rule in config.optimizer.no_decay)
     if config.freeze_patch_embedding and config.optimizer.weight_decay and decayed:
         raise BadInput(

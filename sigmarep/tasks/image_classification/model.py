@@ -13,30 +13,38 @@ import ml_collections
 import numpy as np
 import optax
 
+from sigmarep import configuration
 from sigmarep.data import sources
 from sigmarep.data.images import files as picture_files
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
-from sigmarep.models.vit import ViT
+from sigmarep.fields import field
+from sigmarep.models.vit import POOLS, ViT
+from sigmarep.nn.positions import POSITIONS
 from sigmarep.tasks.pictures import apply_to_pictures
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
-from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+from sigmarep.tasks.transformer_config import create_transformer, transformer_fields
 
 # Its name in the folder of a run.
 LABELS = "labels.json"
 
 
+FIELDS: dict[str, Any] = {
+    "model": {
+        **transformer_fields(depth=6, width=64, num_heads=4, mlp_dim=128),
+        "patch_size": field(2, "Height and width of a patch in pixels.", at_least=1, at_most=2**14),
+        "positions": field("learned", "Position embeddings.", choices=POSITIONS),
+        "pool": field("token", "Input of the head: the class token, or the mean of the patches.", choices=POOLS),
+        "patch_gain": field(1.0, "Factor on the initial patch embedding.", above=0),
+    },
+    "data": transforms.FIELDS,
+    "label_smoothing": field(0.0, "Share of each target that is spread evenly over all classes.", at_least=0, below=1),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The fields `model`, `data` and `label_smoothing`; the model's default is a small pre-LN ViT for the digits."""
-    config = ml_collections.ConfigDict()
-    config.model = transformer_defaults(depth=6, width=64, num_heads=4, mlp_dim=128)
-    config.model.patch_size = 2
-    config.model.positions = "learned"
-    config.model.pool = "token"
-    config.model.patch_gain = 1.0
-    config.data = transforms.default_config()
-    config.label_smoothing = 0.0
-    return config
+    return configuration.make(FIELDS)
 
 
 def create_model(config: ml_collections.ConfigDict, files: Files) -> "ImageClassification":

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from sigmarep import configuration
 from sigmarep.data.text import documents, vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.models import decoding
 from sigmarep.models.lm import LanguageModel
 from sigmarep.nn import fold
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
-from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+from sigmarep.tasks.transformer_config import TEXT_POSITIONS, create_transformer, transformer_fields
 
 # Fields of config.model that are the language model's own.
 MODEL_FIELDS = (
@@ -30,26 +32,28 @@ MODEL_FIELDS = (
 ROTARY_BASE = 10_000.0
 
 
+FIELDS: dict[str, Any] = {
+    "model": {
+        **transformer_fields(depth=4, width=128, num_heads=4, mlp_dim=512),
+        "positions": field("rotary", "Position embeddings.", choices=TEXT_POSITIONS),
+        "tie_embeddings": field(True, "Input and output share one table."),
+        "adaptive_cutoffs": field(
+            (), "Cutoffs of adaptive input and softmax; () for a plain table.", element=int, at_least=1, order="rising"
+        ),
+        "reparam_embedding": field(False, "The tables are reparametrized too."),
+        "output_logit_cap": field(0.0, "Soft cap of the output logits; 0 for none.", at_least=0),
+        "logit_chunk": field(0, "Positions whose logits are in memory at a time; 0 for all.", at_least=0),
+    },
+    "data": documents.FIELDS,
+    "label_smoothing": field(0.0, "Share of each target that is spread evenly over all tokens.", at_least=0, below=1),
+    "z_loss": field(0.0, "Weight of the squared log-normalizer of the logits (Chowdhery et al., 2022).", at_least=0),
+    "baselines": field(False, "Evaluations also give the scores of a unigram model and of gzip."),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The fields `model`, `data`, `label_smoothing`, `z_loss` and `baselines`."""
-    config = ml_collections.ConfigDict()
-    config.model = transformer_defaults(depth=4, width=128, num_heads=4, mlp_dim=512)
-    # "learned", "sinusoidal", "rotary" or "none".
-    config.model.positions = "rotary"
-    config.model.tie_embeddings = True
-    # Of adaptive input and softmax; none for a plain table.
-    config.model.adaptive_cutoffs = ()
-    config.model.reparam_embedding = False
-    config.model.output_logit_cap = 0.0
-    # Positions whose logits exist at a time, 0 for all.
-    config.model.logit_chunk = 0
-    config.data = documents.default_config()
-    config.label_smoothing = 0.0
-    # Weight of the squared log-normaliser of the logits (Chowdhery et al., 2022).
-    config.z_loss = 0.0
-    # Prints what a unigram model and gzip make of the same held-out text.
-    config.baselines = False
-    return config
+    return configuration.make(FIELDS)
 
 
 def create_model(config: ml_collections.ConfigDict, files: Files) -> "LanguageModeling":

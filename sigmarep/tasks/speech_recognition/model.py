@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from sigmarep import configuration
 from sigmarep.data.audio import features, labels, speech
 from sigmarep.data.audio.ngram import NGram
 from sigmarep.data.buckets import planned_rows
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.models import ctc
 from sigmarep.models.speech import SpeechTransformer
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
-from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+from sigmarep.tasks.transformer_config import create_transformer, transformer_fields
 
 # Fields of config.model that are the speech model's own.
 MODEL_FIELDS = (
@@ -39,48 +41,53 @@ TRANSCRIPTS = "transcripts.txt"
 DISJOINT = {0: "fused", 1: "qk_v", 2: "separate"}
 
 
+FIELDS: dict[str, Any] = {
+    "model": {
+        **transformer_fields(
+            depth=4,
+            width=128,
+            num_heads=4,
+            mlp_dim=512,
+            norm="post",
+            norm_epsilon=1e-5,
+            reparam="sigma",
+            qkv="qk_v",
+            use_bias=False,
+            activation="relu",
+            branch_dropout=False,
+            attention_shift=True,
+            kernel_init="normal",
+            init_std=0.1,
+        ),
+        "conv_kernel": field(7, "Frames of the front end's convolution.", at_least=1, at_most=2**14),
+        "conv_stride": field(3, "Frames from one output of it to the next.", at_least=1, at_most=2**14),
+        "conv_reparam": field(False, "The convolution is reparametrized too."),
+        "normalise": field(True, "Normalizes the features of each utterance."),
+        "freq_scale": field(30.0, "CAPE's scale of positions in radians a second.", above=0),
+        "max_global_shift": field(30.0, "CAPE's largest shift of a whole utterance in seconds.", at_least=0),
+        "max_local_shift": field(0.0, "CAPE's largest shift of one output, in outputs.", at_least=0),
+        "max_scale": field(1.0, "CAPE's largest stretch.", at_least=1),
+    },
+    "data": speech.FIELDS,
+    "decoding": {
+        "beam_size": field(0, "Prefixes of the beam search; 0 decodes greedily.", at_least=0, at_most=2**16),
+        "prune": field(1e-4, "Labels below this probability are skipped at each frame.", at_least=0, below=1),
+        "language_model": field(
+            "none", "ngram: a character n-gram of the training transcripts.", choices=LANGUAGE_MODELS
+        ),
+        "ngram_order": field(6, "Order of the n-gram.", at_least=1, at_most=100),
+        "language_weight": field(0.5, "Weight of its log-probability.", at_least=0),
+        "insertion_bonus": field(0.0, "Added to the score for every label."),
+    },
+    "baselines": field(
+        False, "Evaluations also give the error rates of the most frequent and the most similar utterance's transcript."
+    ),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The fields `model`, `data`, `decoding` and `baselines`: the paper's speech model, but smaller."""
-    config = ml_collections.ConfigDict()
-    config.model = transformer_defaults(
-        depth=4,
-        width=128,
-        num_heads=4,
-        mlp_dim=512,
-        norm="post",
-        norm_epsilon=1e-5,
-        reparam="sigma",
-        qkv="qk_v",
-        use_bias=False,
-        activation="relu",
-        branch_dropout=False,
-        attention_shift=True,
-        kernel_init="normal",
-        init_std=0.1,
-    )
-    config.model.conv_kernel = 7
-    config.model.conv_stride = 3
-    config.model.conv_reparam = False
-    config.model.normalise = True
-    # CAPE: radians a second; shifts of a whole utterance in seconds and of one output in outputs; the largest stretch.
-    config.model.freq_scale = 30.0
-    config.model.max_global_shift = 30.0
-    config.model.max_local_shift = 0.0
-    config.model.max_scale = 1.0
-    config.data = speech.default_config()
-    config.decoding = ml_collections.ConfigDict()
-    # 0 decodes greedily; else the beam of prefix beam search, for which the labels of a frame below `prune` of its
-    # probability are passed over.
-    config.decoding.beam_size = 0
-    config.decoding.prune = 1e-4
-    # "ngram" learns from the transcripts of the training split.
-    config.decoding.language_model = "none"
-    config.decoding.ngram_order = 6
-    config.decoding.language_weight = 0.5
-    config.decoding.insertion_bonus = 0.0
-    # Prints the error rates of the most frequent transcript and of the most similar utterance's.
-    config.baselines = False
-    return config
+    return configuration.make(FIELDS)
 
 
 def create_model(config: ml_collections.ConfigDict, files: Files) -> "SpeechRecognition":
@@ -315,15 +322,5 @@ class SpeechRecognition(TaskModel):
 
 
 def _check_decoding(c: ml_collections.ConfigDict) -> None:
-    if c.beam_size < 0:
-        raise BadInput(f"config.decoding.beam_size = {c.beam_size}: expected at least 0 (0 decodes greedily)")
-    if c.language_model not in LANGUAGE_MODELS:
-        raise BadInput(
-            f"config.decoding.language_model = {c.language_model!r}: expected one of {', '.join(LANGUAGE_MODELS)}"
-        )
     if c.language_model != "none" and not c.beam_size:
         raise BadInput("config.decoding.language_model: needs config.decoding.beam_size of at least 1")
-    if c.ngram_order < 1:
-        raise BadInput(f"config.decoding.ngram_order = {c.ngram_order}: expected at least 1")
-    if not 0 <= c.prune < 1:
-        raise BadInput(f"config.decoding.prune = {c.prune}: expected a probability from 0 to below 1")

@@ -10,18 +10,45 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from sigmarep import configuration
 from sigmarep.data.buckets import planned_rows
 from sigmarep.data.text import parallel, vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.models import decoding
 from sigmarep.models.seq2seq import Seq2Seq, deepnorm_constants
 from sigmarep.nn import fold
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
-from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+from sigmarep.tasks.transformer_config import TEXT_POSITIONS, create_transformer, transformer_fields
 
 MODEL_FIELDS = ("share_embeddings", "tie_embeddings", "reparam_embedding", "dropout")
 ROTARY_BASE = 10_000.0
+
+
+FIELDS: dict[str, Any] = {
+    "model": {
+        **transformer_fields(depth=3, width=128, num_heads=4, mlp_dim=512),
+        "decoder_depth": field(0, "Blocks of the decoder; 0: as many as the encoder.", at_least=0, at_most=2**16),
+        "positions": field("sinusoidal", "Position embeddings.", choices=TEXT_POSITIONS),
+        "share_embeddings": field(True, "Source and target share one table."),
+        "tie_embeddings": field(True, "The decoder's input and output share one table."),
+        "reparam_embedding": field(False, "The tables are reparametrized too."),
+    },
+    "data": parallel.FIELDS,
+    "decoding": {
+        "beam_size": field(4, "Hypotheses of the beam search.", at_least=1, at_most=2**16),
+        "length_penalty": field(0.6, "Exponent α of ((5 + length)/6)^α, which scores are divided by.", at_least=0),
+        "length_factor": field(
+            1.2,
+            "A translation has at most factor · source + extra tokens, and at most data.max_target_length.",
+            at_least=0,
+        ),
+        "length_extra": field(10, "The extra tokens.", at_least=1),
+    },
+    "label_smoothing": field(0.1, "Share of each target that is spread evenly over all tokens.", at_least=0, below=1),
+    "baselines": field(False, "Evaluations also give the BLEU of the source and of the most similar training pair."),
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -29,27 +56,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     `config.model.depth` is that of the encoder and of the decoder, unless `decoder_depth` says otherwise.
     """
-    config = ml_collections.ConfigDict()
-    config.model = transformer_defaults(depth=3, width=128, num_heads=4, mlp_dim=512)
-    # 0: as deep as the encoder.
-    config.model.decoder_depth = 0
-    # "learned", "sinusoidal", "rotary" or "none".
-    config.model.positions = "sinusoidal"
-    config.model.share_embeddings = True
-    config.model.tie_embeddings = True
-    config.model.reparam_embedding = False
-    config.data = parallel.default_config()
-    config.decoding = ml_collections.ConfigDict()
-    config.decoding.beam_size = 4
-    # α of ((5 + length)/6)^α.
-    config.decoding.length_penalty = 0.6
-    # A translation has at most factor · source + extra tokens, and never more than data.max_target_length.
-    config.decoding.length_factor = 1.2
-    config.decoding.length_extra = 10
-    config.label_smoothing = 0.1
-    # Prints the BLEU of copying the source and of the most similar training sentence's translation.
-    config.baselines = False
-    return config
+    return configuration.make(FIELDS)
 
 
 def create_model(config: ml_collections.ConfigDict, files: Files) -> "Translation":
@@ -110,7 +117,6 @@ class Translation(TaskModel):
     primary_metric = "bleu"
 
     def __init__(self, config: ml_collections.ConfigDict, vocab: vocabulary.Vocabulary):
-        _check_decoding(config.decoding)
         self.config, self.vocabulary = config, vocab
         self.model = create_module(config, vocab.size)
 
@@ -248,15 +254,4 @@ class Translation(TaskModel):
             bos=BOS,
             eos=EOS,
             pad=PAD,
-        )
-
-
-def _check_decoding(c: ml_collections.ConfigDict) -> None:
-    if c.beam_size < 1:
-        raise BadInput(f"config.decoding.beam_size = {c.beam_size}: expected at least 1")
-    if c.length_penalty < 0:
-        raise BadInput(f"config.decoding.length_penalty = {c.length_penalty}: expected at least 0")
-    if c.length_factor < 0 or c.length_extra < 1:
-        raise BadInput(
-            f"config.decoding.length_factor = {c.length_factor}, length_extra = {c.length_extra}: expected at least 0 and 1"
         )
