@@ -76,10 +76,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check(config: Any, section: fields.Section, *, remedy: str) -> None:
+def check(config: Any, section: fields.Section, *, prefix: str = "config.", remedy: str = "") -> None:
     """Compares a configuration with the fields of a section.
 
     Args:
+      prefix: of the fields' names in messages.
       remedy: advice for one that lacks a field.
 
     Raises:
@@ -89,32 +90,32 @@ def check(config: Any, section: fields.Section, *, remedy: str) -> None:
     free = tuple(f"{name}." for name, declared in known.items() if isinstance(declared, fields.Free))
     for name in given:
         if name not in known and not name.startswith(free):
-            raise BadInput(unknown(name, known))
+            raise BadInput(unknown(name, known, prefix=prefix))
     for name, declared in known.items():
         if isinstance(declared, fields.Free):
             continue
         if name not in given:
-            raise BadInput(f"config.{name}: is missing; {remedy}")
+            raise BadInput(f"{prefix}{name}: is missing; {remedy}".removesuffix("; "))
         if expected := declared.problem(given[name]):
             value = tuple(given[name]) if isinstance(given[name], list) else given[name]
-            raise BadInput(f"config.{name} = {value!r}: expected {expected}")
+            raise BadInput(f"{prefix}{name} = {value!r}: expected {expected}")
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
+def unknown(name: str, known: Iterable[str], *, prefix: str = "config.") -> str:
     """The message for a field that does not exist, with the name that was probably meant."""
-    return f"config.{name}: there is no such field{nearest(name, known)}"
+    return f"{prefix}{name}: there is no such field{nearest(name, known, prefix=prefix)}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], *, prefix: str = "config.") -> str:
     """A clause that offers the nearest known name, or nothing."""
     if name in RENAMED:
-        return f"; it is called config.{RENAMED[name]} now"
+        return f"; it is called {prefix}{RENAMED[name]} now"
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:
         by_leaf = {each.rsplit(".", 1)[-1]: each for each in known}
         close = [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
-    return f"; did you mean config.{close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def describe(config: Any, section: fields.Section) -> list[Described]:

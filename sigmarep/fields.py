@@ -97,7 +97,11 @@ class Field:
 
     def _range(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        parts = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        parts = [
+            f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}"
+            for word, bound in bounds.items()
+            if bound is not None
+        ]
         if not parts:
             return ""
         return f" {'of ' if parts[0].startswith('at') else ''}{' and '.join(parts)}"

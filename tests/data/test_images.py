@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sigmarep import configuration
 from sigmarep.data.images import augment, transforms
 from sigmarep.errors import BadInput
 
@@ -210,11 +211,11 @@ def test_four_channels_are_cyan_magenta_yellow_black():
     [
         ("augment.crop", "centre", "expected one of none, pad, resized"),
         ("interpolation", "cubic", "expected one of nearest, bilinear, bicubic"),
-        ("augment.mixup", -1.0, "at least 0"),
-        ("augment.erasing", 1.5, "from 0 to 1"),
-        ("augment.crop_scale", (0.5, 0.1), "two shares"),
-        ("mean", (0.5, 0.5), "1 or 3 values"),
-        ("std", (0.0, 1.0, 1.0), "positive"),
+        ("augment.mixup", -1.0, "of at least 0"),
+        ("augment.erasing", 1.5, "of at least 0 and at most 1"),
+        ("augment.crop_scale", (0.5, 0.1), "2 numbers above 0 and at most 1, not falling"),
+        ("mean", (0.5, 0.5), "1 or 3 numbers"),
+        ("std", (0.0, 1.0, 1.0), "numbers above 0"),
         ("eval_crop", 0.0, "above 0"),
         ("num_threads", 0, "at least 1"),
     ],
@@ -224,4 +225,5 @@ def test_impossible_values_are_refused_by_name(field, value, message):
     block = made.augment if field.startswith("augment.") else made
     block[field.rsplit(".", 1)[-1]] = value
     with pytest.raises(BadInput, match=rf"config\.data\.{field}.*{message}"):
+        configuration.check(made, transforms.FIELDS, prefix="config.data.")
         transforms.check(made)

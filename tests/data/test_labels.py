@@ -2,6 +2,7 @@
 
 import pytest
 
+from sigmarep import configuration
 from sigmarep.data.audio import labels
 from sigmarep.errors import BadInput
 
@@ -11,6 +12,7 @@ TEXTS = ["The cat  sat", "a tin can", "cats and cans"] * 20
 def obtain(tmp_path, texts=TEXTS, **fields):
     config = labels.default_config()
     config.update(fields)
+    configuration.check(config, labels.FIELDS, prefix="config.data.labels.")
     return labels.obtain(config, lambda: texts, cache_dir=str(tmp_path), key="texts")
 
 

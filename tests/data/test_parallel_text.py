@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from sigmarep import configuration
 from sigmarep.data.datasets import interface_en_de
 from sigmarep.data.text import parallel
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
@@ -146,6 +147,7 @@ def test_what_files_must_not_be(data, tmp_path, files, message):
         (folder / name).write_text(content)
     data.folder = str(folder)
     with pytest.raises(BadInput) as error:
+        configuration.check(data, parallel.FIELDS, prefix="config.data.")
         batches(data)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -155,16 +157,21 @@ def test_what_files_must_not_be(data, tmp_path, files, message):
     ("field", "value", "message"),
     [
         ("buckets", (8, 20), "config.data.buckets = (8, 20): expected rising lengths, the last at least 33"),
-        ("buckets", (20, 8, 40), "config.data.buckets = (20, 8, 40): expected rising lengths"),
+        (
+            "buckets",
+            (20, 8, 40),
+            "config.data.buckets = (20, 8, 40): expected a tuple of whole numbers of at least 1, rising",
+        ),
         ("rows_multiple", 8, "config.batch_size = 200: tokens, too few for 8 rows"),
-        ("rows_multiple", 0, "config.data.rows_multiple = 0: expected at least 1"),
-        ("max_source_length", 1, "expected at least 2"),
+        ("rows_multiple", 0, "config.data.rows_multiple = 0: expected a whole number of at least 1"),
+        ("max_source_length", 1, "expected a whole number of at least 2"),
         ("source_feature", "en", "config.data.source_feature = 'en': the data set has no such feature; it has"),
     ],
 )
 def test_fields_that_are_refused(data, field, value, message):
     data[field] = value
     with pytest.raises(BadInput) as error:
+        configuration.check(data, parallel.FIELDS, prefix="config.data.")
         batches(data)
     assert message in str(error.value)
 

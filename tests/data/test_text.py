@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from sigmarep import configuration
 from sigmarep.data import pipeline
 from sigmarep.data.text import baselines, documents, vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
@@ -177,7 +178,7 @@ def test_what_a_folder_must_not_be(data, tmp_path, files, message):
     [
         ("folder", "/nowhere", "config.data.folder = '/nowhere': there is no such folder"),
         ("packing", "packed", "config.data.packing = 'packed': expected one of documents, stream"),
-        ("sequence_length", 0, "config.data.sequence_length = 0: expected at least 1"),
+        ("sequence_length", 0, "config.data.sequence_length = 0: expected a whole number of at least 1"),
         ("eval_stride", 4, "config.data.eval_stride = 4: needs packing = 'stream'"),
         ("text_feature", "content", "config.data.text_feature = 'content': the data set has no such feature"),
         ("train_split", "training", "has no split 'training'"),
@@ -186,6 +187,7 @@ def test_what_a_folder_must_not_be(data, tmp_path, files, message):
 def test_fields_that_are_refused(data, field, value, message):
     data[field] = value
     with pytest.raises(BadInput) as error:
+        configuration.check(data, documents.FIELDS, prefix="config.data.")
         windows(data, data.train_split)
     assert message in str(error.value)
 

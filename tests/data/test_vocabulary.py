@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from sigmarep import configuration
 from sigmarep.data.text import vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD, UNK
 from sigmarep.errors import BadInput
@@ -100,7 +101,7 @@ def test_other_texts_or_settings_are_another_vocabulary(tmp_path):
         ({"kind": "subwords"}, TEXTS, "config.data.vocabulary.kind = 'subwords': expected one of subword, byte, word"),
         ({"model": "bp"}, TEXTS, "config.data.vocabulary.model = 'bp': expected one of unigram, bpe"),
         ({"size": 100}, TEXTS, "config.data.vocabulary.size = 100: no unigram vocabulary of that size can be made"),
-        ({"size": 4, "kind": "word"}, TEXTS, "config.data.vocabulary.size = 4: expected more than 4"),
+        ({"size": 4, "kind": "word"}, TEXTS, "config.data.vocabulary.size = 4: expected a whole number above 4"),
         ({}, [], "config.data.vocabulary.size = 330: no unigram vocabulary"),
         ({"kind": "word"}, [], "the training split has no words"),
         ({"file": "/nowhere/v.model"}, TEXTS, "config.data.vocabulary.file = '/nowhere/v.model': cannot be read"),
@@ -108,7 +109,9 @@ def test_other_texts_or_settings_are_another_vocabulary(tmp_path):
 )
 def test_what_is_refused(tmp_path, fields, texts, message):
     with pytest.raises(BadInput) as error:
-        vocabulary.obtain(config(**fields), lambda: iter(texts), cache_dir=str(tmp_path), key="k")
+        made = config(**fields)
+        configuration.check(made, vocabulary.FIELDS, prefix="config.data.vocabulary.")
+        vocabulary.obtain(made, lambda: iter(texts), cache_dir=str(tmp_path), key="k")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -249,9 +249,14 @@ def test_weights_are_the_targets_that_are_no_padding(folder):
         ("lm", "model.logit_chunk", 5, "config.model.logit_chunk = 5: does not divide the 16 positions"),
         ("lm", "model.num_heads", 3, "config.model.num_heads = 3: does not divide width = 16"),
         ("mt", "model.depth", 0, "config.model.depth = 0"),
-        ("mt", "decoding.beam_size", 0, "config.decoding.beam_size = 0: expected at least 1"),
-        ("mt", "decoding.length_penalty", -1.0, "config.decoding.length_penalty = -1.0: expected at least 0"),
-        ("mt", "decoding.length_extra", 0, "expected at least 0 and 1"),
+        ("mt", "decoding.beam_size", 0, "config.decoding.beam_size = 0: expected a whole number of at least 1"),
+        (
+            "mt",
+            "decoding.length_penalty",
+            -1.0,
+            "config.decoding.length_penalty = -1.0: expected a number of at least 0",
+        ),
+        ("mt", "decoding.length_extra", 0, "length_extra = 0: expected a whole number of at least 1"),
         (
             "mt",
             "data.rows_multiple",

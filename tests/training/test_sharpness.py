@@ -135,7 +135,5 @@ def test_what_is_refused(config):
         build(validate(config))
     config.parallel = "jit"
     config.intervention.attention_temperature = 0.0
-    with pytest.raises(
-        BadInput, match=r"config.intervention.attention_temperature = 0.0: expected a finite number above"
-    ):
+    with pytest.raises(BadInput, match=r"config.intervention.attention_temperature = 0.0: expected a number above"):
         validate(config)
