@@ -97,11 +97,9 @@ class Field:
 
     def _range(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        parts = [
-            f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}"
-            for word, bound in bounds.items()
-            if bound is not None
-        ]
+        # A large whole number in full, not as 2.14748e+09.
+        numbers = {word: str(x) if isinstance(x, int) else f"{x:g}" for word, x in bounds.items() if x is not None}
+        parts = [f"{word} {number}" for word, number in numbers.items()]
         if not parts:
             return ""
         return f" {'of ' if parts[0].startswith('at') else ''}{' and '.join(parts)}"

@@ -19,6 +19,11 @@ def config(**augmentation):
     return made
 
 
+def checked(made):
+    configuration.check(made, transforms.FIELDS, prefix="config.data.")
+    transforms.check(made)
+
+
 def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
     rng = np.random.default_rng(0)
     for _ in range(500):
@@ -225,5 +230,4 @@ def test_impossible_values_are_refused_by_name(field, value, message):
     block = made.augment if field.startswith("augment.") else made
     block[field.rsplit(".", 1)[-1]] = value
     with pytest.raises(BadInput, match=rf"config\.data\.{field}.*{message}"):
-        configuration.check(made, transforms.FIELDS, prefix="config.data.")
-        transforms.check(made)
+        checked(made)

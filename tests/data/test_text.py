@@ -43,6 +43,11 @@ def document_pairs(documents):
         yield list(zip([BOS, *ids], [*ids, EOS], strict=True))
 
 
+def checked(data):
+    configuration.check(data, documents.FIELDS, prefix="config.data.")
+    return windows(data, data.train_split)
+
+
 @pytest.mark.parametrize("packing", ["documents", "stream"])
 def test_every_target_is_predicted_once(data, packing):
     data.packing = packing
@@ -187,8 +192,7 @@ def test_what_a_folder_must_not_be(data, tmp_path, files, message):
 def test_fields_that_are_refused(data, field, value, message):
     data[field] = value
     with pytest.raises(BadInput) as error:
-        configuration.check(data, documents.FIELDS, prefix="config.data.")
-        windows(data, data.train_split)
+        checked(data)
     assert message in str(error.value)
 
 

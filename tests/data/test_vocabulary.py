@@ -23,6 +23,11 @@ def config(**fields):
     return c
 
 
+def obtain_checked(made, texts, folder):
+    configuration.check(made, vocabulary.FIELDS, prefix="config.data.vocabulary.")
+    return vocabulary.obtain(made, lambda: iter(texts), cache_dir=str(folder), key="k")
+
+
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
 def test_subwords_give_back_every_text(model):
     found = vocabulary.train(config(model=model), TEXTS)
@@ -109,9 +114,7 @@ def test_other_texts_or_settings_are_another_vocabulary(tmp_path):
 )
 def test_what_is_refused(tmp_path, fields, texts, message):
     with pytest.raises(BadInput) as error:
-        made = config(**fields)
-        configuration.check(made, vocabulary.FIELDS, prefix="config.data.vocabulary.")
-        vocabulary.obtain(made, lambda: iter(texts), cache_dir=str(tmp_path), key="k")
+        obtain_checked(config(**fields), texts, tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
