@@ -1,6 +1,7 @@
 """Trains from a configuration file.
 
     python scripts/train.py --config configs/quickstart.py --workdir runs/quickstart [--config.seed=1 …]
+    python scripts/train.py --config configs/quickstart.py --describe      # every field: value, meaning, what is accepted
 
 The same command goes on where it was stopped. On several hosts it is started on each, with the same workdir on storage
 that all of them see; see docs/launch.md and --help (--distributed). Exit status: 0 done, 1 failed, 2 bad input,
@@ -8,19 +9,28 @@ that all of them see; see docs/launch.md and --help (--distributed). Exit status
 """
 
 import os
+import shutil
 
 from absl import flags
 
 from sigmarep import command
 from sigmarep.training import processes
+from sigmarep.training.config import describe, validate
 
 CONFIG = command.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing, resumed if not.")
+DESCRIBE = flags.DEFINE_boolean(
+    "describe", False, "Prints every field of the configuration with its meaning, and ends."
+)
 processes.define_flags()
 
 
 def main() -> None:
-    config, workdir = command.resolved_config(CONFIG), command.required("workdir", WORKDIR.value)
+    config = command.resolved_config(CONFIG)
+    if DESCRIBE.value:
+        print(describe(validate(config), width=min(shutil.get_terminal_size((100, 0)).columns, 120)))
+        return
+    workdir = command.required("workdir", WORKDIR.value)
     command.ctrl_c_is_sigterm()
     # Importing the trainer starts JAX; a wrong flag should not wait for that.
     from sigmarep.training.loop import train_and_evaluate

@@ -20,15 +20,17 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sigmarep import configuration, doors
+from sigmarep import configuration, doors, fields
 from sigmarep.errors import BadInput, SigmarepError
 from sigmarep.fields import UNITS
-from sigmarep.training.config import FREE
+from sigmarep.training.config import FREE, sections
 
 IMPORT_HELP = "A module of yours that is imported first, by its name or its path; a workdir may then name it."
 flags.DEFINE_multi_string("import", [], IMPORT_HELP)
 # Overrides of fields that the configuration need not have: those of its sections `FREE`.
 _free_overrides: dict[str, Any] = {}
+# Overrides of declared fields by None, which ml_collections would read as a word.
+_none_overrides: list[str] = []
 
 
 def define_config_flag() -> Any:
@@ -59,7 +61,22 @@ def resolved_config(flag: Any) -> Any:
                     block[f"{leaf}_{other}"] = None
     configuration.unlock(config, FREE)
     config.update_from_flattened_dict(_free_overrides)
+    _set_none(config)
     return config
+
+
+def _set_none(config: Any) -> None:
+    """Does what --config.name=None says, of fields that may be None."""
+    if not _none_overrides:
+        return
+    declared = dict(fields.flatten(sections(config.task)))
+    for name in _none_overrides:
+        one = declared.get(name)
+        if not isinstance(one, fields.Field):
+            raise BadInput(f"--{configuration.unknown(name, declared)}")
+        if expected := one.problem(None):
+            raise BadInput(f"--config.{name} = None: expected {expected}")
+        config.update_from_flattened_dict({name: None})
 
 
 def imports() -> list[str]:
@@ -157,7 +174,7 @@ def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
         fail(BadInput(f"--{error.flagname}: there is no such flag; see --help"))
     except flags.Error as error:
         fail(BadInput(_flag_error(error)))
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         fail(BadInput(_unknown_field(arguments, error)))
     except Exception as error:
         fail(BadInput(f"{_place(error)}{type(error).__name__}: {_one_line(error)}"))
@@ -180,7 +197,7 @@ def _import(arguments: Sequence[str]) -> None:
 
 
 def _without_free_overrides(arguments: Sequence[str]) -> list[str]:
-    """Takes out --config.<section>.<name>=<value> of the sections `FREE`, which ml_collections would refuse."""
+    """Takes out the overrides that ml_collections refuses or misreads: those of the sections `FREE`, and those by None."""
     rest, pending = [], ""
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
@@ -190,6 +207,8 @@ def _without_free_overrides(arguments: Sequence[str]) -> list[str]:
             pending = name.removeprefix("config.")
             if equals:
                 _free_overrides[pending], pending = _literal(value), ""
+        elif argument.startswith("-") and name.startswith("config.") and value == "None":
+            _none_overrides.append(name.removeprefix("config."))
         else:
             rest.append(argument)
     if pending:
@@ -238,17 +257,22 @@ def _flag_error(error: flags.Error) -> str:
     return (f"{places[-1][0]}:{places[-1][1]}: " if places else "") + f"{kind}: {message}"
 
 
-def _unknown_field(arguments: Sequence[str], error: AttributeError) -> str:
-    """ml_collections names only the last part of an unknown field: finds the flag that it stands in."""
+def _unknown_field(arguments: Sequence[str], error: Exception) -> str:
+    """The flag of an unknown field or section, of which ml_collections names only one part."""
     # The message is the representation of another one: its quotes and line ends are escaped.
     text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
-    found = re.search(r"(\w+)['\"]*(?: Did you mean \"(\w+)\")?", text)
+    named = re.search(r"(\w+)['\"]*(?: Did you mean \"(\w+)\")?", text)
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]
         parts = name.split(".")
-        if found and parts[0] == "config" and found[1] in parts[1:]:
-            near = ".".join([*parts[: parts.index(found[1])], found[2]]) if found[2] else ""
-            return f"{name}: there is no such field" + (f"; did you mean {near}?" if near else "; see config.json")
+        if named and parts[0] == "config" and named[1] in parts[1:]:
+            field = name.removeprefix("config.")
+            if field in configuration.RENAMED:
+                return f"{name}: there is no such field{configuration.nearest(field, [])}"
+            at = parts.index(named[1])
+            kind = "section" if at + 1 < len(parts) else "field"
+            near = ".".join([*parts[:at], named[2], *parts[at + 1 :]]) if named[2] else ""
+            return f"{name}: there is no such {kind}" + (f"; did you mean {near}?" if near else "; see --describe")
     return f"{_place(error)}{text}"
 
 

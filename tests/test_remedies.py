@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from sigmarep.configuration import flatten
 from sigmarep.errors import BadInput
 from sigmarep.remedies import ARMS, SWEPT, set_arm
-from sigmarep.training.config import default_config, flatten, validate
+from sigmarep.training.config import default_config, validate
 from sigmarep.training.step import create_state, make_train_step
 from tests.training.test_step import TinyTask, batches
 

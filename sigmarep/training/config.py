@@ -4,17 +4,15 @@ A configuration file builds on `default_config(task)`, which is locked: a misspe
 written. `validate` repeats the comparison for configurations made in any other way.
 """
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_collections
 
 from sigmarep import configuration, fields, tasks
-from sigmarep.configuration import flatten, nearest
 from sigmarep.errors import BadInput
-from sigmarep.fields import UNITS, duration, field
-
-__all__ = ["FREE", "UNITS", "arguments", "choice", "default_config", "flatten", "nearest", "sections", "validate"]
+from sigmarep.fields import duration, field
 
 # Sections that take any field: the arguments of somebody else's optimizer or schedule.
 FREE = ("optimizer.arguments", "optimizer.schedule_arguments")
@@ -123,6 +121,20 @@ def choice(name: str, value: Any, accepted: Mapping[Any, T]) -> T:
     if value not in accepted:
         raise BadInput(f"config argument {name} = {value!r}: expected one of {', '.join(map(str, accepted))}")
     return accepted[value]
+
+
+def describe(config: ml_collections.ConfigDict, *, width: int = 100) -> str:
+    """Every field of a configuration: name and value, and below them its meaning and the accepted values.
+
+    Args:
+      width: columns of a line of text.
+    """
+    lines = []
+    for row in configuration.describe(config, sections(config.task)):
+        text = f"{row.doc} Accepts {row.accepted}." if row.doc else f"Accepts {row.accepted}."
+        indented = textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ")
+        lines += [f"{row.name} = {row.value!r}", indented]
+    return "\n".join(lines)
 
 
 def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

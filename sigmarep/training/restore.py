@@ -12,12 +12,13 @@ import ml_collections
 from jax.sharding import Mesh
 
 from sigmarep import doors, tasks
+from sigmarep.configuration import flatten, nearest
 from sigmarep.errors import BadInput
 from sigmarep.tasks.protocol import Files, TaskModel
 from sigmarep.training import mesh as meshes
 from sigmarep.training import workdir
 from sigmarep.training.checkpoints import read_variables
-from sigmarep.training.config import FREE, default_config, flatten, nearest, validate
+from sigmarep.training.config import FREE, default_config, validate
 
 
 class Restored(NamedTuple):

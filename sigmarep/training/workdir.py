@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import ml_collections
 
+from sigmarep.configuration import flatten
 from sigmarep.errors import BadInput
 from sigmarep.files import write_atomically
 from sigmarep.tasks.protocol import Outputs
-from sigmarep.training.config import default_config, flatten
+from sigmarep.training.config import default_config
 
 # What may differ when a run goes on in its workdir: where it runs and what it reports, not what it computes.
 FREE = (

@@ -15,8 +15,9 @@ import json
 
 import jax
 
+from sigmarep.configuration import flatten
 from sigmarep.tasks import TASKS
-from sigmarep.training.config import default_config, flatten
+from sigmarep.training.config import default_config
 from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import decay_mask
 

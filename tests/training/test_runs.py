@@ -219,6 +219,11 @@ REFUSED = [
         ["--config.optimizer.learning_rat=1"],
         "config.optimizer.learning_rat.*did you mean config.optimizer.learning_rate",
     ),
+    (
+        ["--config.optimiser.name=adam"],
+        "config.optimiser.name: there is no such section; did you mean config.optimizer.name",
+    ),
+    (["--config.seed=None"], "config.seed = None: expected a whole number"),
     (["--config.batch_sise=8"], "config.batch_sise.*did you mean config.batch_size"),
     (["--config.batch_size=many"], "config.batch_size=many"),
     (["--config.model.num_heads=3"], "config.model.num_heads = 3: does not divide width = 64"),

@@ -1,7 +1,7 @@
 """Text files of a folder as a TFDS data set.
 
-The splits are train, validation (or valid, dev) and test; only training needs train. A split is one of these, possibly gzipped
-(`.gz`):
+The splits are train, validation (or valid, dev) and test; only training needs train. A split is one of these, possibly
+gzipped (`.gz`):
 
 - `train.txt`: documents, separated by empty lines. (`wiki.train.tokens` and `wiki.train.raw`, WikiText's own files, are
   read too; in them a line ` = Title = ` begins a document.)
