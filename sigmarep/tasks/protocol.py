@@ -1,4 +1,4 @@
-"""What the trainer asks of a task: three functions, and the two sides that they make.
+"""The interface of a task: three functions, and the two sides that they make.
 
 A task is a module, or any object, with
 
@@ -12,6 +12,9 @@ sizes that the configuration asks for, so that a program can be compiled before 
 A run keeps `TaskData.files()` in its folder. To train, the data side is opened first and the model is made from its
 files. To use or evaluate a trained model, the model is made from the files of the folder, and the data side, if any is
 wanted, is opened with the same files: it must not read the training split until something needs it.
+
+Fields named `data_dir`, `num_threads` and `num_workers` may change while a run goes on; so may `folder` and `file`, if
+`TaskData.files()` has a fingerprint of the examples.
 
 Losses and metrics are sums and weights, never means: the trainer divides once, after adding over microbatches and devices,
 so that padding and uneven shares never skew a mean.
@@ -70,8 +73,14 @@ class Evaluation(NamedTuple):
 class TaskModel(Protocol):
     """A model with its loss. It reads no data set.
 
-    Beside what is here it may have any of `generate`, `translate`, `transcribe`, `classify` and `features`, for the methods
-    of these names of `sigmarep.inference.Run`, which document their arguments.
+    A model may have more, each for the method of that name of `sigmarep.inference.Run`, which has more to say of it:
+
+        generate(variables, prompts, rng, *, max_length, temperature, top_k, top_p) -> texts
+        translate(variables, sentences, *, names, rows) -> texts
+        transcribe(variables, recordings, *, rows) -> texts           and recording(path) -> samples
+        classify(variables, pictures) -> probabilities (N, C)         and class_names, picture(path) -> uint8 array
+        features(variables, pictures) -> features (N, D)              and picture(path) -> uint8 array
+        plain_module                                                  the Linen module that takes folded parameters
 
     Attributes:
       config: the validated configuration.

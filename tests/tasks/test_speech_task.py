@@ -14,8 +14,6 @@ import pytest
 import soundfile
 
 from sigmarep.errors import BadInput
-from sigmarep.inference import open_run
-from sigmarep.tasks import speech_recognition
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build, build_program
@@ -265,15 +263,6 @@ def test_it_learns_to_hear_and_its_tables_add_up(run):
         assert errors / words == pytest.approx(result["eval/test/wer"], abs=1e-6)
     again = evaluate(None, str(path))
     assert again["eval/test/wer"] == result["eval/test/wer"]
-
-
-def test_given_utterances_are_transcribed_as_in_the_evaluation(run, folder):
-    path, _ = run
-    run = open_run(str(path))
-    rows = [line.split("\t") for line in (path / "outputs/test/transcripts.tsv").read_text().splitlines()[1:]]
-    corpus = speech_recognition.open_data(run.config, run.files).open_corpus("test")
-    audio = [np.asarray(corpus._source[i]["audio"], np.float32) / 32768 for i in range(len(rows))]
-    assert run.transcribe(audio, rows=4) == [row[4] for row in rows]
 
 
 def script(name, *arguments):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from sigmarep.data.text.vocabulary import BOS, EOS, PAD
+from sigmarep.data.text.vocabulary import PAD
 from sigmarep.errors import BadInput
-from sigmarep.inference import open_run
 from sigmarep.tasks import translation
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
@@ -286,38 +285,3 @@ def test_the_files_of_a_run_are_its_vocabulary_and_its_data(folder):
         translation.open_data(validate(config)).files()["vocabulary.model"]
         == (folder / "run/vocabulary.model").read_bytes()
     )
-
-
-def test_greedy_generation_takes_what_the_reparametrised_model_finds_likeliest(folder):
-    config = lm_config(folder)
-    train_and_evaluate(config, str(folder / "run"))
-    run = open_run(str(folder / "run"))
-    assert run.step == 8
-    task, variables = run.task, run.variables
-    prompts = ["one two", "seven"]
-    texts = run.generate(prompts, max_length=9, temperature=0.0)
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = [BOS, *task.vocabulary.encode(prompt)]
-        while len(ids) < 9 and ids[-1] != EOS:
-            log_p = np.array(task.model.apply(variables, np.array([ids])))[0, -1]
-            log_p[PAD] = -np.inf
-            ids.append(int(log_p.argmax()))
-        assert text == task.vocabulary.decode(ids)
-        assert text.startswith(prompt)
-    with pytest.raises(BadInput) as error:
-        run.generate(prompts, max_length=4)
-    assert "prompt 1: has 4 tokens; expected fewer than max_length = 4" in str(error.value)
-
-
-def test_given_sentences_are_translated_in_their_order_and_as_in_the_evaluation(folder):
-    config = mt_config(folder)
-    train_and_evaluate(config, str(folder / "run"))
-    run = open_run(str(folder / "run"))
-    rows = (folder / "run/outputs/test/translations.tsv").read_text().splitlines()[1:]
-    sentences = ["", *(row.split("\t")[0] for row in rows)]
-    names = [f"file:{i + 1}" for i in range(len(sentences))]
-    found = run.translate(sentences, names=names, rows=8)
-    assert found == ["", *(row.split("\t")[2] for row in rows)]
-    with pytest.raises(BadInput) as error:
-        run.translate(["one", " ".join(["one"] * 16)], names=names)
-    assert "file:2: has 18 tokens with its end; the model takes at most 16" in str(error.value)
