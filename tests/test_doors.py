@@ -5,8 +5,11 @@ import sys
 
 import pytest
 
-from sigmarep import doors
+from sigmarep import command, doors
 from sigmarep.errors import BadInput
+from sigmarep.remedies import set_arm
+from sigmarep.training.config import default_config, locked
+from sigmarep.training.restore import restored_config
 
 
 @pytest.fixture
@@ -150,3 +153,94 @@ def test_a_package_is_imported_by_its_folder_too(tmp_path):
         assert str({name}) in done.stdout
     with pytest.raises(BadInput, match=r"--import .*/nothing: there is no such folder or file"):
         doors.import_named(str(tmp_path / "nothing"))
+
+
+def test_arguments_of_a_foreign_optimizer_come_from_the_command_line(monkeypatch):
+    monkeypatch.setattr(command, "_free_overrides", {})
+    rest = command._without_free_overrides(
+        [
+            "train.py",
+            "--config.optimizer.arguments.decay_rate=0.7",
+            "--config.seed=1",
+            "--config.optimizer.arguments.multiply_by_parameter_scale",
+            "False",
+            "--config.optimizer.schedule_arguments.boundaries_and_scales={100: 0.5}",
+            "--config.optimizer.arguments.kind=word",
+        ]
+    )
+    assert rest == ["train.py", "--config.seed=1"]
+    config = default_config("image_classification").lock()
+    locked(config).update_from_flattened_dict(command._free_overrides)
+    assert config.optimizer.arguments.to_dict() == {
+        "decay_rate": 0.7,
+        "multiply_by_parameter_scale": False,
+        "kind": "word",
+    }
+    assert config.optimizer.schedule_arguments.boundaries_and_scales.to_dict() == {"100": 0.5}
+    with pytest.raises(BadInput, match=r"--config.optimizer.arguments.x: a value is missing"):
+        command._without_free_overrides(["train.py", "--config.optimizer.arguments.x"])
+
+
+def test_the_configuration_file_brings_the_folder_of_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    package = tmp_path / "outer" / "brought"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "extra.py").write_text("x = 1")
+    for arguments in (
+        ["train.py", f"--config={package}/config.py:steps=3", "--workdir", "w", "--config.a=1"],
+        ["train.py", "--workdir", "w", "--config", f"{package}/config.py"],
+    ):
+        sys.path[:] = [each for each in sys.path if each != str(tmp_path / "outer")]
+        command._import(arguments)
+        assert sys.path[-1] == str(tmp_path / "outer")
+    command._import(["train.py", "--workdir", "w", "--import", "brought.extra"])
+    assert "brought.extra" in sys.modules
+    with pytest.raises(BadInput, match=r"--import = 'brought.nothing': the package brought has no module or attribute"):
+        command._import(["train.py", "--import=brought.nothing"])
+
+
+def test_arguments_that_are_none_come_back_from_a_workdir(tmp_path):
+    stored = default_config("image_classification")
+    stored.optimizer.arguments.update({"clipping_threshold": None, "decay_rate": 0.7})
+    (tmp_path / "config.json").write_text(stored.to_json())
+    assert restored_config(str(tmp_path)).optimizer.arguments.to_dict() == {
+        "clipping_threshold": None,
+        "decay_rate": 0.7,
+    }
+
+
+FIELDS = {"optimizer.arguments.decay_rate": 0.7, "optimizer.name": "adafactor", "model.norm": "none"}
+
+
+def half_as_fast(config):
+    config.optimizer.learning_rate /= 2
+
+
+@pytest.mark.parametrize("name", [f"{__name__}.FIELDS", f"{__name__}:half_as_fast"])
+def test_a_remedy_of_ones_own_is_an_arm(name):
+    config, before = default_config("translation"), default_config("translation")
+    set_arm(config, name)
+    if name.endswith("FIELDS"):
+        assert config.optimizer.arguments.decay_rate == 0.7
+        assert (config.optimizer.name, config.model.norm) == ("adafactor", "none")
+    else:
+        assert config.optimizer.learning_rate == before.optimizer.learning_rate / 2
+
+
+WRONG = {"model.nrm": "none"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("warp", "expected one of pre_ln, .*, or a dotted Python name"),
+        (f"{__name__}.WRONG", "does not fit this configuration .*nrm"),
+        (f"{__name__}.__doc__", "expected one of"),
+        (f"{__name__}.pytest", "pytest is no part of tests.test_doors"),
+    ],
+)
+def test_an_arm_that_does_not_fit_is_refused(name, message):
+    with pytest.raises(BadInput, match=message) as raised:
+        set_arm(default_config("translation"), name)
+    assert "\n" not in str(raised.value)
