@@ -7,6 +7,10 @@ For one query i with logits a_ij = s·⟨q_i, k_j⟩ over its visible keys, p = 
 Fused attention already returns lse, and Σ_j p_ij a_ij = s·⟨q_i, Σ_j p_ij k_j⟩ is one more attention call with the keys
 as values. `attention_statistics` computes the same by blocks of keys on any backend, O(queries) memory a head.
 Shapes: B batch, T queries, S keys, N heads, H head_dim.
+
+A NaN among the logits that a query sees makes its statistics NaN, never an entropy of 0, which is that of a collapse.
+On CPUs compiled maxima and minima of large arrays drop NaN (jaxlib 0.10: the maximum of (64, 4, 17, 17) NaNs over its
+last axis is −inf). Sums and comparisons do not, so it is these that carry a NaN here.
 """
 
 import math
@@ -17,11 +21,23 @@ import jax.numpy as jnp
 from jax import lax
 
 
-class AttentionStatistics(NamedTuple):
-    """Of every query: `entropy` in nats, `max_logit` and `logit_variance` over the keys that it sees, shape (B, N, T), and
-    `visible` keys, broadcastable to it.
+# Weights vanish long before a score is so far below the largest; from there on 0·ln 0 = 0.
+FAR_BELOW = -1e30
+LARGEST_SIGMA = 1e20
 
-    A query with no visible key has entropy and variance 0, and max_logit −inf.
+
+class AttentionStatistics(NamedTuple):
+    """Statistics of every query over the keys that it sees, shape (B, N, T).
+
+    A query that sees no key has entropy and variance 0, and max_logit −inf. One with a NaN among its logits has NaN
+    throughout. A logit of +inf has max_logit +inf, variance NaN, and entropy NaN, as its softmax has; under sigmoid
+    weights, where its weight is 1, the entropy is exact. A logit of −inf is a weight of 0, unless all are.
+
+    Attributes:
+      entropy: in nats.
+      max_logit: the largest logit.
+      logit_variance: the variance of the logits; NaN from about 1e19 on, where their squares leave float32.
+      visible: the number of keys that a query sees, broadcastable to (B, N, T).
     """
 
     entropy: jax.Array
@@ -51,7 +67,12 @@ def entropy_from_lse(query, key_average, lse, *, scale: float | None = None) -> 
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     expected = scale * jnp.sum(query.astype(jnp.float32) * key_average.astype(jnp.float32), axis=-1)
     # Entropy is not negative; the difference of two rounded numbers can be, by an ulp of the logits.
-    return jnp.maximum(lse - expected, 0.0)
+    return _not_negative(lse - expected)
+
+
+def _not_negative(x: jax.Array) -> jax.Array:
+    """x where it is above 0 or NaN, else 0."""
+    return jnp.where(x <= 0, 0.0, x)
 
 
 def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -222,6 +243,7 @@ def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _S
         return most, only_visible(x - jnp.where(jnp.isfinite(most), most, 0.0)[..., None], 0.0)
 
     (top, relative), (largest, differences) = below(scores), below(logits)
+    relative = _not_far_below(relative)
     weights = only_visible(jnp.exp(relative), 0.0)
     return _Sums(
         top=top,
@@ -234,6 +256,11 @@ def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _S
     )
 
 
+def _not_far_below(relative: jax.Array) -> jax.Array:
+    """Scores relative to the largest, finite where the weight is 0, so that weight times score is 0 there."""
+    return jnp.where(relative < FAR_BELOW, FAR_BELOW, relative)
+
+
 def _merged(a: _Sums, b: _Sums) -> _Sums:
     """The sums over the keys of both."""
     top, largest = jnp.maximum(a.top, b.top), jnp.maximum(a.largest, b.largest)
@@ -241,6 +268,7 @@ def _merged(a: _Sums, b: _Sums) -> _Sums:
     def moved(x: _Sums) -> _Sums:
         """Relative to the new maxima; sums over no keys are 0 whatever they are relative to."""
         down, by = (jnp.where(jnp.isfinite(old), old - new, 0.0) for old, new in ((x.top, top), (x.largest, largest)))
+        down = _not_far_below(down)
         decay = jnp.exp(down)
         return x._replace(
             total=decay * x.total,
@@ -254,12 +282,15 @@ def _merged(a: _Sums, b: _Sums) -> _Sums:
 
 
 def _finished(sums: _Sums) -> AttentionStatistics:
-    safe, keys = jnp.where(sums.total > 0, sums.total, 1.0), jnp.maximum(sums.keys, 1)
-    entropy = jnp.where(sums.total > 0, jnp.log(safe) - sums.weighted / safe, 0.0)
+    keys = jnp.maximum(sums.keys, 1)
+    # Of a query that sees a key the sum is at least 1, or broken; of one that sees none it is 0.
+    total = jnp.where(sums.keys > 0, sums.total, 1.0)
+    # Sums keep a NaN where the largest logit may have lost it. Beside −inf a logit of +inf makes them NaN as well.
+    broken = jnp.isnan(sums.first) & (sums.largest != jnp.inf)
     return AttentionStatistics(
-        entropy=jnp.maximum(entropy, 0.0),
-        max_logit=sums.largest,
-        logit_variance=jnp.maximum(sums.second / keys - (sums.first / keys) ** 2, 0.0),
+        entropy=_not_negative(jnp.log(total) - sums.weighted / total),
+        max_logit=jnp.where(broken, jnp.nan, sums.largest),
+        logit_variance=_not_negative(sums.second / keys - (sums.first / keys) ** 2),
         visible=sums.keys,
     )
 
@@ -269,9 +300,10 @@ def _first(inputs):
 
 
 def normalised_entropy(entropy: jax.Array, visible: jax.Array) -> jax.Array:
-    """Entropy divided by its largest value ln(visible keys): 1 is uniform; a query with one visible key gives 1."""
+    """Entropy divided by its largest value ln(visible keys): 1 is uniform. A query that sees at most one key gives 1, or
+    NaN where its entropy is."""
     most = jnp.log(jnp.maximum(visible, 1).astype(jnp.float32))
-    return jnp.where(visible > 1, entropy / jnp.where(visible > 1, most, 1.0), 1.0)
+    return jnp.where((visible > 1) | jnp.isnan(entropy), entropy / jnp.where(visible > 1, most, 1.0), 1.0)
 
 
 def entropy_lower_bound(sigma: jax.typing.ArrayLike, tokens: jax.Array | int) -> jax.Array:
@@ -282,12 +314,17 @@ def entropy_lower_bound(sigma: jax.typing.ArrayLike, tokens: jax.Array | int) ->
         Ent ≥ ln(1 + (T−1)β) + σ·√(T(T−1))·β / (1 + (T−1)β).
 
     Args:
-      sigma: s·‖W_K W_Qᵀ‖₂·‖X Xᵀ‖₂, the softmax scale s included; any shape.
+      sigma: s·‖W_K W_Qᵀ‖₂·‖X Xᵀ‖₂, the softmax scale s included; any shape. The bound of an infinite one is 0.
       tokens: T, the number of visible keys; broadcastable. The bound of one key is 0.
+
+    Returns:
+      The bound, NaN where σ is.
     """
     sigma = jnp.asarray(sigma, jnp.float32)
+    # β is 0 long before; an infinite σ times it would be NaN.
+    sigma = jnp.where(sigma > LARGEST_SIGMA, LARGEST_SIGMA, sigma)
     t = jnp.maximum(jnp.asarray(tokens, jnp.float32), 2.0)
     beta = jnp.exp(-sigma * jnp.sqrt(t / (t - 1)))
     z = (t - 1) * beta
     bound = jnp.log1p(z) + sigma * jnp.sqrt(t * (t - 1)) * beta / (1 + z)
-    return jnp.where(jnp.asarray(tokens) > 1, bound, 0.0)
+    return jnp.where((jnp.asarray(tokens) > 1) | jnp.isnan(sigma), bound, 0.0)
