@@ -23,6 +23,7 @@ CONFIG = os.path.join(HERE, "..", "configs", "collapse.py")
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
     from sigmarep import sweeps
+    from sigmarep.training.diagnosis import lowest_entropy
 
     arms = tuple(command.load_config_file(CONFIG).ARMS)
     points = sweeps.product(
@@ -40,7 +41,7 @@ def main() -> None:
                 continue
             entropies = outcome.entropies()
             layer = min(entropies, key=lambda name: entropies[name])
-            lowest = min(row["attention/entropy_min"] for row in outcome.logged)
+            lowest = lowest_entropy(outcome.logged)
             accuracies.append(outcome.evaluation["eval/test/accuracy"])
             ends.append(entropies[layer])
             print(f"{arm:7} {seed:4}  {accuracies[-1]:13.1%}  {ends[-1]:8.3f} nats ({layer}) {lowest:14.3f} nats")

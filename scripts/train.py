@@ -50,6 +50,8 @@ def main() -> None:
         )
     if "stopped_early" in result:
         print(f"stopped early: {result['stopped_early']}")
+    if "attention/entropy_nonfinite_step" in result:
+        print(f"attention statistics were not finite first at step {result['attention/entropy_nonfinite_step']}")
     for what, where in (("metrics", "metrics.jsonl"), ("checkpoints", "checkpoints"), ("configuration", "config.json")):
         print(f"{what}: {os.path.join(workdir, where)}")
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped
 from sigmarep.files import locked, write_atomically
-from sigmarep.training.divergence import PREFIX
+from sigmarep.training.diagnosis import ENTROPY
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.stopped import stopped_early
 
@@ -97,7 +97,7 @@ class Outcome(NamedTuple):
     def entropies(self) -> dict[str, float]:
         """The attention entropy of every layer in nats after the last logged step."""
         last = self.logged[-1]
-        return {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
+        return {name.removeprefix(ENTROPY): value for name, value in last.items() if name.startswith(ENTROPY)}
 
 
 def runs(path: str, points: Sequence[Point], workdir: str, script: str, imports: Sequence[str] = ()) -> list[Run]:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
 # Weights vanish long before a score is so far below the largest; from there on 0·ln 0 = 0.
 FAR_BELOW = -1e30
 LARGEST_SIGMA = 1e20
@@ -293,6 +292,11 @@ def _finished(sums: _Sums) -> AttentionStatistics:
         logit_variance=_not_negative(sums.second / keys - (sums.first / keys) ** 2),
         visible=sums.keys,
     )
+
+
+def largest(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Maximum over `axis`, NaN where one of the values is, on every device (module docstring)."""
+    return jnp.where(jnp.any(jnp.isnan(x), axis=axis), jnp.nan, jnp.max(x, axis=axis))
 
 
 def _first(inputs):

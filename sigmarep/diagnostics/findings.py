@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import curves
 from sigmarep.diagnostics.runs import Run
-from sigmarep.training import divergence
+from sigmarep.training.diagnosis import COLLAPSED, diagnose
 
 # Of so many runs together each is spoken of.
 FEW = 6
@@ -19,21 +19,30 @@ SHARPNESS = {
 
 
 class Facts(NamedTuple):
-    """Of a run, None or NaN where nothing is known.
+    """Facts of a run, None where nothing is known.
 
-    `final`, name and value of its last evaluation; `loss`, the last logged training loss; `diverged` and `rose`, the steps
-    at which it diverged and its loss rose (`curves.rise`); `lowest`, the lowest layer's entropy in nats, the layer and the
-    step; `fell`, the layers below `divergence.COLLAPSED` and since when, first first; `layers`, how many were recorded;
-    `spikes` and `gradient_spikes`, spike scores of loss and gradient norm in per cent.
+    Attributes:
+      final: name and value of the last evaluation.
+      loss: the last logged training loss.
+      diverged: the step at which the run diverged, with its `cause` and `explanation` (`sigmarep.training.diagnosis`).
+      rose: the step at which the loss rose (`curves.rise`).
+      lowest: the lowest layer's entropy in nats, the layer and the step.
+      fell: layers that fell below `COLLAPSED`, with the step, the first one first.
+      layers: the number of layers with a finite entropy.
+      nonfinite: the first step at which attention statistics were not finite, and a layer.
+      spikes: spike score of the loss in per cent, and of the gradient norm in `gradient_spikes`; NaN for short runs.
     """
 
     final: tuple[str, float] | None
-    loss: float
+    loss: float | None
     diverged: int | None
+    cause: str | None
+    explanation: str
     rose: int | None
     lowest: tuple[float, str, int] | None
     fell: list[tuple[str, int]]
     layers: int
+    nonfinite: tuple[int, str] | None
     spikes: float
     gradient_spikes: float
 
@@ -41,19 +50,23 @@ class Facts(NamedTuple):
 def facts(run: Run) -> Facts:
     """See `Facts`."""
     losses = run.series("train/loss")
-    found = divergence.diagnose(run.rows)
-    layers = found["layers"]
-    lowest = min(layers, key=lambda name: layers[name]["lowest"]) if layers else None
-    diverged = _divergence_step(run) if run.state == "diverged" else None
+    diagnosis = diagnose(run.rows, factor=run.config.get("divergence_factor") or 0.0)
+    # Whether a run diverged is for its files to say; a run of an earlier version may lack the row.
+    diverged = None
+    if run.state == "diverged":
+        diverged = run.last_step if diagnosis.diverged_step is None else diagnosis.diverged_step
     rose = curves.rise(*losses)
     return Facts(
         final=_final(run),
-        loss=losses.values[-1] if losses.values else math.nan,
+        loss=losses.values[-1] if losses.values else None,
         diverged=diverged,
+        cause=None if diverged is None else diagnosis.cause,
+        explanation=diagnosis.explanation,
         rose=diverged if rose is None else rose,
-        lowest=(layers[lowest]["lowest"], lowest, layers[lowest]["lowest_step"]) if lowest else None,
-        fell=[(name, layers[name]["collapsed_step"]) for name in found["fell"]],
-        layers=len(layers),
+        lowest=diagnosis.lowest,
+        fell=diagnosis.collapsed,
+        layers=len(diagnosis.layers),
+        nonfinite=diagnosis.nonfinite,
         spikes=curves.spike_score(losses.values),
         gradient_spikes=curves.spike_score(run.series("train/gradient_norm").values),
     )
@@ -69,17 +82,17 @@ def _final(run: Run) -> tuple[str, float] | None:
     return None
 
 
-def _divergence_step(run: Run) -> int:
-    broken = [row["step"] for row in run.rows if not math.isfinite(row.get("train/loss", 0.0))]
-    return broken[0] if broken else run.last_step
-
-
 def sentences(run: Run, found: Facts) -> list[str]:
     """What a reader should know of one run, most important first."""
     said = [outcome(run, found)]
     if not run.rows:
         return said
+    if found.cause is not None:
+        said.append(f"Cause: {found.cause}; {found.explanation}.")
     said.append(_entropy(found))
+    if found.nonfinite:
+        step, layer = found.nonfinite
+        said.append(f"The first attention statistics that were not finite are those of {layer} at step {step}.")
     change = run.config.get("intervention.at_steps")
     if change is not None and run.last_step > change:
         temperature = run.config.get("intervention.attention_temperature", 1.0)
@@ -94,7 +107,8 @@ def sentences(run: Run, found: Facts) -> list[str]:
             f"Spike score (share of logged values 7 standard deviations off the running mean): {found.spikes:.3g} % of the "
             f"loss, {found.gradient_spikes:.3g} % of the gradient norm."
         )
-    negative = [name for name in run.names if name.startswith("spectral/gamma/") and min(run.series(name).values) < 0]
+    gammas = [name for name in run.names if name.startswith("spectral/gamma/")]
+    negative = [name for name in gammas if any(value < 0 for value in run.series(name).values)]
     if negative:
         names = ", ".join(name.removeprefix("spectral/gamma/") for name in negative[:3])
         said.append(f"γ became negative in {len(negative)} layers, {names} among them.")
@@ -134,7 +148,7 @@ def _entropy(found: Facts) -> str:
     value, layer, step = found.lowest
     if not found.fell:
         return (
-            f"No layer's attention entropy fell below {divergence.COLLAPSED} nats: the lowest was {value:.3g} in {layer} "
+            f"No layer's attention entropy fell below {COLLAPSED} nats: the lowest was {value:.3g} in {layer} "
             f"at step {step}."
         )
     first, since = found.fell[0]
@@ -148,7 +162,7 @@ def _entropy(found: Facts) -> str:
     others = len(found.fell) - 1
     also = f" {others} more of {found.layers} layers followed." if others else ""
     return (
-        f"{first} fell below {divergence.COLLAPSED} nats at step {since}{when}.{also} The lowest was {value:.3g} nats in "
+        f"{first} fell below {COLLAPSED} nats at step {since}{when}.{also} The lowest was {value:.3g} nats in "
         f"{layer} at step {step}."
     )
 
@@ -159,9 +173,14 @@ def _sharpness(run: Run, name: str, limit: str) -> str | None:
         return None
     word = "Preconditioned sharpness" if name.endswith("preconditioned") else "Sharpness"
     above = [step for step, value, threshold in pairs if value > threshold]
+    unknown = [step for step, value, threshold in pairs if math.isnan(value) or math.isnan(threshold)]
+    nan = f" It was NaN at {len(unknown)}, first at step {unknown[0]}." if unknown else ""
     if not above:
-        return f"{word} stayed below its threshold at all {len(pairs)} measurements."
-    return f"{word} was above its threshold at {len(above)} of {len(pairs)} measurements, first at step {above[0]}."
+        known = len(pairs) - len(unknown)
+        return f"{word} stayed below its threshold at {'' if unknown else 'all '}{known} measurements.{nan}"
+    return (
+        f"{word} was above its threshold at {len(above)} of {len(pairs)} measurements, first at step {above[0]}.{nan}"
+    )
 
 
 def overview(runs: Sequence[Run], found: Sequence[Facts]) -> list[str]:
@@ -171,7 +190,9 @@ def overview(runs: Sequence[Run], found: Sequence[Facts]) -> list[str]:
     diverged = [(each.diverged, run.name) for run, each in zip(runs, found, strict=True) if each.diverged is not None]
     if diverged:
         step, name = min(diverged)
-        said.append(f"{_count(len(diverged), 'run')} diverged, {name} earliest, at step {step}.")
+        causes = collections.Counter(each.cause for each in found if each.cause is not None)
+        words = f" Causes: {', '.join(f'{count} {cause}' for cause, count in causes.most_common())}." if causes else ""
+        said.append(f"{_count(len(diverged), 'run')} diverged, {name} earliest, at step {step}.{words}")
     if len(runs) <= FEW:
         return [*said, *(f"{run.name}: {_entropy(each)}" for run, each in zip(runs, found, strict=True) if run.rows)]
     recorded = [each for each in found if each.lowest]
@@ -182,11 +203,11 @@ def overview(runs: Sequence[Run], found: Sequence[Facts]) -> list[str]:
         never = sum(each.rose is None for each in fallen)
         said.append(
             f"In {len(fallen)} of {_count(len(recorded), 'run')} with a record, a layer's attention entropy fell below "
-            f"{divergence.COLLAPSED} nats, most often {layer} first ({count} of {len(fallen)}). It fell before the "
+            f"{COLLAPSED} nats, most often {layer} first ({count} of {len(fallen)}). It fell before the "
             f"loss rose in {before} of these; in {never} the loss never rose."
         )
     elif recorded:
-        said.append(f"No layer's attention entropy fell below {divergence.COLLAPSED} nats in any run.")
+        said.append(f"No layer's attention entropy fell below {COLLAPSED} nats in any run.")
     lowest = [(each.lowest, run.name) for run, each in zip(runs, found, strict=True) if each.lowest]
     if lowest:
         (value, layer, step), name = min(lowest)

@@ -209,11 +209,11 @@ def _runs_table(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
                 _state(run),
                 steps,
                 _text(f"{each.final[0]} {each.final[1]:.4g}") if each.final else "",
-                _number(each.loss),
+                "" if each.loss is None else f"{each.loss:.4g}",
                 "<b>{:.3g}</b> in {} at {}".format(*each.lowest) if each.lowest else "",
                 "{} at {}".format(*each.fell[0]) if each.fell else "",
                 _step(each.rose),
-                _step(each.diverged),
+                _step(each.diverged) + (f", {_text(each.cause)}" if each.cause else ""),
                 "" if math.isnan(each.spikes) else f"{each.spikes:.2g}%",
             ]
         )

@@ -11,7 +11,7 @@ from sigmarep.diagnostics import sensitivity
 from sigmarep.diagnostics.findings import SHARPNESS, Facts
 from sigmarep.diagnostics.runs import Run
 from sigmarep.errors import BadInput
-from sigmarep.training import divergence
+from sigmarep.training import diagnosis
 
 # The palette of Okabe and Ito without yellow, which is faint on white, and three more colors.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#882255", "#6b8e23")
@@ -183,7 +183,7 @@ def entropy(run: Run, facts: Facts) -> Any | None:
                 if name.startswith(f"attention/entropy_head/{layer}/"):
                     _line(below, *run.series(name), color=colors[layer], linewidth=0.6)
         for each, what in ((above, "layers"), (below, "heads")):
-            each.axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
+            each.axhline(diagnosis.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
             each.set_ylabel(f"entropy of {what},\nnats")
             if len(groups) > 1:
                 each.text(0.99, 0.96, group, transform=each.transAxes, ha="right", va="top", fontsize=7)
@@ -297,7 +297,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
     _scale(axes[0], everything)
     axes[0].set_ylabel("training loss")
     if with_entropy:
-        axes[1].axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
+        axes[1].axhline(diagnosis.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
         axes[1].set_ylabel("entropy of the\nlowest layer, nats")
         axes[1].set_ylim(bottom=0)
     _legend(axes[0], len(seen))
@@ -338,7 +338,7 @@ def rates(table: sensitivity.Table) -> Any:
     axes[0].set(ylabel="training loss at the end", xscale="log")
     axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].minorticks_off()
-    axes[1].axhline(divergence.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
+    axes[1].axhline(diagnosis.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
     axes[1].set(ylabel="lowest entropy\nof the run, nats", xlabel="learning rate", ylim=(0, None))
     _legend(axes[0], len(table))
     return figure

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
 from sigmarep.sweeps import RECORD, STOPPED_EARLY, read_record
+from sigmarep.training.diagnosis import divergence_reason
 from sigmarep.training.metrics import FILE, metric_names, read_metrics
 from sigmarep.training.stopped import stopped_early
 
@@ -187,10 +187,9 @@ def read(place: Place) -> Run:
     finished = (total is not None and last >= total) or record.get("state") == "done"
     state, reason = "done" if finished else "unfinished", None
     diagnosis = _json(folder, "diagnosis.json")
-    broken = next((row for row in rows if not math.isfinite(row.get("train/loss", 0.0))), None)
+    broken = next((why for row in rows if (why := divergence_reason(row.get("train/loss", 0.0), None, 0.0))), None)
     if diagnosis or record.get("state") == "diverged" or broken:
-        why = f"the loss became {broken['train/loss']}" if broken else None
-        state, reason = "diverged", diagnosis.get("reason", why)
+        state, reason = "diverged", diagnosis.get("reason", broken)
     elif stopped := stopped_early(folder):
         state, reason = STOPPED_EARLY, stopped.reason
     elif record.get("state") in ("failed", "bad input"):

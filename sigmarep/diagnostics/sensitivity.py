@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
 from sigmarep.sweeps import read_record
+from sigmarep.training.diagnosis import lowest_entropy
 from sigmarep.training.metrics import read_metrics
 
 RATE, SEED = "learning_rate", "seed"
@@ -21,7 +22,8 @@ class RunOutcome(NamedTuple):
 
     Attributes:
       loss: mean of the last tenth of the logged training losses; ∞ if the run diverged.
-      lowest: lowest attention entropy of any layer at any step, in nats; NaN if none was recorded.
+      lowest: lowest attention entropy of any layer in nats, over the steps at which it and the loss are finite; NaN
+        without one.
       start: the first logged loss; NaN if there is none.
     """
 
@@ -92,10 +94,9 @@ def _rows(folder: str) -> list[dict[str, Any]]:
 def outcome(rows: Sequence[Mapping[str, Any]], *, diverged: bool) -> RunOutcome:
     """Computes the outcome of a run from its rows of metrics."""
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    lowest = min((row["attention/entropy_min"] for row in rows if "attention/entropy_min" in row), default=math.nan)
     last = losses[-max(len(losses) // 10, 1) :]
     loss = math.inf if diverged or not last or not all(map(math.isfinite, last)) else statistics.mean(last)
-    return RunOutcome(loss, lowest, losses[0] if losses else math.nan)
+    return RunOutcome(loss, lowest_entropy(rows), losses[0] if losses else math.nan)
 
 
 def medians(table: Table) -> dict[str, dict[float, float]]:
@@ -171,7 +172,7 @@ def findings(table: Table) -> list[dict[str, Any]]:
                 "range": trained,
                 "own": trained_range(by_rate, by_rate[rate]),
                 "sensitivity": sensitivity(table[arm]),
-                "entropy": min(inside, default=math.nan),
+                "entropy": min(filter(math.isfinite, inside), default=math.nan),
             }
         )
     return rows

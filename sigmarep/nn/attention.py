@@ -343,7 +343,7 @@ class MultiHeadAttention(nn.Module):
         real, mean = self._over_queries(found, paddings[0])
         self._store("entropy", mean(found.entropy))
         self._store("entropy_normalised", mean(entropy.normalised_entropy(found.entropy, found.visible)))
-        self._store("max_logit", jnp.max(jnp.where(real, found.max_logit, -jnp.inf), axis=(0, 2)))
+        self._store("max_logit", entropy.largest(jnp.where(real, found.max_logit, -jnp.inf), (0, 2)))
         self._store("logit_variance", mean(found.logit_variance))
         kernels, biases = self._query_key_kernels()
         products = spectral.product_norm(*kernels, biases)

@@ -12,10 +12,11 @@ import ml_collections
 
 from sigmarep.errors import Stopped
 from sigmarep.tasks.protocol import Batch
-from sigmarep.training import divergence, workdir
+from sigmarep.training import workdir
 from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
 from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import validate
+from sigmarep.training.diagnosis import diagnose
 from sigmarep.training.divergence import DivergenceCheck
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, build
@@ -78,18 +79,19 @@ def train_and_evaluate(
 
 
 def summary(folder: str) -> dict[str, Any]:
-    """The last evaluation of a run; the lowest layer's attention entropy in nats, with its layer and step; and why it was
-    stopped early, if it was."""
+    """The last evaluation of a run; the lowest layer's attention entropy in nats, with its layer and step, over the steps
+    at which loss and attention statistics are finite; the first step at which these statistics are not, if there is one;
+    and why the run was stopped early, if it was."""
     rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
     last: dict[str, Any] = {}
     for row in rows:
         last |= {name: value for name, value in row.items() if name.startswith("eval/")}
-    layers = divergence.diagnose(rows)["layers"]
-    if layers:
-        name = min(layers, key=lambda each: layers[each]["lowest"])
-        last["attention/entropy_lowest"] = layers[name]["lowest"]
-        last["attention/entropy_lowest_layer"] = name
-        last["attention/entropy_lowest_step"] = layers[name]["lowest_step"]
+    diagnosis = diagnose(rows)
+    if diagnosis.lowest:
+        for name, value in zip(("lowest", "lowest_layer", "lowest_step"), diagnosis.lowest, strict=True):
+            last[f"attention/entropy_{name}"] = value
+    if diagnosis.nonfinite:
+        last["attention/entropy_nonfinite_step"], _ = diagnosis.nonfinite
     if stopped := stopped_early(folder):
         last["stopped_early"] = stopped.reason
     return last
@@ -240,14 +242,19 @@ class _Run:
         speed = {f"train/{self.experiment.data.unit}_per_second": self.clock.units_per_second}
         self.callbacks.emit("on_log", self, step, {**scalars, **speed, **panel_metrics(output.panel)})
 
+    def log_undue(self, output: StepOutput) -> None:
+        """Logs the last step, though no log was due: its loss ends the run, and belongs into the metrics."""
+        self.unlogged = (self.step, output)
+        self.log()
+
     def measure_sharpness(self) -> None:
         with self.clock.measure("evaluating"):
             self.write(self.sharpness(self._state))
 
     def evaluate(self) -> None:
         """Evaluates the state, and keeps what the model made; never one whose loss says that the run diverged."""
-        if self.output is not None:
-            self.divergence.check(self.step, float(self.output.scalars["loss"]))
+        if self.output is not None and self.divergence.reason(float(self.output.scalars["loss"])):
+            self.log_undue(self.output)
         with self.clock.measure("evaluating"):
             metrics = self.evaluator(evaluation_variables(self.state))
         self.evaluated_step = self.step
@@ -260,9 +267,8 @@ class _Run:
 
     def save(self) -> None:
         """Saves the state; never one whose loss was not finite."""
-        loss = 0.0 if self.output is None else float(self.output.scalars["loss"])
-        if not math.isfinite(loss):
-            self.divergence.check(self.step, loss)
+        if self.output is not None and not math.isfinite(float(self.output.scalars["loss"])):
+            self.log_undue(self.output)
         with self.clock.measure("saving"):
             self.writer.flush()
             extra = {

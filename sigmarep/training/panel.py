@@ -1,10 +1,15 @@
-"""What a step says of its attention, its spectral norms and its update, as flat metrics.
+"""Flat metrics of a step's inputs, its attention, its spectral norms and its update. What is not finite stays so.
+
+Of the batch, only where there is such a value:
+
+    data/nonfinite/<array>               the number of values that are NaN or infinite
 
 Of attention, by layer:
 
     attention/entropy/<layer>, attention/entropy_head/<layer>/<head>   in nats; a layer's is the mean over its heads
     attention/entropy_normalised/<layer>                               divided by ln(visible keys)
-    attention/entropy_min, attention/entropy_head_min                  of the lowest layer, of the lowest head of any layer
+    attention/entropy_min, attention/entropy_head_min                  of the lowest layer, of the lowest head of any layer;
+                                                                       NaN where that of any layer or head is
     attention/bound/<layer>              the least entropy that Theorem 3.1 allows the inputs seen, mean over heads
     attention/max_logit/<layer>          of any head
     attention/logit_variance/<layer>     over the keys that a query sees, mean over queries and heads
@@ -92,10 +97,15 @@ def _of_layer(params, gradients, update, state, kernel, path):
         found["norm"] = norm(function(weights, gamma))
     square = squares(weights)
     return found | {
-        "stable_rank": square / jnp.maximum(sigma**2, spectral.TINY),
+        "stable_rank": square / _at_least_tiny(sigma**2),
         "gradient": jnp.sqrt(sum(squares(x) for x in jax.tree.leaves(gradients))),
-        "update": jnp.sqrt(squares(update) / jnp.maximum(square, spectral.TINY)),
+        "update": jnp.sqrt(squares(update) / _at_least_tiny(square)),
     }
+
+
+def _at_least_tiny(x: jax.Array) -> jax.Array:
+    """A divisor that is not zero; NaN stays NaN, which a maximum may lose (`sigmarep.core.entropy`)."""
+    return jnp.where(x < spectral.TINY, spectral.TINY, x)
 
 
 def panel_metrics(panel: dict[str, Any]) -> dict[str, float]:
@@ -107,8 +117,9 @@ def panel_metrics(panel: dict[str, Any]) -> dict[str, float]:
         layers.setdefault(layer.removesuffix("/attention"), {})[statistic] = value
     if layers:
         entropies = {layer: found["entropy"] for layer, found in layers.items()}
-        metrics["attention/entropy_min"] = min(float(heads.mean()) for heads in entropies.values())
-        metrics["attention/entropy_head_min"] = min(float(heads.min()) for heads in entropies.values())
+        # NumPy's minimum is NaN where a value is; the order of the layers would decide Python's.
+        metrics["attention/entropy_min"] = float(np.min([heads.mean() for heads in entropies.values()]))
+        metrics["attention/entropy_head_min"] = float(np.min([heads.min() for heads in entropies.values()]))
     for layer, found in layers.items():
         metrics[f"attention/entropy/{layer}"] = float(found["entropy"].mean())
         metrics[f"attention/entropy_normalised/{layer}"] = float(found["entropy_normalised"].mean())
@@ -124,6 +135,9 @@ def panel_metrics(panel: dict[str, Any]) -> dict[str, float]:
             # Weight normalisation has a gain an output; a line of metrics has room for scalars.
             if leaf in ("sigma", "gamma") and value.ndim == 0:
                 metrics[f"spectral/{leaf}/{path}"] = float(value)
+    for name, count in panel.get("nonfinite", {}).items():
+        if count:
+            metrics[f"data/nonfinite/{name}"] = float(count)
     for name, value in _by_layer(panel.get("layers", {})):
         path, leaf = name.rsplit("/", 1)
         metrics[f"{LAYER_METRICS[leaf]}/{path}"] = float(value)

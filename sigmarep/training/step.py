@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sigmarep.core.entropy import largest
 from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.tasks.protocol import LossOutput, TaskModel
 from sigmarep.training.panel import layer_statistics
@@ -118,7 +119,7 @@ def make_train_step(
         indexed = (jnp.arange(accumulation), jax.tree.map(split, batch))
         (grads, loss, metrics), (model_states, recorded) = jax.lax.scan(body, zeros(), indexed)
         last = jax.tree.map(lambda x: x[-1], model_states)
-        return grads, LossOutput(loss, metrics, last, _over_shards(recorded, jnp.mean, jnp.max))
+        return grads, LossOutput(loss, metrics, last, _over_shards(recorded, jnp.mean, largest))
 
     def step(state: TrainState, batch, panel: bool = False) -> tuple[TrainState, StepOutput]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -133,7 +134,7 @@ def make_train_step(
         attention = output.attention
         if attention and axis_name is not None:
             attention = _over_shards(
-                attention, lambda x, axis: jax.lax.pmean(x, axis_name), lambda x, axis: jax.lax.pmax(x, axis_name)
+                attention, lambda x, axis: jax.lax.pmean(x, axis_name), lambda x, axis: _largest(x, axis_name)
             )
         if qk_clip:
             params = qk_clipped(params, attention, qk_clip)
@@ -150,7 +151,13 @@ def make_train_step(
         if panel:
             spectral = output.model_state.get("spectral", {})
             layers = layer_statistics(state.params, grads, updates, spectral)
-            recorded = {"attention": attention, "spectral": spectral, "gamma": _gammas(state.params), "layers": layers}
+            recorded = {
+                "attention": attention,
+                "spectral": spectral,
+                "gamma": _gammas(state.params),
+                "layers": layers,
+                "nonfinite": summed(_nonfinite(batch)),
+            }
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -172,6 +179,21 @@ def _over_shards(attention, mean, maximum):
         return (maximum if is_maximum else mean)(x, axis=0)
 
     return jax.tree_util.tree_map_with_path(combine, attention)
+
+
+def _largest(x, axis_name):
+    """`entropy.largest` over the devices of pmap: sums of all devices keep a NaN, a maximum may lose it."""
+    missing = jax.lax.psum(jnp.isnan(x).astype(jnp.float32), axis_name)
+    return jnp.where(missing > 0, jnp.nan, jax.lax.pmax(x, axis_name))
+
+
+def _nonfinite(batch):
+    """Number of values that are NaN or infinite, by the name of the array, of those of floating point."""
+    return {
+        name: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+        for name, x in batch.items()
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    }
 
 
 def _gammas(params):
