@@ -13,24 +13,29 @@ import ml_collections
 import numpy as np
 
 from masked_images.model import MaskedViT, patches
+from sigmarep import configuration
 from sigmarep.data import sources
 from sigmarep.data.images import files as picture_files
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.tasks.pictures import PictureData, apply_to_pictures, split_name
 from sigmarep.tasks.protocol import Evaluation, Files, LossOutput, TaskModel
-from sigmarep.tasks.transformer_config import create_transformer, transformer_defaults
+from sigmarep.tasks.transformer_config import create_transformer, transformer_fields
+
+FIELDS: dict[str, Any] = {
+    "model": {
+        **transformer_fields(depth=4, width=64, num_heads=4, mlp_dim=128),
+        "patch_size": field(2, "Height and width of a patch in pixels.", at_least=1, at_most=2**14),
+    },
+    "data": transforms.FIELDS,
+    "mask_ratio": field(0.6, "Share of patches that are hidden.", above=0, below=1),
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
     """The fields `model`, `data` and `mask_ratio`; the default is a small model for the digits."""
-    config = ml_collections.ConfigDict()
-    config.model = transformer_defaults(depth=4, width=64, num_heads=4, mlp_dim=128)
-    config.model.patch_size = 2
-    config.data = transforms.default_config()
-    # The share of patches that are hidden.
-    config.mask_ratio = 0.6
-    return config
+    return configuration.make(FIELDS)
 
 
 def create_model(config: ml_collections.ConfigDict, files: Files) -> "MaskedImages":
