@@ -200,9 +200,7 @@ class SpeechCorpus:
           BadInput: a field is wrong, nothing is left, or an utterance to be evaluated is longer than the last bucket.
         """
         checked(data.buckets)
-        rate = sources.sample_rate(data.name, data.audio_feature, data_dir=data.data_dir, folder=data.folder)
-        if rate not in (None, data.sample_rate):
-            raise BadInput(f"config.data.sample_rate = {data.sample_rate}: the audio of {data.name} has {rate} Hz")
+        _check_sample_rate(data)
         self.data, self.labels = data, labels
         self._filterbank = filterbank(data)
         self._source = _open(data, split)
@@ -221,33 +219,19 @@ class SpeechCorpus:
             "ignored": ignored,
         }
         unknown = collections.Counter(c for i in np.flatnonzero(~ignored) for c in encoded[i].unknown)
-        problem = {}
-        if not sources.is_supplied(data.name):
-            problem = problems(sources.builder(data.name, data_dir=data.data_dir, folder=data.folder))
         self.report: dict[str, Any] = {
             "utterances": len(frames),
             "hours": round(float(seconds.sum()) / 3600, 4),
-            **{
-                name: {
-                    "count": int(which.sum()),
-                    "names": [_name(index, int(i)) for i in np.flatnonzero(which)[:NAMED]],
-                }
-                for name, which in odd.items()
-            },
+            **_counted(index, odd),
             "characters_without_label": dict(unknown.most_common(NAMED)),
-            **({"preparation": problem} if problem else {}),
+            **_preparation(data),
         }
-        too_long = odd["too_long"] & ~ignored
-        if too_long.any() and not training:
-            longest = int(np.where(too_long, seconds, 0).argmax())
-            raise BadInput(
-                f"config.data.buckets = {tuple(data.buckets)}: the utterance {_name(index, longest)} of the split "
-                f"{split!r} lasts {seconds[longest]:.1f} s; the last bucket must hold it"
-            )
+        if not training:
+            self._check_length(index, np.where(odd["too_long"] & ~ignored, seconds, 0), split)
         left_out = np.any(list(odd.values()), axis=0) if training else ignored
         self._kept = np.flatnonzero(~left_out)
         if not len(self._kept):
-            counts = ", ".join(f"{name} {int(which.sum())}" for name, which in odd.items())
+            counts = ", ".join(f"{name} {self.report[name]['count']}" for name in odd)
             raise BadInput(f"config.data: no utterance of the split {split!r} of {data.name} is left ({counts})")
         self.report["kept"] = len(self._kept)
         self.frames, self.seconds = frames[self._kept], seconds[self._kept]
@@ -259,6 +243,15 @@ class SpeechCorpus:
         self.fingerprint = token_cache.key_digest(f"{_fingerprint(data, split)}|{self._filterbank}|{stride}")
         self._features = functools.cache(self._computed) if data.in_memory else self._computed
 
+    def _check_length(self, index: Index, too_long: np.ndarray, split: str) -> None:
+        """`too_long` (n,): the seconds of utterances to be evaluated that no bucket holds, else 0."""
+        if too_long.any():
+            longest = int(too_long.argmax())
+            raise BadInput(
+                f"config.data.buckets = {tuple(self.data.buckets)}: the utterance {_name(index, longest)} of the split "
+                f"{split!r} lasts {too_long[longest]:.1f} s; the last bucket must hold it"
+            )
+
     def __len__(self):
         return len(self._kept)
 
@@ -268,6 +261,28 @@ class SpeechCorpus:
 
     def _computed(self, index: int) -> np.ndarray:
         return self._filterbank(_audio(self.data, self._source[int(self._kept[index])]))
+
+
+def _check_sample_rate(data: ml_collections.ConfigDict) -> None:
+    rate = sources.sample_rate(data.name, data.audio_feature, data_dir=data.data_dir, folder=data.folder)
+    if rate not in (None, data.sample_rate):
+        raise BadInput(f"config.data.sample_rate = {data.sample_rate}: the audio of {data.name} has {rate} Hz")
+
+
+def _counted(index: Index, odd: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Number and first names of the utterances that each mask (n,) of `odd` marks."""
+    return {
+        name: {"count": int(mask.sum()), "names": [_name(index, int(i)) for i in np.flatnonzero(mask)[:NAMED]]}
+        for name, mask in odd.items()
+    }
+
+
+def _preparation(data: ml_collections.ConfigDict) -> dict[str, Any]:
+    """`preparation`: files of one's own folder that could not be read or were converted, if there are any."""
+    if sources.is_supplied(data.name):
+        return {}
+    problem = problems(sources.builder(data.name, data_dir=data.data_dir, folder=data.folder))
+    return {"preparation": problem} if problem else {}
 
 
 def _repeats(labels: np.ndarray) -> int:

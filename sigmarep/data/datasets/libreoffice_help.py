@@ -88,16 +88,20 @@ def split(pages: dict[str, tuple[str, str]]) -> dict[str, list[tuple[str, str, s
         place = splitting.fraction(page)
         where = next((name for name, end in HELD_OUT.items() if place < end), "train")
         for name in (name for name in english if name in german):
-            source, target = english[name], german[name]
-            key = splitting.folded(source)
-            untranslated = source == target and len(key.split()) >= 3
-            if key in seen or untranslated or not re.search(r"[^\W\d_]", key) or not splitting.folded(target):
-                continue
-            seen.add(key)
-            rows[where].append((source, target, page))
+            key = splitting.folded(english[name])
+            if key not in seen and _is_pair(english[name], german[name]):
+                seen.add(key)
+                rows[where].append((english[name], german[name], page))
     held_out = {splitting.gist(row[0]) for name in HELD_OUT for row in rows[name]}
     rows["train"] = [row for row in rows["train"] if splitting.gist(row[0]) not in held_out]
     return rows
+
+
+def _is_pair(source: str, target: str) -> bool:
+    """Whether a paragraph has a letter and is translated."""
+    key = splitting.folded(source)
+    untranslated = source == target and len(key.split()) >= 3
+    return not untranslated and bool(re.search(r"[^\W\d_]", key)) and bool(splitting.folded(target))
 
 
 def paragraphs(path: str) -> dict[str, str]:

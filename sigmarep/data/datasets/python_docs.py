@@ -50,14 +50,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
 
 def split(topics: dict[str, str]) -> tuple[list[str], list[str]]:
     """Names of the pages for training and for testing, in alphabetical order."""
-    paragraphs_of: dict[str, set[str]] = {}
-    seen: set[str] = set()
-    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        paragraphs = {" ".join(each.split()) for each in re.split(r"\n\s*\n", topics[name])}
-        long = {each for each in paragraphs if len(each) >= PARAGRAPH} or paragraphs
-        if sum(len(each) for each in long & seen) <= CONTAINED * sum(len(each) for each in long):
-            paragraphs_of[name] = long
-        seen |= long
+    paragraphs_of = _distinct_pages(topics)
     # The prefixes distinguish the name of a page from a paragraph of the same words.
     keys = [{f"0 {name}", *(f"1 {paragraph}" for paragraph in long)} for name, long in paragraphs_of.items()]
     members: dict[str, list[str]] = {}
@@ -71,3 +64,16 @@ def split(topics: dict[str, str]) -> tuple[list[str], list[str]]:
             budget -= size
             test += members[group]
     return sorted(set(paragraphs_of) - set(test)), sorted(test)
+
+
+def _distinct_pages(topics: dict[str, str]) -> dict[str, set[str]]:
+    """The long paragraphs of every page that a longer page does not contain, by the page's name."""
+    paragraphs_of: dict[str, set[str]] = {}
+    seen: set[str] = set()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = {" ".join(each.split()) for each in re.split(r"\n\s*\n", topics[name])}
+        long = {each for each in paragraphs if len(each) >= PARAGRAPH} or paragraphs
+        if sum(len(each) for each in long & seen) <= CONTAINED * sum(len(each) for each in long):
+            paragraphs_of[name] = long
+        seen |= long
+    return paragraphs_of
