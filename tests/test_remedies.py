@@ -10,6 +10,7 @@ import pytest
 
 from sigmarep.configuration import flatten
 from sigmarep.errors import BadInput
+from sigmarep.nn.layers import describe
 from sigmarep.remedies import ARMS, SWEPT, set_arm
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.step import create_state, make_train_step
@@ -40,7 +41,9 @@ FIELDS = {"entropy_target": 0.3, "seq_vcr": 0.5, "norm": "pre", "reparam": "none
 def stepped(accumulation=1):
     task, optimizer = TinyTask(**FIELDS), optax.sgd(1.0)
     state = create_state(task, optimizer, seed=0, ema=False)
-    step = jax.jit(make_train_step(task, optimizer, lambda _: 1.0, accumulation=accumulation), static_argnums=2)
+    layers = describe(task.init, jax.random.key(0))
+    make = make_train_step(task, optimizer, lambda _: 1.0, layers=layers, accumulation=accumulation)
+    step = jax.jit(make, static_argnums=2)
     batch = next(batches(1))
     return task, state, batch, step(state, batch, True)
 

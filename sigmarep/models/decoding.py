@@ -8,7 +8,7 @@ Beam search ranks finished hypotheses by ln p(Y) / lp(Y) with lp(Y) = (5 + |Y|)^
 where |Y| counts the end-of-sentence token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -137,14 +137,13 @@ def beam_search(
 
 def _rows(cache: Any, rows: jax.Array) -> Any:
     """Selects sequences `rows` of the cache; entries of the source are the same for all beams of a sentence."""
-
-    def taken(path, x):
-        names = [entry.key for entry in path]
-        if x.ndim < 3 or "cross_attention" in names:
-            return x
-        return jnp.take(x, rows, axis=1 if "blocks" in names else 0)
-
-    return jax.tree_util.tree_map_with_path(taken, cache)
+    if not isinstance(cache, Mapping):
+        return cache
+    if "cached_index" not in cache:
+        # What is kept of a source has no index: it does not grow.
+        return {name: _rows(value, rows) for name, value in cache.items()}
+    # Keys and values are (…, N, length, heads, head_dim), behind axes over stacked layers.
+    return {name: jnp.take(x, rows, axis=x.ndim - 4) if x.ndim >= 4 else x for name, x in cache.items()}
 
 
 def sample(

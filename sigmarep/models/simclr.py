@@ -64,7 +64,8 @@ class Head(nn.Module):
         for i in range(self.layers):
             last = i == self.layers - 1
             features = self.width if last else self.hidden
-            x = SigmaDense(features, use_bias=not normed, reparam=self.reparam, dtype=self.dtype, name=f"dense_{i}")(x)
+            options: dict[str, Any] = {"reparam": self.reparam, "role": "projector", "dtype": self.dtype}
+            x = SigmaDense(features, use_bias=not normed, name=f"dense_{i}", **options)(x)
             if normed:
                 x = nn.BatchNorm(
                     use_running_average=not train,

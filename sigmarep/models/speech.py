@@ -86,6 +86,7 @@ class SpeechTransformer(nn.Module):
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform") if plain else c.initializer(),
             bias_init=_uniform(fan_in) if plain else nn.initializers.zeros,
             **c.reparametrization() | {"reparam": "none" if plain else c.reparam},
+            role="input",
             name="front_end",
         )(x)
         x = nn.Dropout(self.dropout)(nn.glu(x), deterministic=deterministic)
@@ -109,6 +110,7 @@ class SpeechTransformer(nn.Module):
             kernel_init=nn.initializers.lecun_uniform() if plain else c.initializer(),
             bias_init=_uniform(c.width) if plain else nn.initializers.zeros,
             **options,
+            role="output",
             name="head",
         )
         return SpeechOutput(head(x).astype(jnp.float32), frames)

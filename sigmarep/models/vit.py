@@ -78,6 +78,7 @@ class ViT(nn.Module):
             strides=(patch, patch),
             padding="VALID",
             kernel_init=c.initializer(self.patch_gain),
+            role="input",
             name="patch_embedding",
             **shared,
         )(images)
@@ -96,4 +97,4 @@ class ViT(nn.Module):
         x = x[:, 0] if self.pool == "token" else jnp.mean(x, axis=1)
         if not self.num_classes:
             return x
-        return SigmaDense(self.num_classes, kernel_init=c.initializer(), name="head", **shared)(x)
+        return SigmaDense(self.num_classes, kernel_init=c.initializer(), role="output", name="head", **shared)(x)

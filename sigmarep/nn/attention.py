@@ -213,7 +213,7 @@ class MultiHeadAttention(nn.Module):
         """Queries of x; keys and values of the context as the first call projected them."""
         heads = (self.num_heads, self.head_dim or x.shape[-1] // self.num_heads)
         if self.has_variable("cache", "cached_key"):
-            query = self._dense(heads, "query", kernel_init=self.kernel_init)(x)
+            query = self._dense(heads, "query", makes=("query",), kernel_init=self.kernel_init)(x)
             return query, self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
         query, key, value = self._project(x, context, fusable=False)
         self.put_variable("cache", "cached_key", key)
@@ -264,16 +264,16 @@ class MultiHeadAttention(nn.Module):
     def _project(self, x, context, *, fusable: bool):
         heads = (self.num_heads, self.head_dim or x.shape[-1] // self.num_heads)
         if self.qkv == "separate" or not fusable:
-            query = self._dense(heads, "query", kernel_init=self.kernel_init)(x)
-            key = self._dense(heads, "key", kernel_init=self.kernel_init)(context)
-            value = self._dense(heads, "value", kernel_init=self._scaled_init())(context)
+            query = self._dense(heads, "query", makes=("query",), kernel_init=self.kernel_init)(x)
+            key = self._dense(heads, "key", makes=("key",), kernel_init=self.kernel_init)(context)
+            value = self._dense(heads, "value", makes=("value",), kernel_init=self._scaled_init())(context)
         elif self.qkv == "qk_v":
-            both = self._dense((2, *heads), "qk", kernel_init=self.kernel_init)(x)
+            both = self._dense((2, *heads), "qk", makes=("query", "key"), kernel_init=self.kernel_init)(x)
             query, key = both[..., 0, :, :], both[..., 1, :, :]
-            value = self._dense(heads, "value", kernel_init=self._scaled_init())(x)
+            value = self._dense(heads, "value", makes=("value",), kernel_init=self._scaled_init())(x)
         else:
             init = slot_scaled(self.kernel_init, (1.0, 1.0, self.value_scale))
-            fused = self._dense((3, *heads), "qkv", kernel_init=init)(x)
+            fused = self._dense((3, *heads), "qkv", makes=("query", "key", "value"), kernel_init=init)(x)
             query, key, value = (fused[..., i, :, :] for i in range(3))
         return query, key, value
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.core import spectral
+from sigmarep.nn.layers import Layers
 
 
-def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False) -> dict[str, Any]:
+def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False, layers: Layers | None = None) -> dict[str, Any]:
     """Parameters of the same model with `reparam="none"` and identical outputs.
 
     Every kernel is replaced by the effective one that evaluation uses (one power step from the stored u), and γ is
@@ -20,18 +21,30 @@ def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False) -> dict[st
       variables: {"params": …, "spectral": …} of a model; "spectral" may be missing.
       stored_sigma: the state is what an apply to these very parameters has stored: its σ is the one that the apply divided
         by, and no further step is made.
+      layers: of the model (`sigmarep.nn.layers.describe`), needed where parameters are stacked along another axis than
+        their first. The spectral variables are always stacked along their first.
     """
-    return _fold(variables["params"], variables.get("spectral", {}), stored_sigma)
+    return _fold(variables["params"], variables.get("spectral", {}), stored_sigma, {} if layers is None else layers, ())
 
 
-def _fold(params, state, stored_sigma):
+def _fold(params, state, stored_sigma, layers, path):
     if not isinstance(params, Mapping):
         return params
     for name in ("kernel", "embedding"):
         if name in params and ("gamma" in params or "u" in state):
             rest = {each: value for each, value in params.items() if each not in (name, "gamma")}
-            return {name: _effective(params[name], params.get("gamma"), state, stored_sigma), **rest}
-    return {name: _fold(value, state.get(name, {}), stored_sigma) for name, value in params.items()}
+            kernel, gamma = params[name], params.get("gamma")
+            layer = layers.get("/".join((*path, name)))
+            if layer is None:
+                return {name: _effective(kernel, gamma, state, stored_sigma), **rest}
+            first = range(len(layer.stacked))
+            if gamma is not None:
+                gamma = jnp.moveaxis(gamma, layers.stacked["/".join((*path, "gamma"))], first)
+            effective = _effective(jnp.moveaxis(kernel, layer.stacked, first), gamma, state, stored_sigma)
+            return {name: jnp.moveaxis(effective, first, layer.stacked), **rest}
+    return {
+        name: _fold(value, state.get(name, {}), stored_sigma, layers, (*path, name)) for name, value in params.items()
+    }
 
 
 def _effective(kernel, gamma, state, stored_sigma):

@@ -22,6 +22,7 @@ import numpy as np
 from sigmarep.core import spectral
 
 REPARAMS = ("none", "sigma", "spectral", "weight")
+ROLES = ("hidden", "input", "output", "projector", "position")
 
 
 class ReparametrizedLayer(nn.Module):
@@ -36,12 +37,19 @@ class ReparametrizedLayer(nn.Module):
       power_vectors: number of vectors in the power iteration. The paper uses 1; 4 follow fast training far more closely
         for the same two reads of the kernel (see `sigmarep.core.spectral`). At most the smaller side of the kernel's
         matrix is used.
+      role: the layer's place in the model, one of `ROLES`, for those who treat layers by it (`sigmarep.nn.layers`): "input"
+        reads what the model is given, "output" makes its predictions, "projector" is left away after pre-training,
+        "position" is a table of positions; all others are "hidden". Changes nothing in the layer.
+      makes: "query", "key" or "value", in a layer of attention whose output axes are heads and their dimensions; one word
+        for each index of the first output axis if there are several.
     """
 
     reparam: str = "sigma"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
+    role: str = "hidden"
+    makes: tuple[str, ...] = ()
 
     matrix_name: ClassVar[str] = "kernel"
 
@@ -138,5 +146,7 @@ class SigmaConv(ReparametrizedLayer, nn.Conv):
 
 class SigmaEmbed(ReparametrizedLayer, nn.Embed):
     """`flax.linen.Embed` under σReparam: σ is the norm of the table (num_embeddings, features), γ of shape ()."""
+
+    role: str = "input"
 
     matrix_name: ClassVar[str] = "embedding"

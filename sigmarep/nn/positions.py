@@ -1,9 +1,13 @@
 """Position embeddings."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sigmarep.nn.layers import Axes
 
 POSITIONS = ("learned", "sincos", "none")
 TOKEN_POSITIONS = ("learned", "sinusoidal", "none")
@@ -67,6 +71,8 @@ class LearnedPositions(nn.Module):
 
     std: float = 0.02
 
+    linear_axes: ClassVar = {"embedding": Axes(inputs=(0, 1), outputs=(2,), role="position")}
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.std)
@@ -86,6 +92,8 @@ class TokenPositions(nn.Module):
     kind: str
     length: int
     std: float = 0.02
+
+    linear_axes: ClassVar = {"embedding": Axes(inputs=(0,), outputs=(1,), role="position")}
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -1,45 +1,80 @@
 """QK-clip (Kimi Team, 2025): heads whose logits grow too large have their query and key kernels shrunk after the step."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Parameters of the projections that make queries or keys, with how many slots of theirs do.
-SLOTS = {"query": 1, "key": 1, "qk": 2, "qkv": 2}
+from sigmarep.nn.layers import Layer, Layers
+
+CLIPPED = ("query", "key")
 
 
-def qk_clipped(params: Any, attention: Any, threshold: float) -> Any:
+def clipped_layers(layers: Layers) -> list[Layer]:
+    """The layers that make queries or keys."""
+    return [layer for layer in layers.values() if set(layer.makes) & set(CLIPPED)]
+
+
+def qk_clipped(params: Any, attention: Any, layers: Layers, threshold: float) -> Any:
     """Parameters whose heads' largest logits of the last step would have been at most `threshold`.
 
     With S the largest logit of a head and f = min(1, threshold / S), what makes its queries and what makes its keys are
     both multiplied by √f, biases among them.
 
     Args:
-      params: of a model with `MultiHeadAttention`s, not reparametrised.
-      attention: the collection that they recorded, `max_logit` (N,) or (layers, N) where they are stacked.
+      params: of a model whose attention states what its projections make, as `sigmarep.nn.MultiHeadAttention` does; these
+        are not reparametrised.
+      attention: the collection that it recorded, `max_logit` (N,) or (layers, N) where layers are stacked.
+      layers: of the model.
+
+    Raises:
+      ValueError: no attention around a layer that makes queries or keys has recorded its logits.
     """
-    if "max_logit" not in attention:
-        return {
-            name: qk_clipped(value, attention[name], threshold) if name in attention else value
-            for name, value in params.items()
-        }
-    largest = attention["max_logit"]
-    root = jnp.sqrt(jnp.minimum(1.0, threshold / jnp.maximum(largest, threshold)))
-    changed = dict(params)
-    for name, slots in SLOTS.items():
-        if name in params:
-            changed[name] = {leaf: _scaled(x, root, slots, leaf) for leaf, x in params[name].items()}
-    return changed
+    factors: dict[str, Any] = {}
+    for layer in clipped_layers(layers):
+        largest = _max_logit(attention, layer)
+        root = jnp.sqrt(jnp.minimum(1.0, threshold / jnp.maximum(largest, threshold)))
+        factors[layer.module] = (layer, root)
+
+    def scaled(path, x):
+        names = [entry.key for entry in path]
+        layer, root = factors.get("/".join(names[:-1]), (None, None))
+        if layer is None:
+            return x
+        name = "/".join(names)
+        stacked = layers.stacked[name]
+        # A bias has the outputs alone.
+        own = tuple(axis for axis in range(x.ndim) if axis not in stacked)
+        outputs = layer.outputs if name == layer.name else own
+        return x * _over(root, layer, x.shape, stacked, outputs).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
 
 
-def _scaled(x: jax.Array, root: jax.Array, slots: int, leaf: str) -> jax.Array:
-    """Kernel (D, N, H) or (D, slots, N, H), bias without D, each behind an axis of layers where `root` (…, N) has one."""
-    stacked = root.ndim - 1
-    fused = x.ndim - stacked - (leaf == "kernel") == 3
-    factor = root[..., None]
-    if fused:
-        count = x.shape[stacked + (leaf == "kernel")]
-        keep = jnp.arange(count) >= slots
-        factor = jnp.where(keep[:, None, None], 1.0, jnp.expand_dims(factor, stacked))
-    return x * (jnp.expand_dims(factor, stacked) if leaf == "kernel" else factor).astype(x.dtype)
+def _max_logit(attention: Any, layer: Layer) -> jax.Array:
+    """The largest logits of the attention that the layer belongs to: the nearest module around it that recorded them."""
+    nearest = None
+    for name in layer.module.split("/"):
+        if not isinstance(attention, Mapping):
+            break
+        nearest = attention.get("max_logit", nearest)
+        attention = attention.get(name)
+    if nearest is None:
+        raise ValueError(f"{layer.name}: no attention around it has recorded max_logit")
+    return nearest
+
+
+def _over(root: jax.Array, layer: Layer, shape: tuple[int, ...], stacked: tuple[int, ...], outputs: tuple[int, ...]):
+    """The factors `root` (*stacked, N) of heads, broadcastable to a parameter of the layer with these axes."""
+    sizes = [shape[axis] for axis in outputs]
+    slots = sizes.pop(0) if len(layer.makes) > 1 else 0
+    heads = root.shape[-1]
+    factor = jnp.repeat(root, math.prod(sizes) // heads, axis=-1).reshape(*root.shape[:-1], *sizes)
+    if slots:
+        kept = jnp.asarray([made not in CLIPPED for made in layer.makes]).reshape(-1, *(1,) * len(sizes))
+        factor = jnp.where(kept, 1.0, jnp.expand_dims(factor, len(stacked)))
+    axes = stacked + outputs
+    factor = jnp.transpose(factor, sorted(range(len(axes)), key=axes.__getitem__))
+    return jnp.expand_dims(factor, [axis for axis in range(len(shape)) if axis not in axes])

@@ -89,16 +89,16 @@ class TokenEmbedding(nn.Module):
                 self._embed(high - low, width, inner)
                 for (low, high), width in zip(itertools.pairwise(edges), widths, strict=True)
             ]
-            self.projections = [self._projection(width, self.features, options) for width in widths]
-            self.classes = self._projection(self.features, len(edges) - 2, options)
-        self.head = None if self.tied else self._projection(self.features, self.size, options)
+            self.projections = [self._projection(width, self.features, "input", options) for width in widths]
+            self.classes = self._projection(self.features, len(edges) - 2, "output", options)
+        self.head = None if self.tied else self._projection(self.features, self.size, "output", options)
 
     def _embed(self, size, width, options):
         return SigmaEmbed(size, width, embedding_init=nn.initializers.normal(width**-0.5), **options)
 
-    def _projection(self, inputs, features, options):
+    def _projection(self, inputs, features, role, options):
         options = {name: value for name, value in options.items() if name != "dtype"}
-        return Projection(inputs=inputs, features=features, kernel_init=self.kernel_init, **options)
+        return Projection(inputs=inputs, features=features, kernel_init=self.kernel_init, role=role, **options)
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens (…,) as (…, D), multiplied by √D."""

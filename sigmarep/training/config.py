@@ -144,9 +144,13 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
       BadInput: an unknown or missing field, or a value that is not accepted; the message names the field, the value and
         the remedy.
     """
+    # Imported here as in `sections`.
+    from sigmarep.training import mesh
+
     task = config.get("task", "")
     remedy = f"start from sigmarep.training.config.default_config({task!r})"
     configuration.check(config, sections(task), remedy=remedy)
     if config.optimizer.other_learning_rate and not config.optimizer.learning_rate:
         raise BadInput("config.optimizer.learning_rate = 0.0: expected a number above 0 beside other_learning_rate")
+    mesh.read_rules(config.mesh.rules)
     return ml_collections.FrozenConfigDict(ml_collections.ConfigDict(config))

@@ -11,6 +11,8 @@ import optax
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput
+from sigmarep.nn.layers import Layers, describe
+from sigmarep.nn.qk_clip import clipped_layers
 from sigmarep.tasks.protocol import TaskData, TaskModel
 from sigmarep.training import durations, parallel
 from sigmarep.training.config import validate
@@ -34,6 +36,7 @@ class Program:
       intervals: steps between logs, evaluations and checkpoints, and of sharpness, 0 for never.
       intervention_step: the last step before `config.intervention`, None for none.
       schedule: the learning rate.
+      layers: of the model.
       abstract_state: shapes, types and shardings of the state, in the mesh's layout.
       create_state: makes the state before the first step, in that layout.
     """
@@ -44,6 +47,7 @@ class Program:
     intervals: dict[str, int]
     intervention_step: int | None
     schedule: optax.Schedule
+    layers: Layers
     runner: parallel.Runner
     abstract_state: TrainState
     create_state: Callable[[], TrainState]
@@ -137,20 +141,26 @@ def _parts(
     warmup = to_steps(config.optimizer, "warmup", prefix="config.optimizer.") or 0
     schedule = create_schedule(config.optimizer, total_steps=total, warmup_steps=warmup)
 
-    abstract_variables = jax.eval_shape(task.init, jax.random.key(0))
-    optimizer = create_optimizer(config.optimizer, schedule=schedule, params=abstract_variables["params"])
+    layers = describe(task.init, jax.random.key(0))
+    if config.optimizer.qk_clip and not clipped_layers(layers):
+        raise BadInput(
+            f"config.optimizer.qk_clip = {config.optimizer.qk_clip}: no layer of the model says that it makes queries or "
+            "keys (`makes`, see sigmarep.nn.linear.ReparametrizedLayer)"
+        )
+    optimizer = create_optimizer(config.optimizer, schedule=schedule, params=layers.variables["params"], layers=layers)
     create = functools.partial(create_state, task, optimizer, seed=config.seed, ema=config.ema_decay > 0)
     make_step = functools.partial(
         make_train_step,
         task,
         optimizer,
         schedule,
+        layers=layers,
         accumulation=config.accumulation,
         ema_decay=config.ema_decay,
         qk_clip=config.optimizer.qk_clip,
     )
     abstract_state = jax.eval_shape(create)
-    runner = parallel.create_runner(config, make_step, abstract_state, task.batch_rows(), devices=devices)
+    runner = parallel.create_runner(config, make_step, abstract_state, layers, task.batch_rows(), devices=devices)
     return dict(
         config=config,
         task=task,
@@ -158,6 +168,7 @@ def _parts(
         intervals=intervals,
         intervention_step=intervention,
         schedule=schedule,
+        layers=layers,
         runner=runner,
         abstract_state=jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -240,7 +240,9 @@ class _Run:
         output = jax.device_get(output)
         scalars = {f"train/{name}": float(value) for name, value in output.scalars.items()}
         speed = {f"train/{self.experiment.data.unit}_per_second": self.clock.units_per_second}
-        self.callbacks.emit("on_log", self, step, {**scalars, **speed, **panel_metrics(output.panel)})
+        self.callbacks.emit(
+            "on_log", self, step, {**scalars, **speed, **panel_metrics(output.panel, self.experiment.layers.stacks)}
+        )
 
     def log_undue(self, output: StepOutput) -> None:
         """Logs the last step, though no log was due: its loss ends the run, and belongs into the metrics."""

@@ -1,15 +1,27 @@
 """The device mesh, and where every array of the training state lives on it.
 
-A rule is a regular expression over the '/'-joined path of an array and the mesh axes of its trailing dimensions: arrays
-stacked over layers have one more in front, which stays whole. The first rule that matches counts, and every array must
-have one. Optimizer moments are found under the path of their parameter. Activations are placed by the names that
+Kernels are placed by the description of their layers (`sigmarep.nn.layers`):
+
+    hidden layers                 `tensor` on one side of the matrix, `fsdp` on the other
+    those that read the model's
+    input or make its output      `fsdp` on the inputs
+    convolutions                  `fsdp` on the outputs
+    projectors                    `fsdp` on the inputs, `tensor` on the outputs
+
+In a hidden layer `tensor` is on the side that consists of heads and their dimensions, on the heads, or without heads on the
+wider side, the outputs if both are alike: so the second layer of an MLP contracts the hidden units that the first spreads.
+Axes over stacked layers stay whole, and so do tables of positions and whatever no layer describes. Moments and averages are
+found by their parameter's path at the end of their own, and placed as the parameter is.
+
+`config.mesh.rules` are exceptions: a regular expression over the '/'-joined path of an array, then = and the mesh axes of
+its last dimensions, - for one that stays whole; the first that matches counts. Activations are placed by the names that
 `sigmarep.nn.constraints` gives their dimensions.
 """
 
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,33 +33,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sigmarep.errors import BadInput
 from sigmarep.fields import field
+from sigmarep.nn.layers import Layer
 
 AXES = ("data", "fsdp", "tensor")
 FIELDS: dict[str, Any] = {
     "data": field(-1, "Devices along the data axis; -1 takes those that the other axes leave.", at_least=-1),
     "fsdp": field(1, "Devices that share parameters and data.", at_least=-1),
     "tensor": field(1, "Devices that share heads and hidden units.", at_least=-1),
+    "rules": field(
+        (),
+        "Exceptions to the placement of parameters: a regular expression over paths, = and the mesh axes of the last "
+        "dimensions, as gate/kernel$=fsdp,tensor,-.",
+    ),
 }
 
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
-    (r"(qkv|qk)/kernel$", ("fsdp", None, "tensor", None)),
-    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
-    (r"up/kernel$", ("fsdp", "tensor")),
-    (r"down/kernel$", ("tensor", "fsdp")),
-    (r"patch_embedding/kernel$", (None, None, None, "fsdp")),
-    (r"front_end/kernel$", (None, None, "fsdp")),
-    (r"head/kernel$", ("fsdp", None)),
-    (r"(tables|projections)_\d+/(embedding|kernel)$", ("fsdp", None)),
-    (r"tokens/classes/kernel$", ("fsdp", None)),
-    (r"(projector|predictor)/dense_\d+/kernel$", ("fsdp", "tensor")),
-    (r"(positions/embedding|class_token)$", ()),
-    # The factor that drives entropy to its target, and the losses that modules sow.
-    (r"/(log_scale|entropy_target|seq_vcr)$", ()),
-    (r"/(bias|scale|alpha|attention_shift|gamma|u|basis|sigma|mean|var)$", ()),
-    # Counters, the key of the random numbers, and what an optimizer keeps that is no moment of a parameter.
-    (r"(^|/)(step|rng|count|notfinite_count|last_finite|total_notfinite|ns_coeffs)$", ()),
-)
+# A regular expression over paths, and a mesh axis or None for each of the last dimensions of what it finds.
+Rule = tuple[re.Pattern[str], tuple[str | None, ...]]
 
 # Mesh axes of the dimensions of activations, by the names of `sigmarep.nn.constraints`; the others are whole.
 ACTIVATION_RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("mlp", "tensor"))
@@ -61,14 +62,15 @@ def create_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [config[name] for name in AXES]
+    asked = dict(zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise BadInput(f"config.mesh = {dict(config)}: expected sizes of at least 1, or -1 for one of them")
+        raise BadInput(f"config.mesh = {asked}: expected sizes of at least 1, or -1 for one of them")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise BadInput(
-            f"config.mesh = {dict(config)}: does not multiply to the {len(devices)} devices; "
+            f"config.mesh = {asked}: does not multiply to the {len(devices)} devices; "
             "set one axis to -1 to take what the others leave"
         )
     grid = np.asarray(devices).reshape(sizes)
@@ -92,15 +94,56 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The placement of the array `name` by `RULES`; a dimension that its axis does not divide stays whole.
+def read_rules(rules: Sequence[str]) -> list[Rule]:
+    """The rules of `config.mesh.rules`.
 
     Raises:
-      ValueError: no rule matches, or the rule has more dimensions than the array.
+      BadInput: one is no regular expression with names of mesh axes behind it.
     """
-    axes = next((axes for pattern, axes in RULES if re.search(pattern, name)), None)
+    read = []
+    for rule in rules:
+        pattern, separator, names = rule.rpartition("=")
+        axes = [name.strip() for name in names.split(",")] if names.strip() else []
+        named = [axis for axis in axes if axis != "-"]
+        if not separator or not set(named) <= set(AXES) or len(set(named)) < len(named):
+            raise BadInput(
+                f"config.mesh.rules = {tuple(rules)!r}: {rule!r}: expected a regular expression, = and for each of the "
+                f"last dimensions one of {', '.join(AXES)} (each once) or -, as gate/kernel$=fsdp,tensor,-"
+            )
+        try:
+            read.append((re.compile(pattern), tuple(None if axis == "-" else axis for axis in axes)))
+        except re.error as error:
+            raise BadInput(f"config.mesh.rules = {tuple(rules)!r}: {rule!r}: {error}") from error
+    return read
+
+
+def layer_axes(layer: Layer) -> tuple[str | None, ...]:
+    """The mesh axes of a kernel's dimensions (module docstring)."""
+    axes: dict[int, str] = {}
+    if layer.window:
+        axes = {layer.outputs[-1]: "fsdp"}
+    elif layer.role in ("input", "output"):
+        axes = {layer.inputs[0]: "fsdp"}
+    elif layer.role != "position":
+        inputs, outputs = (math.prod(layer.shape[axis] for axis in side) for side in (layer.inputs, layer.outputs))
+        by_outputs = (
+            len(layer.outputs) > 1 or (len(layer.inputs) == 1 and outputs >= inputs) or layer.role == "projector"
+        )
+        spread, other = (layer.outputs, layer.inputs) if by_outputs else (layer.inputs, layer.outputs)
+        # Heads stand before their dimensions, and behind the slots of a fused projection.
+        axes = {spread[-2:][0]: "tensor", other[-2:][0]: "fsdp"}
+    return tuple(axes.get(axis) for axis in range(len(layer.shape)))
+
+
+def partition_spec(
+    name: str, shape: tuple[int, ...], mesh: Mesh, layers: Mapping[str, Layer], rules: Sequence[Rule] = ()
+) -> PartitionSpec:
+    """The placement of the array `name`, by the first rule that finds it, else by the layer that it is the kernel of; a
+    dimension that its axis does not divide stays whole."""
+    axes = next((axes for pattern, axes in rules if pattern.search(name)), None)
     if axes is None:
-        raise ValueError(f"no sharding rule matches {name!r} of shape {shape}: add one to sigmarep/training/mesh.py")
+        layer = _layer_of(name, layers)
+        axes = () if layer is None or layer.shape != tuple(shape) else layer_axes(layer)
     if len(axes) > len(shape):
         # Optimizers keep scalars in place of moments they do not need.
         return PartitionSpec()
@@ -111,11 +154,19 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*spec)
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+def _layer_of(name: str, layers: Mapping[str, Layer]) -> Layer | None:
+    """The layer whose kernel's path is all of `name` or its end, as that of a moment or an average is."""
+    parts = name.split("/")
+    return next(filter(None, (layers.get("/".join(parts[i:])) for i in range(len(parts)))), None)
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh, layers: Mapping[str, Layer], rules: Sequence[Rule] = ()) -> Any:
     """A NamedSharding for every array of the training state."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh)), abstract_state
-    )
+
+    def sharding(path, x):
+        return NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh, layers, rules))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

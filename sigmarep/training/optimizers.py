@@ -10,16 +10,19 @@ Other optimizers are optax's, or anyone's: `sigmarep.training.external`.
 `no_decay` names the parameters left out of it, and of the trust ratios of LARS and LAMB: γ, biases, norms' scales,
 positions and the class token, unless configured otherwise.
 
+A hidden matrix is a kernel that `sigmarep.nn.layers` describes, whose module does not say that it reads the model's input,
+makes its output, projects for pre-training or holds positions (`role`), and that `non_matrices` does not find. Muon and
+`spectral_bound` work on hidden matrices; all other parameters are Muon's Adam's.
+
 Under σReparam kernels are scale-invariant: a large learning rate makes them grow, and their steps relatively smaller. γ,
 biases, the scales of norms and embeddings are not. `gain_factor` multiplies the learning rate of `gains`;
-`other_learning_rate` is that of all but the blocks' matrices; `relative_gradients` keeps the moments of kernels that grow
+`other_learning_rate` is that of all but the hidden matrices; `relative_gradients` keeps the moments of kernels that grow
 from remembering how small they were. The README's sweeps show what they change.
 """
 
-import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +34,9 @@ from sigmarep import doors
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.fields import Free, field
+from sigmarep.nn.layers import Layer, Layers
 from sigmarep.training import external
 from sigmarep.training.mesh import path_name
-from sigmarep.training.panel import STACKED
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon")
 FIELDS: dict[str, Any] = {
@@ -57,9 +60,15 @@ FIELDS: dict[str, Any] = {
         pattern=True,
     ),
     "gain_factor": field(1.0, "Factor on the learning rate of those.", at_least=0),
+    "non_matrices": field(
+        (),
+        "Paths of kernels that are no hidden matrices, besides those whose module says so by its role: Muon leaves them to "
+        "Adam, spectral_bound leaves them alone.",
+        pattern=True,
+    ),
     "other_learning_rate": field(
         0.0,
-        "Learning rate of all parameters but the blocks' matrices, on the same schedule; 0: learning_rate.",
+        "Learning rate of all parameters but the hidden matrices, on the same schedule; 0: learning_rate.",
         at_least=0,
     ),
     "relative_gradients": field(
@@ -74,7 +83,7 @@ FIELDS: dict[str, Any] = {
     "trust_coefficient": field(0.001, "Factor on LARS's trust ratio.", above=0),
     "spectral_bound": field(
         0.0,
-        "Bounds the spectral norm of a block's matrix's update by this multiple of the matrix's own (AdamW²); 0: off.",
+        "Bounds the spectral norm of a hidden matrix's update by this multiple of the matrix's own (AdamW²); 0: off.",
         at_least=0,
     ),
     "qk_clip": field(
@@ -85,41 +94,51 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def matching(params: Any, rules: Sequence[str], field: str) -> Any:
-    """True for every parameter whose '/'-joined path one of the regular expressions `rules` is found in.
+def matching(params: Any, rules: Sequence[str]) -> Any:
+    """True for every parameter whose '/'-joined path one of the regular expressions `rules` is found in."""
+    matches = _matcher(rules)
+    return jax.tree_util.tree_map_with_path(lambda path, _: matches(path_name(path)), params)
 
-    Raises:
-      BadInput: a rule is no regular expression; `field` is where it stands.
-    """
+
+def _matcher(rules: Sequence[str]) -> Callable[[str], bool]:
     patterns = [re.compile(rule) for rule in rules]
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(pattern.search(path_name(path)) for pattern in patterns), params
-    )
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def hidden_matrices(config: Any, layers: Layers) -> dict[str, Layer]:
+    """The hidden matrices of a model (module docstring) by their paths."""
+    excluded = _matcher(config.non_matrices)
+    return {name: layer for name, layer in layers.items() if layer.role == "hidden" and not excluded(name)}
 
 
 def decay_mask(params: Any, rules: Sequence[str]) -> Any:
     """True for every parameter that weight decay applies to: none of `rules` (`config.optimizer.no_decay`) finds it."""
-    return jax.tree.map(operator.not_, matching(params, rules, "no_decay"))
+    return jax.tree.map(operator.not_, matching(params, rules))
 
 
-def create_optimizer(config: Any, *, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+def create_optimizer(
+    config: Any, *, schedule: optax.Schedule, params: Any, layers: Layers
+) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`.
 
     Args:
       schedule: learning rate by update.
       params: parameters, or their shapes.
+      layers: of the model that has these parameters.
     """
     mask = decay_mask(params, config.no_decay)
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
-    bound = (bound_spectral_norm(config.spectral_bound),) if config.spectral_bound else ()
-    relative = (scale_by_kernel_norm(),) if config.relative_gradients else ()
-    factors = rate_factors(config, params)
+    bound = (
+        (bound_spectral_norm(config.spectral_bound, hidden_matrices(config, layers)),) if config.spectral_bound else ()
+    )
+    relative = (scale_by_kernel_norm(layers),) if config.relative_gradients else ()
+    factors = rate_factors(config, params, layers)
     rates = (_scaled_by(lambda _: factors),) if any(x != 1 for x in jax.tree.leaves(factors)) else ()
-    return optax.chain(*clip, *relative, *_directions(config, schedule, mask, params), *bound, *rates)
+    return optax.chain(*clip, *relative, *_directions(config, schedule, mask, params, layers), *bound, *rates)
 
 
 def _directions(
-    config: Any, schedule: optax.Schedule, mask: Any, params: Any
+    config: Any, schedule: optax.Schedule, mask: Any, params: Any, layers: Layers
 ) -> tuple[optax.GradientTransformation, ...]:
     """What `config.name` stands for: momentum, second moments, weight decay and the learning rate."""
     if config.name not in OPTIMIZERS:
@@ -146,28 +165,29 @@ def _directions(
         "adamw": (adam, decay, rate),
         "adam": (decay, adam, rate),
         "sgd": (decay, momentum, rate),
-        "lars": (decay, optax.masked(scale_by_trust_ratio(config.trust_coefficient), mask), rate, momentum),
-        "lamb": (adam, decay, optax.masked(scale_by_trust_ratio(), mask), rate),
+        "lars": (decay, optax.masked(scale_by_trust_ratio(layers, config.trust_coefficient), mask), rate, momentum),
+        "lamb": (adam, decay, optax.masked(scale_by_trust_ratio(layers), mask), rate),
         "adagrad": (decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=config.epsilon), rate),
         "lion": (optax.scale_by_lion(config.beta1, config.beta2), decay, rate),
-        "muon": (_muon(config, params), decay, rate),
+        "muon": (_muon(config, hidden_matrices(config, layers)), decay, rate),
     }
     return chains[config.name]
 
 
-def rate_factors(config: Any, params: Any) -> Any:
+def rate_factors(config: Any, params: Any, layers: Layers) -> Any:
     """Of every parameter its learning rate as a multiple of `learning_rate`: a tree of numbers."""
-    gains = matching(params, config.gains, "gains")
+    gains = matching(params, config.gains)
+    matrices = hidden_matrices(config, layers)
 
-    def factor(path, x, gain):
-        own = config.other_learning_rate and _axes(path, x) is None
+    def factor(path, _, gain):
+        own = config.other_learning_rate and path_name(path) not in matrices
         base = config.other_learning_rate / config.learning_rate if own else 1.0
         return base * (config.gain_factor if gain else 1.0)
 
     return jax.tree_util.tree_map_with_path(factor, params, gains)
 
 
-def kernel_norms(params: Any) -> Any:
+def kernel_norms(params: Any, layers: Layers) -> Any:
     """‖W‖_F of every kernel that has a γ, each layer of a stack by its own and broadcastable to it; 1 for a zero kernel and
     for all else.
 
@@ -175,23 +195,26 @@ def kernel_norms(params: Any) -> Any:
     second moments then remember the large gradients of a small W: after steps as long as W itself they hold nothing else.
     ‖W‖·∂L/∂W does not depend on ‖W‖, and steps that outgrow the start leave it behind.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    reparametrised = {path[:-1] for path, _ in leaves if path_name(path[-1:]) == "gamma"}
 
     def norm(path, w):
-        if path[:-1] not in reparametrised or path_name(path[-1:]) not in ("kernel", "embedding"):
+        layer = layers.get(path_name(path))
+        if layer is None or layer.reparam not in ("sigma", "weight"):
             return 1.0
-        length = _layer_norm(path, w)
+        length = _layer_norm(layers, path, w)
         # A zero kernel has no direction: its gradient is left as it is, or it would never learn.
         return jnp.where(length > 0, length, 1.0)
 
     return jax.tree_util.tree_map_with_path(norm, params)
 
 
-def scale_by_kernel_norm() -> optax.GradientTransformation:
+def scale_by_kernel_norm(layers: Layers) -> optax.GradientTransformation:
     """Multiplies the gradient in every reparametrised kernel by the kernel's norm (`kernel_norms` says why); to be put
-    before whatever keeps moments: `optax.chain(scale_by_kernel_norm(), optax.adam(1e-3))`."""
-    return _scaled_by(kernel_norms)
+    before whatever keeps moments: `optax.chain(scale_by_kernel_norm(layers), optax.adam(1e-3))`.
+
+    Args:
+      layers: of the model, `sigmarep.nn.layers.describe(model.init, key, x)`.
+    """
+    return _scaled_by(lambda params: kernel_norms(params, layers))
 
 
 def _scaled_by(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
@@ -202,18 +225,28 @@ def _scaled_by(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
 
 
 class SpectralBoundState(NamedTuple):
-    """`u`: of every matrix of the blocks the leading right singular vectors (layers, outputs) that the last step found; a
-    zero for other parameters."""
+    """`u`: for every bounded matrix, the leading right singular vectors (layers, outputs) after the last step; a zero for
+    other parameters."""
 
     u: Any
 
 
-def bound_spectral_norm(ratio: float, *, iterations: int = 4) -> optax.GradientTransformation:
-    """Shortens the update ΔW of a block's matrix until ‖ΔW‖₂ ≤ ratio · ‖W‖₂ (AdamW², Qi et al., 2025).
+def bound_spectral_norm(
+    ratio: float, matrices: Mapping[str, Layer], *, iterations: int = 4
+) -> optax.GradientTransformation:
+    """Shortens the update ΔW of every one of `matrices` until ‖ΔW‖₂ ≤ ratio · ‖W‖₂ (AdamW², Qi et al., 2025).
 
     ‖W‖₂ comes from power steps that start where the step before ended. ΔW is another matrix at every step; its power
     steps start at its largest row. Both norms are found from below. A matrix that is zero has no bound.
+
+    Args:
+      matrices: by '/'-joined path of the parameter; `sigmarep.nn.layers.describe` makes them.
     """
+
+    def stack(x, layer):
+        """A parameter as matrices (layers, inputs, outputs), one where it is not stacked."""
+        matrices = layer.matrices(x)
+        return matrices.reshape(-1, *matrices.shape[-2:])
 
     def followed(stack, u):
         step = None
@@ -225,24 +258,26 @@ def bound_spectral_norm(ratio: float, *, iterations: int = 4) -> optax.GradientT
 
     def init(params):
         def vectors(path, x):
-            axes = _axes(path, x)
-            return jnp.zeros(()) if axes is None else jnp.zeros((_stack(x, axes).shape[0], _stack(x, axes).shape[2]))
+            layer = matrices.get(path_name(path))
+            if layer is None:
+                return jnp.zeros(())
+            layers, _, outputs = jax.eval_shape(lambda: stack(jnp.zeros(x.shape), layer)).shape
+            return jnp.zeros((layers, outputs))
 
         return SpectralBoundState(jax.tree_util.tree_map_with_path(vectors, params))
 
     def update(updates, state, params=None):
         def bounded(path, update, w, u):
-            axes = _axes(path, w)
-            if axes is None:
+            layer = matrices.get(path_name(path))
+            if layer is None:
                 return update, u
-            change = _stack(update, axes).astype(jnp.float32)
+            change = stack(update, layer).astype(jnp.float32)
             largest = jnp.argmax(jnp.sum(change**2, axis=2), axis=1)
-            u, norm = followed(_stack(w, axes), u)
+            u, norm = followed(stack(w, layer), u)
             _, of_change = followed(change, jnp.take_along_axis(change, largest[:, None, None], axis=1)[:, 0])
             too_long = (of_change > ratio * norm) & (norm > 0)
             factor = jnp.where(too_long, ratio * norm / jnp.where(too_long, of_change, 1.0), 1.0)
-            scaled = change * factor[:, None, None]
-            return scaled.reshape(update.shape).astype(update.dtype), u
+            return layer.restored(change * factor[:, None, None]).astype(update.dtype), u
 
         pairs = jax.tree_util.tree_map_with_path(bounded, updates, params, state.u)
         shortened, u = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0, 0)), pairs)
@@ -251,7 +286,7 @@ def bound_spectral_norm(ratio: float, *, iterations: int = 4) -> optax.GradientT
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_trust_ratio(coefficient: float = 1.0) -> optax.GradientTransformation:
+def scale_by_trust_ratio(layers: Layers, coefficient: float = 1.0) -> optax.GradientTransformation:
     """Scales each layer's update u by coefficient · ‖W‖ / ‖u‖ (You et al., 2017 and 2020), by 1 where a norm is 0.
 
     Unlike optax's, takes the norms of each layer apart where layers are stacked, so that a scanned model trains as the
@@ -260,7 +295,7 @@ def scale_by_trust_ratio(coefficient: float = 1.0) -> optax.GradientTransformati
 
     def update(updates, state, params=None):
         def scaled(path, u, w):
-            w_norm, u_norm = _layer_norm(path, w), _layer_norm(path, u)
+            w_norm, u_norm = _layer_norm(layers, path, w), _layer_norm(layers, path, u)
             usable = (w_norm > 0) & (u_norm > 0)
             ratio = coefficient * w_norm / jnp.where(usable, u_norm, 1.0)
             return u * jnp.where(usable, ratio, 1.0).astype(u.dtype)
@@ -270,21 +305,27 @@ def scale_by_trust_ratio(coefficient: float = 1.0) -> optax.GradientTransformati
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def _layer_norm(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+def _layer_norm(layers: Layers, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
     """‖x‖_F, of each layer where layers are stacked; broadcastable to x."""
-    return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)) if _stacked(path) else None, keepdims=True))
+    stacked = layers.stacked[path_name(path)]
+    own = tuple(axis for axis in range(x.ndim) if axis not in stacked)
+    return jnp.sqrt(jnp.sum(x * x, axis=own, keepdims=True))
 
 
-def _stacked(path: tuple[Any, ...]) -> bool:
-    return STACKED in path_name(path).split("/")
+def _muon(config: Any, matrices: Mapping[str, Layer]) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) on `matrices`, Adam on everything else.
 
-
-def _muon(config: Any, params: Any) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024) on the blocks' matrices, Adam on everything else.
-
-    The first and the last layer are Adam's, as is Muon's practice. Updates are scaled by 0.2·√max(inputs, outputs)
-    (Liu et al., 2025), which brings them to the size of Adam's, so that one learning rate serves both.
+    Updates are scaled by 0.2·√max(inputs, outputs) (Liu et al., 2025), which brings them to the size of Adam's, so that one
+    learning rate serves both.
     """
+
+    def dimension_numbers(params):
+        def axes(path, _):
+            layer = matrices.get(path_name(path))
+            return None if layer is None else optax.contrib.MuonDimensionNumbers(layer.inputs, layer.outputs)
+
+        return jax.tree_util.tree_map_with_path(axes, params)
+
     directions = optax.contrib.muon(
         1.0,
         beta=config.momentum,
@@ -292,30 +333,6 @@ def _muon(config: Any, params: Any) -> optax.GradientTransformation:
         adam_b2=config.beta2,
         eps=config.epsilon,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=_matrix_axes,
+        muon_weight_dimension_numbers=dimension_numbers,
     )
     return optax.chain(directions, optax.scale(-1.0))
-
-
-def _matrix_axes(params: Any) -> Any:
-    """`_axes` of every parameter."""
-    return jax.tree_util.tree_map_with_path(_axes, params)
-
-
-def _axes(path: tuple[Any, ...], x: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes of a parameter are a matrix's inputs and outputs; None for those that are no matrix of the blocks."""
-    names = path_name(path).split("/")
-    in_block = any(name == STACKED or name.startswith("block_") for name in names)
-    if names[-1] != "kernel" or not in_block:
-        return None
-    first = 1 if _stacked(path) else 0
-    # Attention's output projection contracts heads and head_dim; all other kernels one axis.
-    split = x.ndim - 1 if names[-2] == "out" else first + 1
-    return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
-
-
-def _stack(x: jax.Array, axes: Any) -> jax.Array:
-    """A parameter as matrices (layers, inputs, outputs), one where it is not stacked."""
-    outputs = math.prod(x.shape[axis] for axis in axes.output_axis)
-    inputs = math.prod(x.shape[axis] for axis in axes.reduction_axis)
-    return x.reshape(-1, inputs, outputs)

@@ -15,7 +15,7 @@ Of attention, by layer:
     attention/logit_variance/<layer>     over the keys that a query sees, mean over queries and heads
     attention/qk_norm/<layer>            ‖W_q W_kᵀ‖₂ of the largest head
 
-Of every layer with a kernel or a table, by its path:
+Of every layer that `sigmarep.nn.layers` describes, by its path:
 
     spectral/sigma/<path>                σ(W), raw: the stored one, or by `norm_from_below` if there is none
     spectral/gamma/<path>                γ
@@ -24,11 +24,13 @@ Of every layer with a kernel or a table, by its path:
     gradient/norm/<path>                 of the gradient in all parameters of the layer
     update/ratio/<path>                  ‖ΔW‖_F / ‖W‖_F
 
-Stacked layers are told apart: what is `blocks` in the parameters is `block_0`, `block_1`, … here, as in the unrolled model.
+Stacked layers are told apart: what is `blocks` in the parameters is `block_0`, `block_1`, … here, as in the unrolled model;
+layers stacked as `stage` are `stage_0`, `stage_1`, ….
 """
 
-import math
-from collections.abc import Iterator
+import collections
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,11 +38,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sigmarep.core import spectral
+from sigmarep.nn.layers import Layers
 from sigmarep.training.mesh import path_name
 
-STACKED = "blocks"
-# Layers whose kernel has more than one axis of outputs: heads and their dimensions.
-PROJECTIONS = ("query", "key", "value", "qk", "qkv")
 # Of the power iteration on kernels without a stored σ; more of them cost plain models more than the panel may.
 ITERATIONS = 5
 # What `layer_statistics` calls them, and their metrics.
@@ -53,53 +53,62 @@ LAYER_METRICS = {
 }
 
 
-def layer_statistics(params: Any, gradients: Any, updates: Any, state: Any) -> Any:
-    """On the devices: of every layer with a kernel or a table `stable_rank`, `gradient` and `update`, `norm` if it is
-    reparametrised, and `sigma` where `state` has none; a tree like the parameters', each value of shape () or (layers,).
+def layer_statistics(params: Any, gradients: Any, updates: Any, state: Any, layers: Layers) -> Any:
+    """On the devices: of every described layer `stable_rank`, `gradient` and `update`, `norm` if it is reparametrised, and
+    `sigma` where `state` has none; a tree like the parameters', each value of shape () or (layers,).
 
     Args:
       params, gradients, updates: trees of one structure.
       state: the collection `spectral`.
+      layers: of the model that has these parameters.
     """
-    return _layers(params, gradients, updates, state, ())
+    tree: dict[str, Any] = {}
+    in_module = collections.Counter(layer.module for layer in layers.values())
+    for layer in layers.values():
+        *path, name = layer.name.split("/")
+        trees = [
+            functools.reduce(lambda x, each: x.get(each, {}), path, x) for x in (params, gradients, updates, state)
+        ]
+        # A module with several kernels has a line for each.
+        place = path if in_module[layer.module] == 1 else [*path, name]
+        inner = functools.reduce(lambda x, each: x.setdefault(each, {}), place, tree)
+        inner.update(_of_layer(layer, layers.stacked, *trees))
+    return tree
 
 
-def _layers(params, gradients, updates, state, path):
-    kernel = next((name for name in ("kernel", "embedding") if name in params), None)
-    if kernel is not None:
-        return _of_layer(params, gradients, updates[kernel], state, kernel, path)
-    inner = {
-        name: _layers(value, gradients[name], updates[name], state.get(name, {}), (*path, name))
-        for name, value in params.items()
-        if isinstance(value, dict)
-    }
-    return {name: found for name, found in inner.items() if found}
+def _of_layer(layer, stacked, params, gradients, updates, state):
+    lead = len(layer.stacked)
 
+    def squares(x, axes):
+        """Sum of squares over all but the stacked axes."""
+        return jnp.sum(x.astype(jnp.float32) ** 2, axis=tuple(axis for axis in range(x.ndim) if axis not in axes))
 
-def _of_layer(params, gradients, update, state, kernel, path):
-    stacked = STACKED in path
+    def norm(matrices):
+        norms = spectral.norm_from_below(matrices, iterations=ITERATIONS)
+        # The matrices within a layer are blocks on the diagonal of one.
+        return jnp.max(norms, axis=tuple(range(lead, norms.ndim))) if layer.batch else norms
 
-    def squares(x):
-        return jnp.sum(x.astype(jnp.float32) ** 2, axis=tuple(range(stacked, x.ndim)))
-
-    def norm(x):
-        lead, shape = x.shape[:stacked], x.shape[stacked:]
-        outputs = math.prod(shape[1:]) if path[-1] in PROJECTIONS else shape[-1]
-        return spectral.norm_from_below(x.reshape(*lead, -1, outputs), iterations=ITERATIONS)
-
-    weights, gamma = params[kernel], params.get("gamma")
-    found = {} if "sigma" in state else {"sigma": norm(weights)}
-    sigma = state.get("sigma", found.get("sigma"))
+    name = layer.name.rpartition("/")[2]
+    weights, gamma = params[name], params.get("gamma")
+    values = {} if "sigma" in state else {"sigma": norm(layer.matrices(weights))}
+    sigma = state.get("sigma", values.get("sigma"))
     if "sigma" in state:
-        found["norm"] = jnp.ones_like(sigma) if gamma is None else jnp.abs(gamma)
+        values["norm"] = jnp.ones_like(sigma) if gamma is None else jnp.abs(gamma)
     elif gamma is not None:
-        function = jax.vmap(spectral.weight_normalized) if stacked else spectral.weight_normalized
-        found["norm"] = norm(function(weights, gamma))
-    square = squares(weights)
-    return found | {
+        function = spectral.weight_normalized
+        for _ in range(lead):
+            function = jax.vmap(function)
+        gains = jnp.moveaxis(gamma, stacked[f"{layer.module}/gamma".lstrip("/")], range(lead))
+        values["norm"] = norm(function(layer.matrices(weights), gains))
+    square = squares(weights, layer.stacked)
+    total = sum(
+        squares(x, stacked[f"{layer.module}/{path_name(path)}".lstrip("/")])
+        for path, x in jax.tree_util.tree_leaves_with_path(gradients)
+    )
+    return values | {
         "stable_rank": square / _at_least_tiny(sigma**2),
-        "gradient": jnp.sqrt(sum(squares(x) for x in jax.tree.leaves(gradients))),
-        "update": jnp.sqrt(squares(update) / _at_least_tiny(square)),
+        "gradient": jnp.sqrt(total),
+        "update": jnp.sqrt(squares(updates[name], layer.stacked) / _at_least_tiny(square)),
     }
 
 
@@ -108,12 +117,16 @@ def _at_least_tiny(x: jax.Array) -> jax.Array:
     return jnp.where(x < spectral.TINY, spectral.TINY, x)
 
 
-def panel_metrics(panel: dict[str, Any]) -> dict[str, float]:
-    """Flat metrics of the `panel` of a StepOutput, already on the host."""
+def panel_metrics(panel: dict[str, Any], stacks: Mapping[str, int]) -> dict[str, float]:
+    """Flat metrics of the `panel` of a StepOutput, already on the host.
+
+    Args:
+      stacks: `Layers.stacks` of the model.
+    """
     metrics: dict[str, float] = {}
     layers: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in _by_layer(panel.get("attention", {})):
-        layer, statistic = name.rsplit("/", 1)
+    for name, value in _by_layer(panel.get("attention", {}), stacks):
+        layer, _, statistic = name.rpartition("/")
         layers.setdefault(layer.removesuffix("/attention"), {})[statistic] = value
     if layers:
         entropies = {layer: found["entropy"] for layer, found in layers.items()}
@@ -130,27 +143,29 @@ def panel_metrics(panel: dict[str, Any]) -> dict[str, float]:
         for head, value in enumerate(found["entropy"]):
             metrics[f"attention/entropy_head/{layer}/{head}"] = float(value)
     for collection in ("spectral", "gamma"):
-        for name, value in _by_layer(panel.get(collection, {})):
-            path, leaf = name.rsplit("/", 1)
+        for name, value in _by_layer(panel.get(collection, {}), stacks):
+            path, _, leaf = name.rpartition("/")
             # Weight normalisation has a gain an output; a line of metrics has room for scalars.
             if leaf in ("sigma", "gamma") and value.ndim == 0:
                 metrics[f"spectral/{leaf}/{path}"] = float(value)
     for name, count in panel.get("nonfinite", {}).items():
         if count:
             metrics[f"data/nonfinite/{name}"] = float(count)
-    for name, value in _by_layer(panel.get("layers", {})):
-        path, leaf = name.rsplit("/", 1)
+    for name, value in _by_layer(panel.get("layers", {}), stacks):
+        path, _, leaf = name.rpartition("/")
         metrics[f"{LAYER_METRICS[leaf]}/{path}"] = float(value)
     return metrics
 
 
-def _by_layer(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _by_layer(tree: Any, stacks: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
     """(path, value) of every leaf, with stacked layers taken apart."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        parts, value = path_name(path).split("/"), np.asarray(leaf)
-        if STACKED not in parts:
-            yield "/".join(parts), value
-            continue
-        at = parts.index(STACKED)
-        for i, layer in enumerate(value):
-            yield "/".join([*parts[:at], f"block_{i}", *parts[at + 1 :]]), layer
+        names = path_name(path).split("/")
+        value = np.asarray(leaf)
+        # The name that each leading axis numbers: that of the module which is stacked there.
+        at = [max(i - 1, 0) for i in range(len(names) + 1) for _ in range(stacks.get("/".join(names[:i]), 0))]
+        for index in np.ndindex(value.shape[: len(at)]):
+            numbered = list(names)
+            for i, number in zip(at, index, strict=True):
+                numbered[i] = f"{numbered[i].removesuffix('s')}_{number}"
+            yield "/".join(numbered), value[index]

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sigmarep.errors import BadInput
+from sigmarep.nn.layers import Layers
 from sigmarep.tasks.protocol import AXIS
 from sigmarep.training import mesh as meshes
 from sigmarep.training.step import StepOutput, TrainState
@@ -41,9 +42,9 @@ class Runner(Protocol):
 class JitRunner:
     """The state and the batch are global arrays over a mesh."""
 
-    def __init__(self, mesh: Mesh, make_step: Callable[..., Any], abstract_state: TrainState):
+    def __init__(self, mesh: Mesh, make_step: Callable[..., Any], shardings: Any):
         self.mesh = mesh
-        self.shardings = meshes.state_shardings(abstract_state, mesh)
+        self.shardings = shardings
         self._batch = meshes.batch_sharding(mesh)
         self._step = jax.jit(
             make_step(axis_name=None),
@@ -76,11 +77,11 @@ class JitRunner:
 class PmapRunner:
     """Every device of this process holds a whole state and an equal share of the batch."""
 
-    def __init__(self, mesh: Mesh, make_step: Callable[..., Any], abstract_state: TrainState):
+    def __init__(self, mesh: Mesh, make_step: Callable[..., Any], shardings: Any):
         if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
             raise BadInput("config.parallel = 'pmap': keeps whole parameters; set config.mesh.fsdp and .tensor to 1")
         self.mesh = mesh
-        self.shardings = meshes.state_shardings(abstract_state, mesh)
+        self.shardings = shardings
         self._devices = jax.local_devices()
         self._step = jax.pmap(make_step(axis_name=AXIS), axis_name=AXIS, static_broadcasted_argnums=2, donate_argnums=0)
 
@@ -124,6 +125,7 @@ def create_runner(
     config: ml_collections.ConfigDict,
     make_step: Callable[..., Any],
     abstract_state: Any,
+    layers: Layers,
     batch_rows: tuple[int, ...],
     *,
     devices: Sequence[Any] | None = None,
@@ -133,6 +135,7 @@ def create_runner(
     Args:
       make_step: `make_step(axis_name=…)` returns the training step.
       abstract_state: shapes of the state.
+      layers: of the model.
       batch_rows: rows that a global batch may have.
       devices: those of all processes if None.
 
@@ -141,7 +144,8 @@ def create_runner(
     """
     mesh = meshes.create_mesh(config.mesh, devices)
     check_rows(config, batch_rows, mesh, microbatches=config.accumulation)
-    return RUNNERS[config.parallel](mesh, make_step, abstract_state)
+    shardings = meshes.state_shardings(abstract_state, mesh, layers, meshes.read_rules(config.mesh.rules))
+    return RUNNERS[config.parallel](mesh, make_step, shardings)
 
 
 def check_rows(

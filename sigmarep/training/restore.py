@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from sigmarep import doors, tasks
 from sigmarep.configuration import flatten, nearest
 from sigmarep.errors import BadInput
+from sigmarep.nn.layers import describe
 from sigmarep.tasks.protocol import Files, TaskModel
 from sigmarep.training import mesh as meshes
 from sigmarep.training import workdir
@@ -71,7 +72,7 @@ def restore(
         # As many as every batch divides over.
         devices = devices[: math.gcd(len(devices), *task.batch_rows())]
     mesh = meshes.create_mesh(checked.mesh, devices)
-    restored = read_variables(os.path.join(folder, "checkpoints"), _abstract_variables(task, mesh), say=_warn)
+    restored = read_variables(os.path.join(folder, "checkpoints"), _abstract_variables(task, mesh, checked), say=_warn)
     if restored is None:
         raise BadInput(f"--workdir {folder}: holds no checkpoint yet")
     step, variables = restored
@@ -128,13 +129,14 @@ def _create_model(config: ml_collections.FrozenConfigDict, folder: str, stored: 
         raise BadInput(f"--workdir {folder}: a file of the run cannot be read ({error})") from error
 
 
-def _abstract_variables(task: TaskModel, mesh: Mesh) -> dict[str, Any]:
-    variables = dict(jax.eval_shape(task.init, jax.random.key(0)))
+def _abstract_variables(task: TaskModel, mesh: Mesh, config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
+    layers = describe(task.init, jax.random.key(0))
+    variables = dict(layers.variables)
     variables.pop("attention", None)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         variables,
-        meshes.state_shardings(variables, mesh),
+        meshes.state_shardings(variables, mesh, layers, meshes.read_rules(config.mesh.rules)),
     )
 
 

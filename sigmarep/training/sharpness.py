@@ -83,8 +83,8 @@ class Sharpness:
 
     def _steps(self, params: Any) -> jax.Array:
         """By how much every parameter's step is longer than the learning rate says, flat."""
-        config = self._experiment.config.optimizer
-        factors = rate_factors(config, params)
-        norms = kernel_norms(params) if config.relative_gradients else jax.tree.map(lambda _: 1.0, params)
+        config, layers = self._experiment.config.optimizer, self._experiment.layers
+        factors = rate_factors(config, params, layers)
+        norms = kernel_norms(params, layers) if config.relative_gradients else jax.tree.map(lambda _: 1.0, params)
         whole = jax.tree.map(lambda x, f, norm: jnp.broadcast_to(f * norm, x.shape), params, factors, norms)
         return ravel_pytree(whole)[0]

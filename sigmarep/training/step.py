@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sigmarep.core.entropy import largest
+from sigmarep.nn.layers import Layers
 from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.tasks.protocol import LossOutput, TaskModel
 from sigmarep.training.panel import layer_statistics
@@ -67,6 +68,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    layers: Layers,
     accumulation: int = 1,
     ema_decay: float = 0.0,
     qk_clip: float = 0.0,
@@ -78,6 +80,7 @@ def make_train_step(
     and the new state takes it once.
 
     Args:
+      layers: of the task's model.
       accumulation: microbatches a step.
       ema_decay: of the averaged weights.
       qk_clip: the threshold of `sigmarep.nn.qk_clip`, off at 0.
@@ -137,7 +140,7 @@ def make_train_step(
                 attention, lambda x, axis: jax.lax.pmean(x, axis_name), lambda x, axis: _largest(x, axis_name)
             )
         if qk_clip:
-            params = qk_clipped(params, attention, qk_clip)
+            params = qk_clipped(params, attention, layers, qk_clip)
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
@@ -150,12 +153,11 @@ def make_train_step(
         recorded = {}
         if panel:
             spectral = output.model_state.get("spectral", {})
-            layers = layer_statistics(state.params, grads, updates, spectral)
             recorded = {
                 "attention": attention,
                 "spectral": spectral,
                 "gamma": _gammas(state.params),
-                "layers": layers,
+                "layers": layer_statistics(state.params, grads, updates, spectral, layers),
                 "nonfinite": summed(_nonfinite(batch)),
             }
         new_state = dataclasses.replace(

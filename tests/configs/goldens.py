@@ -25,20 +25,20 @@ EVERY = "every task"
 
 
 def recipe(name, arms):
-    """The text of `configs/<name>`; `arms` has its (argument, configuration, abstract variables)."""
+    """The text of `configs/<name>`; `arms` has its (argument, configuration, description of its layers)."""
     sections, first = [], None
-    for argument, config, variables in arms:
+    for argument, config, layers in arms:
         title = f"configs/{name}{':' * bool(argument)}{argument}: {config.task}"
-        lines = description(config, variables)
+        lines = description(config, layers)
         sections.append([title, *(lines if first is None else _differences(first, lines))])
         first = lines if first is None else first
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
-def description(config, variables):
+def description(config, layers):
     """One line for each field that differs from the task's default, then one for each parameter."""
     changed = _settings(config) - _settings(default_config(config.task))
-    return sorted(changed) + _parameters(config, variables)
+    return sorted(changed) + _parameters(config, layers)
 
 
 def defaults():
@@ -67,15 +67,13 @@ def _settings(config):
     return {f"{name} = {json.dumps(value)}" for name, value in flatten(config).items()}
 
 
-def _parameters(config, variables):
-    params = variables["params"]
+def _parameters(config, layers):
+    params = layers.variables["params"]
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    spectral = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables.get("spectral", {}))}
     lines = []
     for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(params, config.optimizer.no_decay)):
         name = path_name(path)
-        stem = name.removesuffix("/kernel")
-        reparametrized = name.endswith("/kernel") and (f"{stem}/u" in spectral or f"{stem}/gamma" in shapes)
+        reparametrized = name in layers and layers[name].reparam != "none"
         words = [name, "×".join(map(str, shapes[name])) or "scalar"]
         lines.append(" ".join(words + ["reparametrized"] * reparametrized + ["decayed"] * bool(decayed)))
     return sorted(lines)

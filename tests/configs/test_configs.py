@@ -6,15 +6,19 @@ tests/configs/goldens.py. After an intended change: pytest tests/configs --updat
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput
+from sigmarep.nn import layers
 from sigmarep.training.config import arguments, default_config, validate
-from sigmarep.training.optimizers import create_optimizer
+from sigmarep.training.mesh import AXES, partition_spec, path_name
+from sigmarep.training.optimizers import create_optimizer, hidden_matrices
 from sigmarep.training.schedules import create_schedule
 from tests.configs import goldens
 
@@ -54,6 +58,21 @@ ARMS = {
     "mt/wmt17_en_de.py": ["", "depth=100", "depth=18,norm=deepnorm,reparam=none", "depth=50,norm=none"],
     "vit/imagenet_simplified.py": ["", "variant=L/16", "variant=H/16", "reparam=spectral", "reparam=weight,norm=pre"],
 }
+# The mesh axes of every kernel's last dimensions by the names that this project's models use: what the description of their
+# layers must come to without any names.
+PLACED = {
+    r"(query|key|value)/kernel$": ("fsdp", "tensor", None),
+    r"(qkv|qk)/kernel$": ("fsdp", None, "tensor", None),
+    r"attention/out/kernel$": ("tensor", None, "fsdp"),
+    r"up/kernel$": ("fsdp", "tensor"),
+    r"down/kernel$": ("tensor", "fsdp"),
+    r"patch_embedding/kernel$": (None, None, None, "fsdp"),
+    r"front_end/kernel$": (None, None, "fsdp"),
+    r"head/kernel$": ("fsdp", None),
+    r"(tables|projections)_\d+/(embedding|kernel)$": ("fsdp", None),
+    r"tokens/classes/kernel$": ("fsdp", None),
+    r"(projector|predictor)/dense_\d+/kernel$": ("fsdp", "tensor"),
+}
 CASES = [(name, text) for name, texts in ARMS.items() for text in texts]
 
 
@@ -64,16 +83,12 @@ def load(name):
     return module
 
 
-def abstract_variables(config):
-    task = tasks.get(config.task).create_model(config, tasks.planned_files(config))
-    return jax.eval_shape(task.init, jax.random.key(0))
-
-
 @functools.cache
 def resolved(name, text):
-    """The validated configuration of an arm and the abstract variables of its model."""
+    """The validated configuration of an arm and the description of its model's layers."""
     config = validate(load(name).get_config(text))
-    return config, abstract_variables(config)
+    model = tasks.get(config.task).create_model(config, tasks.planned_files(config))
+    return config, layers.describe(model.init, jax.random.key(0))
 
 
 def golden_path(name):
@@ -119,11 +134,26 @@ def test_a_typo_is_refused_where_it_is_written(name, text):
 
 @pytest.mark.parametrize(("name", "text"), CASES)
 def test_its_optimizer_can_be_built(name, text):
-    config, variables = resolved(name, text)
-    params = variables["params"]
+    config, described = resolved(name, text)
+    params = described.variables["params"]
     schedule = create_schedule(config.optimizer, total_steps=1000, warmup_steps=10)
-    state = jax.eval_shape(create_optimizer(config.optimizer, schedule=schedule, params=params).init, params)
+    optimizer = create_optimizer(config.optimizer, schedule=schedule, params=params, layers=described)
+    state = jax.eval_shape(optimizer.init, params)
     assert jax.tree.leaves(state)
+
+
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_its_layers_are_placed_and_trained_by_what_they_are(name, text):
+    config, described = resolved(name, text)
+    assert described.unknown == ()
+    # All dimensions divide over axes of size 1.
+    mesh = SimpleNamespace(shape=dict.fromkeys(AXES, 1))
+    for path, x in jax.tree_util.tree_leaves_with_path(described.variables):
+        axes = next((axes for pattern, axes in PLACED.items() if re.search(pattern, path_name(path))), ())
+        spec = tuple(partition_spec(path_name(path), x.shape, mesh, described))
+        assert spec == (None,) * (x.ndim - len(axes)) + axes, path_name(path)
+    kernels = {name for name in described if name.endswith("kernel")}
+    assert set(hidden_matrices(config.optimizer, described)) == {name for name in kernels if "/block" in name}
 
 
 @pytest.mark.parametrize(("name", "text"), CASES)

@@ -10,6 +10,7 @@ import pytest
 from sigmarep.core import entropy
 from sigmarep.nn import TransformerConfig, TransformerStack
 from sigmarep.nn.attention import MultiHeadAttention
+from sigmarep.nn.layers import describe
 from sigmarep.nn.norms import BranchScale, DynamicTanh
 from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.nn.seq_vcr import seq_vcr
@@ -58,6 +59,7 @@ def test_the_type_of_norm_is_that_of_every_norm(norm_type, leaves):
 def test_after_qk_clip_the_heads_that_were_above_the_threshold_are_at_it(qkv, scan):
     stack = TransformerStack(dataclasses.replace(CONFIG, depth=1, norm="none", qkv=qkv, scan=scan, reparam="none"))
     params = stack.init(jax.random.key(1), X)["params"]
+    layers = describe(stack.init, jax.random.key(1), X)
     # Biases take part in the logits as well.
     params = jax.tree.map(lambda x: x + 0.3, params)
 
@@ -68,7 +70,7 @@ def test_after_qk_clip_the_heads_that_were_above_the_threshold_are_at_it(qkv, sc
 
     _, attention, before = recorded(params)
     threshold = float(before.mean())
-    clipped = qk_clipped(params, attention, threshold)
+    clipped = qk_clipped(params, attention, layers, threshold)
     _, _, after = recorded(clipped)
     assert (before > threshold).tolist().count(True) == 1
     np.testing.assert_allclose(after, np.minimum(before, threshold), rtol=1e-5)

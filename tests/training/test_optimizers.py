@@ -8,8 +8,10 @@ import pytest
 
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
+from sigmarep.nn.layers import Layer, Layers
 from sigmarep.training import durations
-from sigmarep.training.config import trainer_defaults
+from sigmarep.training.config import default_config
+from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import bound_spectral_norm, create_optimizer, decay_mask
 from sigmarep.training.schedules import create_schedule
 
@@ -17,7 +19,7 @@ RATE, STEPS = 0.03, 5
 
 
 def config(name, **fields):
-    made = trainer_defaults().optimizer
+    made = default_config("image_classification").unlock().optimizer
     made.name, made.weight_decay, made.epsilon = name, 0.1, 1e-6
     made.update(fields)
     return made
@@ -37,9 +39,31 @@ def float32(x):
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), x)
 
 
+def described(params):
+    """The layers of these parameters: hidden ones within blocks, an input or an output outside."""
+    made, stacked = {}, {}
+    paths = {path_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    for name, shape in paths.items():
+        *module, parameter = name.split("/")
+        stacked[name] = (0,) if "blocks" in module else ()
+        if parameter == "kernel":
+            axes = tuple(range(len(stacked[name]), len(shape)))
+            outputs = {"query": 2, "qkv": 3}.get(module[-1], 1)
+            made[name] = Layer(
+                name=name,
+                shape=shape,
+                stacked=stacked[name],
+                inputs=axes[:-outputs],
+                outputs=axes[-outputs:],
+                role="hidden" if "block" in name else "output" if "head" in name else "input",
+                reparam="sigma" if "/".join((*module, "gamma")) in paths else "none",
+            )
+    return Layers(made, stacked=stacked)
+
+
 def train(made, params, gradients, schedule=lambda _: RATE):
     params = float32(params)
-    optimizer = create_optimizer(made, schedule=schedule, params=params)
+    optimizer = create_optimizer(made, schedule=schedule, params=params, layers=described(params))
     state = optimizer.init(params)
     for gradient in gradients:
         updates, state = optimizer.update(float32(gradient), state, params)
@@ -200,7 +224,7 @@ def test_with_relative_gradients_steps_that_outgrow_the_start_train_alike_at_any
         fields = {"weight_decay": 0.0, "epsilon": 1e-20, "relative_gradients": relative}
         made = config(name, learning_rate=rate, other_learning_rate=0.01, **fields)
         schedule = create_schedule(made, total_steps=60)
-        optimizer = create_optimizer(made, schedule=schedule, params=params)
+        optimizer = create_optimizer(made, schedule=schedule, params=params, layers=described(params))
 
         def step(carry, _):
             params, state = carry
@@ -327,7 +351,7 @@ def test_an_update_is_shortened_to_a_multiple_of_its_matrixs_spectral_norm(stack
         return {name: {"query": {"kernel": x, "bias": 100 * x[..., 0]}} for name, x in zip(names, parts, strict=True)}
 
     params, updates = float32(tree_of(kernels)), float32(tree_of(changes))
-    bound = bound_spectral_norm(0.5)
+    bound = bound_spectral_norm(0.5, described(params))
     state = bound.init(params)
     for _ in range(10):
         found, state = bound.update(updates, state, params)
@@ -344,7 +368,7 @@ def test_an_update_is_shortened_to_a_multiple_of_its_matrixs_spectral_norm(stack
 def test_every_update_of_a_bounded_optimizer_is_within_the_bound():
     made = config("adamw", spectral_bound=0.01)
     params = float32(tree())
-    optimizer = create_optimizer(made, schedule=lambda _: RATE, params=params)
+    optimizer = create_optimizer(made, schedule=lambda _: RATE, params=params, layers=described(params))
     state = optimizer.init(params)
     for seed in range(1, 4):
         updates, state = optimizer.update(float32(tree(seed)), state, params)
@@ -371,4 +395,4 @@ def test_gains_learn_at_their_part_of_the_rate(name):
         np.testing.assert_allclose(part[1], factor * whole[1], rtol=1e-3, atol=1e-7)
     made.gains = ("(",)
     with pytest.raises(BadInput, match=r"config.optimizer.gains = \('\(',\)"):
-        create_optimizer(made, schedule=lambda _: RATE, params=start)
+        create_optimizer(made, schedule=lambda _: RATE, params=start, layers=described(start))

@@ -1,11 +1,14 @@
 """What the panel says of layers, against NumPy, for every kind of layer, stacked and not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sigmarep.nn import TransformerConfig, TransformerStack, fold
+from sigmarep.nn.layers import describe
 from sigmarep.training.panel import layer_statistics, panel_metrics
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 8))
@@ -15,16 +18,17 @@ def trees(reparam, scan, qkv="separate"):
     config = TransformerConfig(
         depth=2, width=8, num_heads=2, mlp_dim=12, reparam=reparam, scan=scan, qkv=qkv, init_std=0.5, gamma_init=-3.0
     )
-    variables = TransformerStack(config).init(jax.random.key(1), X)
+    stack = TransformerStack(config)
+    variables = stack.init(jax.random.key(1), X)
     params, state = variables["params"], variables.get("spectral", {})
     gradients = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
     updates = jax.tree.map(lambda g: -0.01 * g, gradients)
-    return params, gradients, updates, state
+    return params, gradients, updates, state, describe(stack.init, jax.random.key(1), X)
 
 
-def metrics(params, gradients, updates, state):
-    found = jax.jit(layer_statistics)(params, gradients, updates, state)
-    return panel_metrics(jax.device_get({"spectral": state, "layers": found}))
+def metrics(params, gradients, updates, state, layers):
+    found = jax.jit(functools.partial(layer_statistics, layers=layers))(params, gradients, updates, state)
+    return panel_metrics(jax.device_get({"spectral": state, "layers": found}), layers.stacks)
 
 
 def at(tree, path, scan):
@@ -39,8 +43,8 @@ def at(tree, path, scan):
 @pytest.mark.parametrize("reparam", ["none", "sigma", "spectral", "weight"])
 @pytest.mark.parametrize("path", ["attention/query", "attention/out", "mlp/up"])
 def test_every_layer_against_numpy(reparam, scan, path):
-    params, gradients, updates, state = trees(reparam, scan)
-    found = metrics(params, gradients, updates, state)
+    params, gradients, updates, state, layers = trees(reparam, scan)
+    found = metrics(params, gradients, updates, state, layers)
     layer, gradient, update = (at(tree, path, scan) for tree in (params, gradients, updates))
 
     def matrix(x):

@@ -8,10 +8,12 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import ViT
 from sigmarep.nn import TransformerConfig
+from sigmarep.nn.layers import describe
 from sigmarep.tasks.protocol import LossOutput
 from sigmarep.training import mesh as meshes
 from sigmarep.training import parallel
@@ -58,11 +60,14 @@ def run(mode="jit", data=1, fsdp=1, accumulation=1, steps=5, task=None, ema=0.0,
     """
     task = task or TinyTask(dtype=jnp.dtype(dtype))
     optimizer = optax.sgd(0.1, momentum=0.9)
-    make = functools.partial(make_train_step, task, optimizer, lambda _: 0.1, accumulation=accumulation, ema_decay=ema)
+    layers = describe(task.init, jax.random.key(0))
+    make = functools.partial(
+        make_train_step, task, optimizer, lambda _: 0.1, layers=layers, accumulation=accumulation, ema_decay=ema
+    )
     create = functools.partial(create_state, task, optimizer, seed=0, ema=ema > 0)
     mesh_config = ml_collections.ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})
     mesh = meshes.create_mesh(mesh_config, jax.devices()[: data * fsdp])
-    runner = parallel.RUNNERS[mode](mesh, make, jax.eval_shape(create))
+    runner = parallel.RUNNERS[mode](mesh, make, meshes.state_shardings(jax.eval_shape(create), mesh, layers))
     state = runner.put_state(jax.jit(create, out_shardings=runner.shardings)())
     losses = []
     for batch in batches(steps):
@@ -97,8 +102,9 @@ def test_parameters_sharded_over_eight_devices_equal_replicated_ones():
 def test_sharded_kernels_are_really_sharded():
     task = TinyTask()
     mesh = meshes.create_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
+    layers = describe(task.init, jax.random.key(0))
     create = functools.partial(create_state, task, optax.adam(1e-3), seed=0, ema=False)
-    state = jax.jit(create, out_shardings=meshes.state_shardings(jax.eval_shape(create), mesh))()
+    state = jax.jit(create, out_shardings=meshes.state_shardings(jax.eval_shape(create), mesh, layers))()
     up = state.params["encoder"]["blocks"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.shape == (2, 8, 64)
     moment = state.opt_state[0].mu["encoder"]["blocks"]["mlp"]["up"]["kernel"]
@@ -132,7 +138,8 @@ def test_the_panel_combines_means_and_the_largest_logit():
 
 def test_asking_for_the_panel_changes_nothing_else():
     task, optimizer = TinyTask(), optax.adam(1e-3)
-    step = jax.jit(make_train_step(task, optimizer, lambda _: 1e-3), static_argnums=2)
+    layers = describe(task.init, jax.random.key(0))
+    step = jax.jit(make_train_step(task, optimizer, lambda _: 1e-3, layers=layers), static_argnums=2)
     state = create_state(task, optimizer, seed=0, ema=False)
     batch = next(batches(1))
     (with_panel, shown), (without, hidden) = step(state, batch, True), step(state, batch, False)
@@ -164,10 +171,26 @@ def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed():
     assert first[0] != run(steps=2)[0]
 
 
-def test_every_array_needs_a_rule():
-    mesh = meshes.create_mesh(ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
-    with pytest.raises(ValueError, match="no sharding rule matches 'params/surprise'"):
-        meshes.partition_spec("params/surprise", (3, 4), mesh)
+def test_what_no_layer_describes_stays_whole_unless_a_rule_finds_it():
+    mesh = meshes.create_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert meshes.partition_spec("params/surprise", (3, 4), mesh, {}) == PartitionSpec(None, None)
+    rules = meshes.read_rules(["surprise$=fsdp,tensor", "bias$="])
+    # A dimension that its axis does not divide stays whole, and so do those in front.
+    assert meshes.partition_spec("mu/surprise", (5, 3, 4), mesh, {}, rules) == PartitionSpec(None, None, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (("gate",), "'gate': expected a regular expression, = and for each of the last dimensions one of data, fsdp,"),
+        (("(=fsdp",), "missing \\)"),
+        (("gate=fsdp,model",), "'gate=fsdp,model': expected"),
+        (("gate=fsdp,fsdp",), "'gate=fsdp,fsdp': expected .* .each once."),
+    ],
+)
+def test_a_wrong_rule_is_refused(rules, message):
+    with pytest.raises(BadInput, match=r"config\.mesh\.rules = .*" + message):
+        meshes.read_rules(rules)
 
 
 @pytest.mark.parametrize(
