@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from sigmarep.errors import BadInput
+from sigmarep.nn.layers import Layers
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.external import is_optimizer, is_schedule
 from sigmarep.training.optimizers import create_optimizer
@@ -40,7 +41,8 @@ def trained(optimizer, steps=4):
 
 
 def created(optimizer):
-    return create_optimizer(optimizer, schedule=create_schedule(optimizer, total_steps=10), params=PARAMS)
+    schedule = create_schedule(optimizer, total_steps=10)
+    return create_optimizer(optimizer, schedule=schedule, params=PARAMS, layers=Layers({}, stacked={}))
 
 
 def rates(step):
