@@ -11,7 +11,11 @@ from sigmarep import fields
 from sigmarep.errors import BadInput
 
 # Names that fields had in earlier versions.
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "optimizer.other_learning_rate": "optimizer.non_matrix_learning_rate",
+    "optimizer.gains": "optimizer.scale_parameters",
+    "optimizer.gain_factor": "optimizer.scale_parameters_factor",
+}
 
 
 class Described(NamedTuple):
@@ -116,6 +120,22 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "config.") -> str:
         by_leaf = {each.rsplit(".", 1)[-1]: each for each in known}
         close = [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
     return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def with_current_names(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the present names of fields; nested dictionaries, changed in place."""
+    for old, new in RENAMED.items():
+        section = stored
+        *blocks, leaf = old.split(".")
+        for block in blocks:
+            section = section.get(block, {})
+        if isinstance(section, dict) and leaf in section:
+            target = stored
+            *blocks, name = new.split(".")
+            for block in blocks:
+                target = target.setdefault(block, {})
+            target[name] = section.pop(leaf)
+    return stored
 
 
 def describe(config: Any, section: fields.Section) -> list[Described]:

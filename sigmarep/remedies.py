@@ -21,10 +21,10 @@ ARMS: dict[str, dict[str, Any]] = {
     # γ starts at σ(W₀): the network at the start is the plain one.
     "sigma_start": {"model.norm": "pre", "model.reparam": "sigma", "model.gamma_init": "sigma"},
     # γ, biases and the scales of norms learn at a tenth of the rate: kernels are scale-invariant, these are not.
-    "sigma_gains": SIGMA | {"optimizer.gain_factor": 0.1},
+    "sigma_gains": SIGMA | {"optimizer.scale_parameters_factor": 0.1},
     # And with σ followed by four vectors instead of one, which large steps leave behind.
-    "sigma_steady": SIGMA | {"optimizer.gain_factor": 0.1, "model.power_vectors": 4},
-    "pre_ln_gains": PLAIN | {"optimizer.gain_factor": 0.1},
+    "sigma_steady": SIGMA | {"optimizer.scale_parameters_factor": 0.1, "model.power_vectors": 4},
+    "pre_ln_gains": PLAIN | {"optimizer.scale_parameters_factor": 0.1},
     # The rate is of no account: kernels start at next to nothing, which Ŵ does not show, outgrow it at any rate, and their
     # moments do not remember it (`optimizer.relative_gradients`).
     "sigma_free": SIGMA | {"model.init_std": 0.01, "optimizer.relative_gradients": True},

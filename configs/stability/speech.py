@@ -28,7 +28,7 @@ def get_config(text=""):
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = args["learning_rate"]
     # What is no matrix of a block: one rate in all arms, whatever the matrices' is.
-    config.optimizer.other_learning_rate = 0.01
+    config.optimizer.non_matrix_learning_rate = 0.01
     config.optimizer.warmup_steps = 10
 
     # One shape, and so one program: what lasts longer is left out.

@@ -150,7 +150,9 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     task = config.get("task", "")
     remedy = f"start from sigmarep.training.config.default_config({task!r})"
     configuration.check(config, sections(task), remedy=remedy)
-    if config.optimizer.other_learning_rate and not config.optimizer.learning_rate:
-        raise BadInput("config.optimizer.learning_rate = 0.0: expected a number above 0 beside other_learning_rate")
+    if config.optimizer.non_matrix_learning_rate and not config.optimizer.learning_rate:
+        raise BadInput(
+            "config.optimizer.learning_rate = 0.0: expected a number above 0 beside non_matrix_learning_rate"
+        )
     mesh.read_rules(config.mesh.rules)
     return ml_collections.FrozenConfigDict(ml_collections.ConfigDict(config))

@@ -15,9 +15,9 @@ makes its output, projects for pre-training or holds positions (`role`), and tha
 `spectral_bound` work on hidden matrices; all other parameters are Muon's Adam's.
 
 Under σReparam kernels are scale-invariant: a large learning rate makes them grow, and their steps relatively smaller. γ,
-biases, the scales of norms and embeddings are not. `gain_factor` multiplies the learning rate of `gains`;
-`other_learning_rate` is that of all but the hidden matrices; `relative_gradients` keeps the moments of kernels that grow
-from remembering how small they were. The README's sweeps show what they change.
+biases, the scales of norms and embeddings are not. `scale_parameters_factor` multiplies the learning rate of
+`scale_parameters`; `non_matrix_learning_rate` is that of all but the hidden matrices; `relative_gradients` keeps the
+moments of kernels that grow from remembering how small they were. The README's sweeps show what they change.
 """
 
 import operator
@@ -54,19 +54,19 @@ FIELDS: dict[str, Any] = {
         "Parameter paths left out of weight decay, and of the trust ratios of LARS and LAMB.",
         pattern=True,
     ),
-    "gains": field(
+    "scale_parameters": field(
         ("gamma$", "bias$", "scale$", "alpha$", "shift$"),
-        "Parameter paths that gain_factor applies to: γ, biases, scales and offsets of norms.",
+        "Parameter paths that scale_parameters_factor applies to: γ, biases, scales and offsets of norms.",
         pattern=True,
     ),
-    "gain_factor": field(1.0, "Factor on the learning rate of those.", at_least=0),
+    "scale_parameters_factor": field(1.0, "Factor on the learning rate of those.", at_least=0),
     "non_matrices": field(
         (),
         "Paths of kernels that are no hidden matrices, besides those whose module says so by its role: Muon leaves them to "
         "Adam, spectral_bound leaves them alone.",
         pattern=True,
     ),
-    "other_learning_rate": field(
+    "non_matrix_learning_rate": field(
         0.0,
         "Learning rate of all parameters but the hidden matrices, on the same schedule; 0: learning_rate.",
         at_least=0,
@@ -176,15 +176,15 @@ def _directions(
 
 def rate_factors(config: Any, params: Any, layers: Layers) -> Any:
     """Of every parameter its learning rate as a multiple of `learning_rate`: a tree of numbers."""
-    gains = matching(params, config.gains)
+    scales = matching(params, config.scale_parameters)
     matrices = hidden_matrices(config, layers)
 
     def factor(path, _, gain):
-        own = config.other_learning_rate and path_name(path) not in matrices
-        base = config.other_learning_rate / config.learning_rate if own else 1.0
-        return base * (config.gain_factor if gain else 1.0)
+        own = config.non_matrix_learning_rate and path_name(path) not in matrices
+        base = config.non_matrix_learning_rate / config.learning_rate if own else 1.0
+        return base * (config.scale_parameters_factor if gain else 1.0)
 
-    return jax.tree_util.tree_map_with_path(factor, params, gains)
+    return jax.tree_util.tree_map_with_path(factor, params, scales)
 
 
 def kernel_norms(params: Any, layers: Layers) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from sigmarep.configuration import flatten
+from sigmarep.configuration import flatten, with_current_names
 from sigmarep.errors import BadInput
 from sigmarep.files import write_atomically
 from sigmarep.tasks.protocol import Outputs
@@ -89,7 +89,10 @@ def stored_config(workdir: str) -> dict[str, Any]:
     path = os.path.join(workdir, "config.json")
     try:
         with open(path) as file:
-            return json.load(file)
+            stored = json.load(file)
+        if not isinstance(stored, dict):
+            raise ValueError("expected a JSON object")
+        return with_current_names(stored)
     except FileNotFoundError:
         raise BadInput(f"--workdir {workdir}: holds no run (there is no config.json)") from None
     except (OSError, ValueError) as error:

@@ -73,7 +73,7 @@ MASK = {"kernel": True, "bias": False}
         ({"name": "prodigy", "arguments": {"weight_decay": 0.3}}, optax.contrib.prodigy(rates, weight_decay=0.3)),
         # Clipping comes first, the factors of rates last.
         (
-            {"name": "optax.sgd", "clip_norm": 0.5, "gain_factor": 0.1, "arguments": {"momentum": 0.5}},
+            {"name": "optax.sgd", "clip_norm": 0.5, "scale_parameters_factor": 0.1, "arguments": {"momentum": 0.5}},
             optax.chain(
                 optax.clip_by_global_norm(0.5),
                 optax.sgd(rates, momentum=0.5),

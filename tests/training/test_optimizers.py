@@ -6,10 +6,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from sigmarep import configuration
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layer, Layers
-from sigmarep.training import durations
+from sigmarep.training import durations, optimizers, schedules
 from sigmarep.training.config import default_config
 from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import bound_spectral_norm, create_optimizer, decay_mask
@@ -222,7 +223,7 @@ def test_with_relative_gradients_steps_that_outgrow_the_start_train_alike_at_any
     def losses(rate):
         params = {"block_0": {"mlp": {"kernel": jnp.asarray(1e-3 * np.eye(8), jnp.float32), "gamma": jnp.float32(1.0)}}}
         fields = {"weight_decay": 0.0, "epsilon": 1e-20, "relative_gradients": relative}
-        made = config(name, learning_rate=rate, other_learning_rate=0.01, **fields)
+        made = config(name, learning_rate=rate, non_matrix_learning_rate=0.01, **fields)
         schedule = create_schedule(made, total_steps=60)
         optimizer = create_optimizer(made, schedule=schedule, params=params, layers=described(params))
 
@@ -254,7 +255,7 @@ def test_all_but_the_matrices_of_blocks_have_a_rate_of_their_own(name):
         new = train(config(name, weight_decay=0.0, **fields), params, [gradient])
         return jax.tree.map(np.subtract, jax.device_get(new), float32(params))
 
-    one, own = change(), change(learning_rate=RATE, other_learning_rate=RATE / 4)
+    one, own = change(), change(learning_rate=RATE, non_matrix_learning_rate=RATE / 4)
     assert jax.tree_util.tree_leaves_with_path(one)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(own), strict=True):
         matrix = path[-1].key == "kernel" and path[0].key == "encoder"
@@ -386,13 +387,13 @@ def test_gains_learn_at_their_part_of_the_rate(name):
     # Without decay the update of a parameter does not depend on where it is.
     made = config(name, weight_decay=0.0)
     plain = train(made, params, gradients)
-    made.gain_factor = 0.25
+    made.scale_parameters_factor = 0.25
     slow = train(made, params, gradients)
     start = float32(params)
     moved = [jax.tree.map(jnp.subtract, end, start) for end in (plain, slow)]
     for whole, part in zip(*map(jax.tree_util.tree_leaves_with_path, moved), strict=True):
         factor = 1.0 if whole[0][-1].key == "kernel" else 0.25
         np.testing.assert_allclose(part[1], factor * whole[1], rtol=1e-3, atol=1e-7)
-    made.gains = ("(",)
-    with pytest.raises(BadInput, match=r"config.optimizer.gains = \('\(',\)"):
-        create_optimizer(made, schedule=lambda _: RATE, params=start, layers=described(start))
+    made.scale_parameters = ("(",)
+    with pytest.raises(BadInput, match=r"config.optimizer.scale_parameters = \('\(',\)"):
+        configuration.check(made, {**schedules.FIELDS, **optimizers.FIELDS}, prefix="config.optimizer.")

@@ -278,14 +278,14 @@ def test_a_run_of_a_version_without_a_field_had_its_default(tmp_path):
     config = default_config("image_classification")
     workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1, primary_metric="accuracy")
     stored = json.loads((tmp_path / "config.json").read_text())
-    del stored["optimizer"]["gain_factor"]
+    del stored["optimizer"]["scale_parameters_factor"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    config.optimizer.gain_factor = 0.5
-    with pytest.raises(BadInput, match=r"config.optimizer.gain_factor is 1.0 there and 0.5 here"):
+    config.optimizer.scale_parameters_factor = 0.5
+    with pytest.raises(BadInput, match=r"config.optimizer.scale_parameters_factor is 1.0 there and 0.5 here"):
         workdirs.claim(
             str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1, primary_metric="accuracy"
         )
-    config.optimizer.gain_factor = 1.0
+    config.optimizer.scale_parameters_factor = 1.0
     workdirs.claim(str(tmp_path), ml_collections.FrozenConfigDict(config), {}, total_steps=1, primary_metric="accuracy")
 
 
@@ -312,3 +312,14 @@ def test_the_quickstart_reads_at_least_95_percent_of_the_test_digits(folder, mon
     accuracy = next(line for line in out.splitlines() if line.startswith("test accuracy: "))
     assert float(accuracy.split()[-1]) >= 0.95
     assert "lowest attention entropy: " in out
+
+
+def test_a_run_of_a_version_whose_fields_had_other_names_is_read(tmp_path):
+    from sigmarep.training import workdir
+
+    stored = {"task": "image_classification", "optimizer": {"other_learning_rate": 0.01, "gains": ["gamma$"]}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert workdir.stored_config(str(tmp_path))["optimizer"] == {
+        "non_matrix_learning_rate": 0.01,
+        "scale_parameters": ["gamma$"],
+    }

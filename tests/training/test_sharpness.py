@@ -34,7 +34,7 @@ def config():
 def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(config, relative):
     """Also where γ, biases and scales have half the rate, and the gradients in kernels are relative."""
     if relative:
-        config.optimizer.relative_gradients, config.optimizer.gain_factor = True, 0.5
+        config.optimizer.relative_gradients, config.optimizer.scale_parameters_factor = True, 0.5
     config.sharpness.every_steps, config.sharpness.iterations = 2, 60
     experiment = build(validate(config))
     state = experiment.create_state()
