@@ -4,9 +4,16 @@ import gc
 import os
 import tempfile
 
-# Tiny models spend their time being compiled: leave out what only makes large ones run faster.
+# Tiny models spend their time being compiled: leave out what only makes large ones run faster, the fusions' own
+# code generator (half of a step's compilation) and the splitting of a program for more cores than a worker has.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
 )
 
 import jax
