@@ -205,14 +205,19 @@ def test_an_expression_takes_a_matrix_from_muon(made):
     assert {layers.module.split("/")[-1] for layers in map(made.layers.get, taken)} == {made.names["gate"]}
 
 
-def test_updates_are_bounded_by_the_norm_of_their_own_matrix(made):
-    bound = bound_spectral_norm(0.1, made.layers)
+@pytest.mark.parametrize("arguments", [CASES[1], CASES[2]], ids=str)
+def test_updates_are_bounded_by_the_norm_of_their_own_matrix(arguments):
+    made = case(*arguments)
+    # Steps enough for random matrices, whose first singular values lie close together.
+    bound = bound_spectral_norm(0.1, hidden_matrices(optimizer(), made.layers), iterations=8)
     update, state = jax.jit(bound.update), bound.init(made.params)
     for _ in range(4):
         updates, state = update(like(made.params, 4), state, made.params)
     for part, i in made.each():
         norms = [np.linalg.norm(made.matrix(tree, part, i), 2) for tree in (updates, made.params)]
         np.testing.assert_allclose(norms[0], 0.1 * norms[1], rtol=0.1)
+    # The head is no hidden matrix.
+    np.testing.assert_array_equal(*(tree[made.names["head"]]["kernel"] for tree in (updates, like(made.params, 4))))
 
 
 def test_heads_and_hidden_units_are_spread_over_tensor_and_what_meets_them_over_fsdp(made):
@@ -237,12 +242,14 @@ def test_folding_divides_every_matrix_by_its_own_norm(made):
             made.reparam
         ]
         np.testing.assert_allclose(made.matrix(folded, part, i), weights / norm, rtol=1e-4, atol=1e-6)
-    plain = made.model.clone(reparam="none").apply({"params": folded}, X)
-    np.testing.assert_allclose(plain, made.model.apply(made.variables, X), rtol=1e-3, atol=1e-4)
+    plain = jax.jit(made.model.clone(reparam="none").apply)({"params": folded}, X)
+    np.testing.assert_allclose(plain, jax.jit(made.model.apply)(made.variables, X), rtol=1e-3, atol=1e-4)
 
 
-def test_qk_clip_scales_the_heads_of_queries_and_keys_and_nothing_else(made):
-    _, recorded = made.model.apply(made.variables, X, mutable=["attention", "spectral"])
+@pytest.mark.parametrize("arguments", [each for each in CASES if each[2] == "none"], ids=str)
+def test_qk_clip_scales_the_heads_of_queries_and_keys_and_nothing_else(arguments):
+    made = case(*arguments)
+    _, recorded = jax.jit(functools.partial(made.model.apply, mutable=["attention"]))(made.variables, X)
     largest = [np.asarray(x).reshape(-1, HEADS) for x in jax.tree.leaves(recorded["attention"])]
     largest = np.concatenate(largest)
     threshold = float(np.sort(largest.ravel())[1])

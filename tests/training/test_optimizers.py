@@ -10,8 +10,8 @@ from sigmarep import configuration
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layer, Layers
-from sigmarep.training import durations, optimizers, schedules
-from sigmarep.training.config import default_config
+from sigmarep.training import durations
+from sigmarep.training.config import default_config, validate
 from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import bound_spectral_norm, create_optimizer, decay_mask
 from sigmarep.training.schedules import create_schedule
@@ -274,9 +274,14 @@ def test_gradients_are_clipped_by_their_global_norm():
     )
 
 
-def test_a_rule_that_is_no_expression_is_refused():
-    with pytest.raises(BadInput, match=r"config\.optimizer\.no_decay"):
-        decay_mask(tree(), ("(",))
+@pytest.mark.parametrize("field", ["no_decay", "gains", "non_matrices"])
+def test_a_rule_that_is_no_expression_is_refused(field):
+    whole = default_config("image_classification")
+    whole.optimizer[field] = ("(",)
+    with pytest.raises(
+        BadInput, match=rf"config\.optimizer\.{field} = \('\(',\): expected a tuple of regular expressions"
+    ):
+        validate(whole)
 
 
 def schedule_of(name, warmup, total=100, **fields):
@@ -394,6 +399,3 @@ def test_gains_learn_at_their_part_of_the_rate(name):
     for whole, part in zip(*map(jax.tree_util.tree_leaves_with_path, moved), strict=True):
         factor = 1.0 if whole[0][-1].key == "kernel" else 0.25
         np.testing.assert_allclose(part[1], factor * whole[1], rtol=1e-3, atol=1e-7)
-    made.scale_parameters = ("(",)
-    with pytest.raises(BadInput, match=r"config.optimizer.scale_parameters = \('\(',\)"):
-        configuration.check(made, {**schedules.FIELDS, **optimizers.FIELDS}, prefix="config.optimizer.")
