@@ -181,3 +181,94 @@ def test_the_variance_of_the_logits_is_exact_over_blocks_and_masks(offset):
         for found in (by_blocks, at_once):
             expected = seen.var() if seen.size else 0.0
             np.testing.assert_allclose(found.logit_variance[index], expected, rtol=1e-2, atol=1e-6)
+
+
+def in_float64(logits, visible, sigmoid):
+    """Entropy, largest logit and variance of every query from its own logits alone, by float64 NumPy."""
+    found = np.zeros((3, *logits.shape[:-1]))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        for index in np.ndindex(logits.shape[:-1]):
+            seen = logits[index][visible[index]].astype(np.float64)
+            if not seen.size:
+                found[:, *index] = 0.0, -np.inf, 0.0
+                continue
+            p = 1 / (1 + np.exp(np.log(seen.size) - seen)) if sigmoid else np.exp(seen - seen.max())
+            p = p / p.sum()
+            found[:, *index] = -np.sum(np.where(p == 0, 0.0, p * np.log(p))), seen.max(), seen.var()
+    return found
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_those_of_numpy(value, sigmoid):
+    rng = np.random.default_rng(0)
+    query, key = (rng.normal(size=(2, n, 3, 1)).astype(np.float32) for n in (6, 11))
+    # Of one sequence a key; its logits are ±inf by the signs of the queries, which NaN and 0 have not.
+    key[0, 4] = value
+    query[0, 1, 0], query[1, 2, 1] = 0.0, np.nan
+    visible = np.broadcast_to(rng.random((2, 1, 6, 11)) < 0.7, (2, 3, 6, 11)).copy()
+    visible[0, :, 0, 4], visible[0, :, 1, 4] = False, True
+    # Two queries that see no key, one of them itself NaN; one that sees −inf alone.
+    visible[0, :, 3], visible[1, :, 3] = False, False
+    query[1, 3, 0] = np.nan
+    visible[0, :, 5], visible[0, :, 5, 4] = False, True
+    logits = np.einsum("btnh,bsnh->bnts", query, key)
+    expected = in_float64(logits, visible, sigmoid)
+    mask = jnp.asarray(visible)
+    for statistics in (
+        entropy.statistics_of_logits(jnp.asarray(logits), mask, sigmoid=sigmoid),
+        entropy.attention_statistics(query, key, mask=mask, scale=1.0, sigmoid=sigmoid),
+        entropy.attention_statistics(query, key, mask=mask, scale=1.0, sigmoid=sigmoid, block_size=2),
+    ):
+        for ours, theirs in zip(statistics, expected, strict=False):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_a_nan_stays_in_compiled_programs_of_any_size(sigmoid):
+    for shape in ((1, 1, 2, 3), (64, 4, 17, 17)):
+        logits = np.zeros(shape, np.float32)
+        logits[0, 0, 0, 1] = np.nan
+        statistics = jax.jit(lambda x: entropy.statistics_of_logits(x, sigmoid=sigmoid))(logits)
+        everywhere = jax.jit(lambda x: entropy.statistics_of_logits(x, sigmoid=sigmoid))(logits * np.nan)
+        normalised = entropy.normalised_entropy(statistics.entropy, statistics.visible)
+        for values in (*statistics[:3], normalised):
+            assert np.isnan(values[0, 0, 0])
+            assert np.isnan(values).sum() == 1
+        np.testing.assert_allclose(np.asarray(normalised).ravel()[1:], 1.0, rtol=1e-6)
+        for values in everywhere[:3]:
+            assert np.isnan(values).all()
+        lost = jax.jit(lambda x: entropy.largest(x, (0, 2)))(statistics.max_logit)
+        assert np.isnan(lost[0])
+        assert np.isnan(lost).sum() == 1
+
+
+@pytest.mark.parametrize("size", [1e30, 3e38])
+def test_the_largest_logits_of_float32_have_the_entropy_of_one_key(size):
+    query, key = np.full((1, 1, 1, 1), size, np.float32), np.asarray([1.0, -1.0, 0.5], np.float32).reshape(1, 3, 1, 1)
+    for block in (1, 3):
+        statistics = entropy.attention_statistics(query, key, scale=1.0, block_size=block)
+        assert statistics.entropy == 0.0
+        assert statistics.max_logit == np.float32(size)
+
+
+def test_fused_attention_with_a_nan_has_no_entropy():
+    query, key = inputs(12, 12, 3.0)
+    query[0, 3, 1, 0] = np.nan
+    average, lse = jax.nn.dot_product_attention(query, key, key, return_residual=True)
+    missing = np.isnan(entropy.entropy_from_lse(query, average, lse))
+    assert missing[0, 3, 1]
+    assert missing.sum() == 1
+
+
+def test_normalised_entropy_of_one_key_is_nan_only_where_its_entropy_is():
+    values = entropy.normalised_entropy(jnp.asarray([0.0, 0.0, jnp.nan, jnp.nan]), jnp.asarray([0, 1, 1, 5]))
+    np.testing.assert_array_equal(values, [1.0, 1.0, np.nan, np.nan])
+
+
+def test_bound_of_an_infinite_norm_is_zero_and_of_none_nan():
+    for tokens in (2, 10, 10**6):
+        np.testing.assert_array_equal(
+            entropy.entropy_lower_bound(jnp.asarray([jnp.inf, 3e38, 1e20, jnp.nan]), tokens), [0.0, 0.0, 0.0, np.nan]
+        )
+    np.testing.assert_array_equal(entropy.entropy_lower_bound(jnp.asarray([jnp.inf, jnp.nan]), 1), [0.0, np.nan])

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the clock, the panel's names and the diagnosis."""
+"""metrics.jsonl, the clock and the panel's names."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from sigmarep.errors import BadInput
-from sigmarep.training import divergence, metrics
+from sigmarep.training import metrics
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.progress import Clock, Progress
@@ -177,22 +177,3 @@ def test_stacked_and_unrolled_layers_have_the_same_names():
         for name in ("spectral/sigma", "spectral/norm", "spectral/stable_rank", "gradient/norm", "update/ratio")
     ] == [8.0, 9.0, 10.0, 11.0, 12.0]
     assert found["update/ratio/head"] == 13.0
-
-
-def test_divergence_is_a_loss_that_is_not_finite_or_far_above_its_start():
-    assert divergence.reason(2.0, 1.0, 3.0) is None
-    assert "nan" in divergence.reason(math.nan, 1.0, 3.0)
-    assert "more than 3 times" in divergence.reason(3.5, 1.0, 3.0)
-    assert divergence.reason(100.0, 1.0, 0.0) is None
-
-
-def test_the_diagnosis_names_the_layer_that_fell_first():
-    def row(step, first, second):
-        return {"step": step, "attention/entropy/block_0": first, "attention/entropy/block_1": second}
-
-    found = divergence.diagnose([row(1, 2.0, 2.0), row(2, 1.0, 0.09), row(3, 0.05, 0.5), row(4, 0.02, 1.0)])
-    assert found["fell"] == ["block_1", "block_0"]
-    assert "block_1 fell first, below 0.1 nats by step 2" in found["summary"]
-    assert "2 of 2 layers" in found["summary"]
-    assert "0.02 nats in block_0 at step 4" in found["summary"]
-    assert "no attention entropy fell below" in divergence.diagnose([row(1, 2.0, 1.5)])["summary"]

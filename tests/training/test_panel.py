@@ -78,3 +78,33 @@ def test_norms_of_layers_that_have_no_kernel_are_left_out():
         "mlp/up",
         "mlp/down",
     }
+
+
+def test_a_nan_in_a_kernel_stays_in_its_own_layers_metrics():
+    for reparam in ("none", "sigma", "weight"):
+        params, gradients, updates, state = trees(reparam, False)
+        kernel = params["block_0"]["mlp"]["up"]["kernel"]
+        params["block_0"]["mlp"]["up"]["kernel"] = kernel.at[0, 0].set(jnp.nan)
+        # A stored σ is that of the step, made of the kernel elsewhere.
+        state = {} if reparam == "sigma" else state
+        values = metrics(params, gradients, updates, state)
+        broken = {name for name, value in values.items() if np.isnan(value)}
+        effective = {"spectral/norm/block_0/mlp/up"} if reparam == "weight" else set()
+        assert broken - effective == {
+            f"{name}/block_0/mlp/up" for name in ("spectral/sigma", "spectral/stable_rank", "update/ratio")
+        }
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_lowest_entropy_is_nan_where_any_layers_is(order):
+    def layer(*heads):
+        names = ("entropy", "entropy_normalised", "max_logit", "qk_norm", "bound", "logit_variance")
+        return {"attention": {name: np.asarray(heads, np.float32) for name in names}}
+
+    layers = {order[0]: layer(1.0, 2.0), order[1]: layer(0.5, np.nan)}
+    values = panel_metrics({"attention": layers, "nonfinite": {"image": np.int32(2), "mask": np.int32(0)}})
+    assert np.isnan(values["attention/entropy_min"])
+    assert np.isnan(values["attention/entropy_head_min"])
+    assert np.isnan(values[f"attention/max_logit/{order[1]}"])
+    assert values[f"attention/entropy/{order[0]}"] == 1.5
+    assert {name: value for name, value in values.items() if name.startswith("data/")} == {"data/nonfinite/image": 2.0}
