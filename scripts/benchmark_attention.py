@@ -1,12 +1,13 @@
-"""Times exact attention entropy beside the attention that it describes, and measures its error.
+"""Times exact attention entropy relative to attention itself, and measures its error.
 
     python scripts/benchmark_attention.py [--tokens 512,2048,4096] [--dtype bfloat16]
 
-For each number of tokens: forward and backward of attention by XLA and, on a GPU in bfloat16, by cuDNN; the panel's
-statistics beside a fused kernel (`sigmarep.core.entropy.attention_statistics`: entropy, largest logit, variance), and
-entropy by the same fused attention once more with the keys as values (`entropy_from_lse`). All of them take turns in one
-process; printed are medians, the ratio to forward and backward of the fastest attention, temporary memory as compiled, and
-the largest error of an entropy against float64 on the CPU, for logits of ordinary size and for sharp ones.
+For each number of tokens it times forward and backward pass of attention by XLA and, on a GPU in bfloat16, by cuDNN; the
+statistics that the panel computes next to a fused kernel (`sigmarep.core.entropy.attention_statistics`: entropy, largest
+logit, variance); and entropy from one more call of the fused attention with the keys as values (`entropy_from_lse`). The
+contenders alternate in one process. Printed are medians, the ratio to forward and backward pass of the fastest attention,
+temporary memory as compiled, and the largest error of an entropy against float64 on the CPU, for ordinary and for sharp
+logits.
 """
 
 import functools
@@ -20,16 +21,16 @@ from absl import flags
 from sigmarep import command
 from sigmarep.errors import BadInput
 
-TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "4096"], "Tokens of a sequence.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences.", lower_bound=1)
-HEADS = flags.DEFINE_integer("heads", 12, "Heads, of 64 dimensions.", lower_bound=1)
+TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "4096"], "Lengths of the sequences.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Number of sequences.", lower_bound=1)
+HEADS = flags.DEFINE_integer("heads", 12, "Number of heads, of 64 dimensions each.", lower_bound=1)
 CAUSAL = flags.DEFINE_boolean("causal", False, "Causal attention.")
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Calls of each.", lower_bound=2)
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Number of timed calls of each contender.", lower_bound=2)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type of queries, keys and values.")
 
 
 def inputs(tokens: int, sharpness: float):
-    """Queries, keys and values (B, T, N, 64) of `DTYPE`; logits have about the standard deviation `sharpness`."""
+    """Queries, keys and values (B, T, N, 64) of `DTYPE`; the logits' standard deviation is about `sharpness`."""
     import jax
     import jax.numpy as jnp
 
@@ -61,14 +62,14 @@ def contenders(implementations: list[str]):
 
         return entropies
 
-    found = {f"attention, {each}": trained(each) for each in implementations}
-    found["statistics by blocks"] = lambda q, k, v: entropy.attention_statistics(q, k, is_causal=CAUSAL.value)
-    found |= {f"entropy fused, {each}": fused(each) for each in implementations}
-    return {name: jax.jit(function) for name, function in found.items()}
+    functions = {f"attention, {each}": trained(each) for each in implementations}
+    functions["statistics by blocks"] = lambda q, k, v: entropy.attention_statistics(q, k, is_causal=CAUSAL.value)
+    functions |= {f"entropy fused, {each}": fused(each) for each in implementations}
+    return {name: jax.jit(function) for name, function in functions.items()}
 
 
 def exact(q, k) -> np.ndarray:
-    """Entropy (N, T) of the first sequence in float64."""
+    """Attention entropy (N, T) of the first sequence, computed in float64."""
     q, k = (np.asarray(x[0], np.float64) for x in (q, k))
     logits = np.einsum("tnh,snh->nts", q, k) / math.sqrt(64)
     if CAUSAL.value:
@@ -104,12 +105,12 @@ def measure(tokens: int, implementations: list[str]) -> None:
     functions = contenders(implementations)
     compiled = {name: function.lower(*ordinary).compile() for name, function in functions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for turn in range(ROUNDS.value + 1):
+    for i in range(ROUNDS.value + 1):
         for name, run in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(run(*ordinary))
-            # The first turn warms up.
-            if turn:
+            # The first round is a warm-up.
+            if i:
                 seconds[name].append(time.perf_counter() - start)
     attentions = [name for name in compiled if name.startswith("attention")]
     fastest = min(attentions, key=lambda name: statistics.median(seconds[name]))
@@ -123,10 +124,11 @@ def measure(tokens: int, implementations: list[str]) -> None:
         print(line, flush=True)
 
 
-def error(run, of) -> float:
-    found = run(*of)
-    found = getattr(found, "entropy", found)
-    return float(np.max(np.abs(np.asarray(found[0], np.float64) - exact(*of[:2]))))
+def error(run, arguments) -> float:
+    """Largest error in nats of the entropies that `run` computes for the first sequence."""
+    result = run(*arguments)
+    entropy = getattr(result, "entropy", result)
+    return float(np.max(np.abs(np.asarray(entropy[0], np.float64) - exact(*arguments[:2]))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Prints how fast one thread makes features of audio: seconds of audio for each second of a processor core.
+"""Times the computation of audio features in one thread: seconds of audio per second of a processor core.
 
     python scripts/benchmark_audio.py [--seconds 10] [--utterances 20] [--repeats 15]
 
-The audio is random noise under an envelope of syllables. The ways are timed in turn; the medians over repeats are shown.
+The audio is random noise with a syllable-like envelope. Features with and without SpecAugment alternate; printed are
+medians over repeats.
 """
 
 import os
@@ -10,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-# numpy reads them once, when it is loaded.
+# numpy reads these variables when it is imported.
 os.environ.update({f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")})
 
 from absl import flags
@@ -18,8 +19,8 @@ from absl import flags
 from sigmarep import command
 
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Length of an utterance.", lower_bound=0.1)
-UTTERANCES = flags.DEFINE_integer("utterances", 20, "Utterances of a repeat.", lower_bound=1)
-REPEATS = flags.DEFINE_integer("repeats", 15, "How often each way is timed.", lower_bound=1)
+UTTERANCES = flags.DEFINE_integer("utterances", 20, "Utterances per repeat.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 15, "Number of timings of each contender.", lower_bound=1)
 
 
 def main() -> None:
@@ -40,13 +41,16 @@ def main() -> None:
             spectrum, rng, freq_masks=2, freq_width=27, time_masks=2, time_width=100, time_fraction=1.0
         )
 
-    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {"log-mel": filterbank, "log-mel and SpecAugment": augmented}
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    contenders: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "log-mel": filterbank,
+        "log-mel and SpecAugment": augmented,
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(REPEATS.value + 1):
-        for name, way in ways.items():
+        for name, function in contenders.items():
             start = time.process_time()
             for signal in signals:
-                way(signal)
+                function(signal)
             # The first round fills caches.
             if repeat:
                 speeds[name].append(SECONDS.value * len(signals) / (time.process_time() - start))
@@ -54,9 +58,8 @@ def main() -> None:
         f"{os.cpu_count()} CPU cores, 1 thread, {UTTERANCES.value} utterances of {SECONDS.value:g} s at "
         f"{filterbank.sample_rate} Hz, {filterbank.num_filters} filters, median of {REPEATS.value}"
     )
-    for name, found in speeds.items():
-        low, high = min(found), max(found)
-        print(f"{name}: {statistics.median(found):,.0f} × real time ({low:,.0f} to {high:,.0f})")
+    for name, each in speeds.items():
+        print(f"{name}: {statistics.median(each):,.0f} × real time ({min(each):,.0f} to {max(each):,.0f})")
 
 
 if __name__ == "__main__":

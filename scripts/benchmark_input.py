@@ -1,10 +1,11 @@
-"""Prints what the input pipelines of one process deliver a second: tokens of text, pictures.
+"""Measures the throughput of one process's input pipelines: tokens of text and pictures per second.
 
     python scripts/benchmark_input.py [--seconds 5] [--sequence_length 256] [--batch_tokens 8192] [--data_dir DIR]
 
-From tokenised data to batches; tokenising, done once, is timed apart. From JPEG files to batches with the augmentation of
-ImageNet's recipes. The data are those that packages bring; the pictures are scikit-learn's two photographs of 640 x 427,
-over and over, so that reading a disk or a bucket is not in it. Audio has scripts/benchmark_audio.py.
+Text goes from tokenized data to batches; tokenization, which is done once, is timed separately. Pictures go from JPEG to
+batches with the augmentation of the ImageNet recipes. The text comes from installed packages; the pictures are
+scikit-learn's two photographs of 640 x 427 over and over, so reading from a disk or bucket is not included. For audio see
+scripts/benchmark_audio.py.
 """
 
 import os
@@ -16,15 +17,15 @@ from absl import flags
 
 from sigmarep import command
 
-SECONDS = flags.DEFINE_float("seconds", 5.0, "How long to draw batches from each.")
-SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 256, "Tokens of a window.")
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens of a batch, padding included.")
+SECONDS = flags.DEFINE_float("seconds", 5.0, "Duration of each measurement.")
+SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 256, "Tokens per window.")
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens per batch, padding included.")
 THREADS = flags.DEFINE_integer("threads", 2, "Threads that make batches.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data lies; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared data; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
 
 
 def draw(stream: Iterator[Any], count: Callable[[Any], tuple[int, int]]) -> tuple[float, float]:
-    """Tokens and positions (tokens and padding) a second."""
+    """Draws batches for `SECONDS`; returns tokens and positions (tokens and padding) per second."""
     next(stream)
     tokens = positions = 0
     start = time.perf_counter()
@@ -34,8 +35,8 @@ def draw(stream: Iterator[Any], count: Callable[[Any], tuple[int, int]]) -> tupl
     return tokens / elapsed, positions / elapsed
 
 
-def tokenise(config: Any, module: Any, vocabulary: Any) -> str:
-    """How fast the training split is tokenised."""
+def tokenization_speed(config: Any, module: Any, vocabulary: Any) -> str:
+    """Times the tokenization of the training split."""
     texts = list(module.texts(config, config.train_split))
     size = sum(len(text.encode("utf-8")) for text in texts)
     start = time.perf_counter()
@@ -45,7 +46,7 @@ def tokenise(config: Any, module: Any, vocabulary: Any) -> str:
 
 
 class Photographs:
-    """Two photographs as a data set of any length, decoded at every access as TFDS decodes a file's."""
+    """Two photographs as a long data set; every access decodes a JPEG file as TFDS does."""
 
     def __init__(self) -> None:
         import importlib.resources
@@ -64,7 +65,7 @@ class Photographs:
 
 
 def pictures() -> None:
-    """From JPEG to batches for training, with and without RandAugment, mixup and CutMix."""
+    """Times the way from JPEG to training batches, with and without RandAugment, mixup and CutMix."""
     from sigmarep.data import pipeline
     from sigmarep.data.images import transforms
 
@@ -82,9 +83,9 @@ def pictures() -> None:
             pair_transform=pair_transform,
             num_threads=THREADS.value,
         )
-        found, _ = draw(stream, lambda batch: (len(batch["label"]), 0))
+        speed, _ = draw(stream, lambda batch: (len(batch["label"]), 0))
         stream.close()
-        print(f"pictures to 224 x 224, {name}: {found:,.0f} pictures/s (JPEG of 640 x 427)")
+        print(f"pictures to 224 x 224, {name}: {speed:,.0f} pictures/s (JPEG of 640 x 427)")
 
 
 def main() -> None:
@@ -105,8 +106,8 @@ def main() -> None:
         stream = pipeline.training_stream(source, batch_size=rows, seed=0, num_threads=THREADS.value)
         tokens, positions = draw(stream, lambda batch: (int(batch["weights"].sum()), batch["weights"].size))
         print(
-            f"language model, {packing}: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s "
-            f"({windows.name}, {source.num_tokens:,} tokens; tokenised at {tokenise(windows, documents, vocabulary)})"
+            f"language model, {packing}: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s ({windows.name}, "
+            f"{source.num_tokens:,} tokens; tokenization {tokenization_speed(windows, documents, vocabulary)})"
         )
 
     vocabulary = parallel.open_vocabulary(pairs)
@@ -121,7 +122,7 @@ def main() -> None:
     )
     print(
         f"translation, source and target: {tokens:,.0f} tokens/s in {positions:,.0f} positions/s "
-        f"({pairs.name}, {len(corpus):,} pairs; tokenised at {tokenise(pairs, parallel, vocabulary)})"
+        f"({pairs.name}, {len(corpus):,} pairs; tokenization {tokenization_speed(pairs, parallel, vocabulary)})"
     )
     pictures()
 

@@ -1,11 +1,11 @@
-"""Times what the panel adds to a training step: at every step, and at the interval at which it is logged by default.
+"""Times the panel's cost in a training step: at every step, and at the interval at which it is logged by default.
 
     python scripts/benchmark_panel.py [--width 384] [--depth 4] [--batch_size 32] [--rounds 15]
 
-Steps with and without the panel alternate in one process, so that a machine that slows down slows both. What is printed is
-the median over rounds, and the median and quartiles of the ratios within each round. On a CPU the seconds are those that
-its cores worked for the process, which others on the machine change less than the clock; on accelerators the clock's. The
-pictures are the digits, enlarged.
+Steps with and without the panel alternate in one process, so that a change in the machine's speed affects both. Printed
+are the median over rounds, and median and quartiles of the ratios within each round. On a CPU times are processor time,
+which other processes disturb less than wall-clock time; on accelerators they are wall-clock time. The pictures are the
+digits, enlarged.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from benchmark_step import ROUNDS, described, prepare
 
 from sigmarep import command
 
-# Norm and reparametrisation.
+# Norm and reparametrization.
 ARMS = {"pre-LN, plain": ("pre", "none"), "post-LN, σReparam": ("post", "sigma")}
 
 
@@ -32,11 +32,11 @@ def main() -> None:
         jax.block_until_ready((state, output))
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for i in range(ROUNDS.value):
-            # Which goes first changes from round to round.
+            # The order alternates between rounds.
             for panel in (False, True) if i % 2 else (True, False):
                 start = now()
                 state, output = runner.step(state, batch, panel=panel)
-                # The metrics are fetched, as for a log.
+                # Fetches the metrics, as logging does.
                 jax.block_until_ready(state)
                 jax.device_get(output)
                 seconds[panel].append(now() - start)

@@ -1,12 +1,12 @@
-"""Times one training step of the same ViT with plain layers, plain with pre-LN, and with σReparam, interleaved.
+"""Times a training step of the same ViT with plain layers, plain layers and pre-LN, and σReparam, interleaved.
 
     python scripts/benchmark_step.py [--width 384] [--depth 4] [--batch_size 32] [--rounds 15]
     python scripts/benchmark_step.py --width 768 --depth 12 --image_size 224 --patch_size 16 --batch_size 256 \
         --dtype bfloat16 --peak_tflops 989      # ViT-B/16 on an H100
 
-The steps alternate in one process, so that a machine that slows down slows all of them; what is printed is the
-median over rounds, and the median of the ratios within each round. The pictures are the digits, enlarged: the step does
-not depend on what they show. Model FLOPs are those of the matrix products of the forward pass three times.
+The models alternate in one process, so that a change in the machine's speed affects all of them. Printed are the median
+over rounds, and the median of the ratios within each round. The pictures are the digits, enlarged; their content does not
+affect the time. Model FLOPs are those of the forward pass's matrix products times three.
 """
 
 import statistics
@@ -17,18 +17,18 @@ from absl import flags
 from sigmarep import command
 
 WIDTH = flags.DEFINE_integer("width", 384, "Width; heads have 64 dimensions, the MLP four times the width.")
-DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels a side.")
-PATCH_SIZE = flags.DEFINE_integer("patch_size", 8, "Pixels a side of a patch.")
+DEPTH = flags.DEFINE_integer("depth", 4, "Number of blocks.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples per step.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Side of an image, in pixels.")
+PATCH_SIZE = flags.DEFINE_integer("patch_size", 8, "Side of a patch, in pixels.")
 ATTENTION = flags.DEFINE_string("attention", "auto", "config.model.attention_implementation.")
 PEAK = flags.DEFINE_float(
-    "peak_tflops", 0.0, "The device's dense peak for --dtype, to print the part of it that is used."
+    "peak_tflops", 0.0, "The device's dense peak for --dtype; prints the share of it that is used."
 )
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each.", lower_bound=2)
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Number of timed steps of each model.", lower_bound=2)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
 
-# Norm, reparametrisation, vectors of the power iteration.
+# Norm, reparametrization, vectors of the power iteration.
 ARMS = {
     "pre-LN, plain": ("pre", "none", 1),
     "no norm, plain": ("none", "none", 1),
@@ -39,7 +39,7 @@ ARMS = {
 
 
 def prepare(norm: str, reparam: str, power_vectors: int = 1):
-    """The experiment, its state after one step, and the step's batch."""
+    """Builds an experiment and makes one step; returns the experiment, its state and the batch."""
     import jax
 
     from sigmarep.training.config import default_config, validate
@@ -64,7 +64,7 @@ def prepare(norm: str, reparam: str, power_vectors: int = 1):
 
 
 def described() -> str:
-    """The model, the device and the rounds, in words."""
+    """Describes model, device and rounds in words."""
     import jax
 
     return (
@@ -75,12 +75,12 @@ def described() -> str:
 
 
 def tokens() -> int:
-    """Patches and the class token."""
+    """Number of tokens: the patches and the class token."""
     return (IMAGE_SIZE.value // PATCH_SIZE.value) ** 2 + 1
 
 
 def model_flops() -> float:
-    """Operations of the matrix products of a step, the backward pass counted as two forward ones."""
+    """Operations of the matrix products of a step, where the backward pass counts as two forward passes."""
     width, mlp, t = WIDTH.value, 4 * WIDTH.value, tokens()
     block = 2 * t * (4 * width * width + 2 * width * mlp) + 4 * t * t * width
     patches = 2 * (t - 1) * PATCH_SIZE.value**2 * width

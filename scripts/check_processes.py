@@ -1,11 +1,11 @@
-"""Trains the same steps on one process and on several, over several meshes, and compares the losses.
+"""Makes the same training steps in one process and in several, on several meshes, and compares the losses.
 
     python scripts/check_processes.py [--tasks image_classification,language_modeling] [--steps 50]
 
-Eight virtual CPU devices in all: one process with eight, two with four, four with two; meshes (data, fsdp, tensor) of
-(8, 1, 1), (2, 4, 1) and (2, 2, 2); pmap. The processes are real ones and talk by gloo. Small models by SGD on the digits,
-on Python's own help pages and on synthesised speech. The reference is one process with one device. Exit status: 0 if every
-loss is within --tolerance, relatively, 1 if not.
+Every layout has eight virtual CPU devices: one process with eight, two with four or four with two; meshes (data, fsdp,
+tensor) of (8, 1, 1), (2, 4, 1) and (2, 2, 2); and pmap. The processes are real and communicate by gloo. Small models are
+trained by SGD on the digits, Python's help pages and synthesized speech. The reference is one process with one device.
+Exit status: 0 if the relative difference of every loss is within --tolerance, 1 if not.
 """
 
 import json
@@ -22,12 +22,12 @@ from sigmarep import command, tasks
 from sigmarep.errors import BadInput, SigmarepError
 
 TASKS = flags.DEFINE_list("tasks", list(tasks.TASKS), "Tasks, separated by commas.")
-STEPS = flags.DEFINE_integer("steps", 50, "Steps.")
-TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "Largest relative difference of a loss that passes.")
-LAYOUTS = flags.DEFINE_list("layouts", [], "Only these, as the first column names them.")
+STEPS = flags.DEFINE_integer("steps", 50, "Number of training steps.")
+TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "Largest accepted relative difference of a loss.")
+LAYOUTS = flags.DEFINE_list("layouts", [], "Only these layouts, by their names in the first column.")
 WORKER = flags.DEFINE_string("worker", None, "Used by this script itself.")
 
-# Processes, devices of each, mesh, config.parallel.
+# A layout: number of processes, devices of each, mesh, config.parallel.
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))
 REFERENCE = (1, 1, (1, 1, 1), "jit")
 ALL = (
@@ -38,7 +38,7 @@ ALL = (
 
 
 class Differs(SigmarepError):
-    """A layout has other losses."""
+    """The losses of a layout differ from the reference."""
 
 
 def main() -> None:
@@ -57,10 +57,10 @@ def main() -> None:
             for name, layout in layouts.items():
                 if layout == REFERENCE or (LAYOUTS.value and name not in LAYOUTS.value):
                     continue
-                found = losses(task, layout, folder)
-                apart = [abs(a - b) / abs(b) for a, b in zip(found, reference, strict=True)]
-                worst = max(worst, *apart)
-                print(f"  {name:22} step 1 {apart[0]:.1e}, largest of all {max(apart):.1e}", flush=True)
+                pairs = zip(losses(task, layout, folder), reference, strict=True)
+                differences = [abs(loss - expected) / abs(expected) for loss, expected in pairs]
+                worst = max(worst, *differences)
+                print(f"  {name:22} step 1 {differences[0]:.1e}, largest of all {max(differences):.1e}", flush=True)
     if not worst <= TOLERANCE.value:
         raise Differs(f"a loss differs by {worst:.1e}, more than --tolerance = {TOLERANCE.value:g}")
 
@@ -71,12 +71,12 @@ def layout_name(layout) -> str:
 
 
 def losses(task: str, layout, folder: str) -> list[float]:
-    """The losses that every process of a layout found; they must agree to the last bit."""
+    """Trains in the processes of a layout and returns the losses, which must agree to the last bit between processes."""
     count, devices, mesh, parallel = layout
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # Tiny models spend their time being compiled.
+    # Tiny models spend most of their time in compilation.
     fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {fast}"}
     running, outputs = [], []
@@ -93,17 +93,17 @@ def losses(task: str, layout, folder: str) -> list[float]:
     for process, error in zip(running, errors, strict=True):
         if process.returncode:
             raise SigmarepError(f"{layout_name(layout)} of {task} ended with {process.returncode}: {error[-2000:]}")
-    found = []
+    losses_of = []
     for output in outputs:
         with open(output) as file:
-            found.append(json.load(file))
-    if any(each != found[0] for each in found):
+            losses_of.append(json.load(file))
+    if any(each != losses_of[0] for each in losses_of):
         raise Differs(f"{layout_name(layout)} of {task}: its processes disagree about the losses")
-    return found[0]
+    return losses_of[0]
 
 
 def work(*, task, mesh, parallel, devices, folder, index, count, port, output) -> None:
-    """One process of a layout."""
+    """Trains as one process of a layout and writes its losses to `output`."""
     import jax
 
     from sigmarep.training import processes
@@ -122,12 +122,12 @@ def work(*, task, mesh, parallel, devices, folder, index, count, port, output) -
     runner, share = experiment.runner, input_share(experiment.runner.mesh)
     state = runner.put_state(experiment.create_state())
     stream = experiment.data.train_stream(start=0, process_index=share.part, process_count=share.parts)
-    found = []
+    step_losses = []
     for _ in range(STEPS.value):
         state, result = runner.step(state, next(stream), panel=False)
-        found.append(float(result.scalars["loss"]))
+        step_losses.append(float(result.scalars["loss"]))
     with open(output, "w") as file:
-        json.dump(found, file)
+        json.dump(step_losses, file)
 
 
 def small_config(task: str, folder: str):
@@ -138,11 +138,11 @@ def small_config(task: str, folder: str):
     model = config.model
     model.depth, model.width, model.num_heads, model.mlp_dim = 2, 32, 4, 64
     model.reparam, model.norm = "sigma", "post"
-    # By SGD: what has no gradient but rounding, Adam would turn into steps.
+    # SGD, because Adam would turn the rounding of zero gradients into full steps.
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = "sgd", 0.02, "constant"
     if task == "contrastive":
-        # Batch normalisation of features that differ little makes its gradients large, and at that rate the steps chaotic:
-        # a rounding error grew sixfold a step. Larger kernels tell the pictures apart.
+        # Batch normalization of nearly equal features makes gradients large, and steps at the rate above chaotic: rounding
+        # errors grew sixfold per step. Larger kernels make the features differ.
         model.init_std, config.optimizer.learning_rate = 0.5, 1e-4
     config.data.data_dir, config.data.num_threads = os.path.join(folder, "data"), 1
     if task in ("language_modeling", "translation"):
@@ -155,15 +155,15 @@ def small_config(task: str, folder: str):
         config.data.max_source_length = config.data.max_target_length = 64
         config.data.source_feature, config.data.target_feature = "source", "target"
     if task == "speech_recognition":
-        # pmap's random numbers, which shift positions, are other than jit's.
+        # pmap and jit draw different random shifts of positions.
         model.max_global_shift = 0.0
-        # Seconds: sixteen rows of two.
+        # In seconds: sixteen rows of two.
         config.batch_size, config.data.buckets, config.data.eval_splits = 32, (2.0,), ()
     return config
 
 
 def write_text(task: str, folder: str) -> str:
-    """A folder of text from Python's help, or of its lines with the words turned round as their translations."""
+    """Writes a folder of text from Python's help; translations are its lines with the words in reverse order."""
     from pydoc_data import topics
 
     path = os.path.join(folder, task)

@@ -1,8 +1,8 @@
-"""Runs both arms of configs/collapse.py with three seeds and prints accuracy and attention entropy side by side.
+"""Trains both arms of configs/collapse.py with three seeds and prints accuracy and attention entropy.
 
     python scripts/collapse.py --workdir runs/collapse [--seeds 3] [--learning_rate 0.02] [--jobs 1]
 
-A sweep like any other: scripts/report.py reads its folder, and finished runs are not repeated.
+The runs are an ordinary sweep: scripts/report.py reads its folder, and finished runs are not repeated.
 """
 
 import os
@@ -13,9 +13,9 @@ from absl import flags
 from sigmarep import command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of each arm.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "Peak learning rate of both arms.")
-JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
+JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; half the cores by default.", lower_bound=1)
 HERE = os.path.dirname(__file__)
 CONFIG = os.path.join(HERE, "..", "configs", "collapse.py")
 

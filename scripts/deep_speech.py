@@ -1,10 +1,10 @@
-"""Do 36 post-LN blocks learn to hear without warmup? Every arm of configs/asr/deep.py with several seeds.
+"""Trains speech models of 36 post-LN blocks without warmup: every arm of configs/asr/deep.py with several seeds.
 
     python scripts/deep_speech.py --workdir runs/deep_asr [--seeds 3] [--depth 36] [--steps 300] [--jobs 1]
 
-Loss in nats a label, error rates of the test split (held-out clauses in held-out voices, synthesised), and attention
-entropy by block after the last step. A sweep like any other: scripts/report.py reads its folder, and finished runs are
-not repeated.
+Prints the loss in nats per label, error rates on the test split (held-out phrases by held-out synthetic voices), and
+attention entropy by block after the last step. The runs are an ordinary sweep: scripts/report.py reads its folder, and
+finished runs are not repeated.
 """
 
 import os
@@ -15,16 +15,16 @@ from absl import flags
 from sigmarep import command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
-DEPTH = flags.DEFINE_integer("depth", 36, "Blocks.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=20)
-JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of each arm.", lower_bound=1)
+DEPTH = flags.DEFINE_integer("depth", 36, "Number of blocks.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 300, "Number of training steps.", lower_bound=20)
+JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; half the cores by default.", lower_bound=1)
 HERE = os.path.dirname(__file__)
 CONFIG = os.path.join(HERE, "..", "configs", "asr", "deep.py")
 
 
 def layers() -> list[int]:
-    """The blocks that are shown: every sixth of them, the first and the last."""
+    """Indices of the blocks to print: seven, evenly spaced from the first to the last."""
     return sorted({round(i * (DEPTH.value - 1) / 6) for i in range(7)})
 
 

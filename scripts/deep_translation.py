@@ -1,11 +1,12 @@
-"""Do 100 + 100 blocks train? Every arm of configs/mt/deep.py with several seeds: loss, entropy per layer, compile time.
+"""Trains translation models of 100 + 100 blocks: every arm of configs/mt/deep.py with several seeds.
 
     python scripts/deep_translation.py --workdir runs/deep [--seeds 3] [--depth 100] [--steps 200]
 
-The loss, −ln p a token without label smoothing, is the mean of what was logged in the last quarter of the steps; above
-the table stands that of the best guess without any context, the entropy of the training tokens. A sweep like any other:
-scripts/report.py reads its folder, and finished runs are not repeated. At the end, the time to compile the training step
-at this depth and at 6 + 6 blocks, by turns.
+The loss, −ln p per token without label smoothing, is averaged over quarters of the logged steps. For comparison the loss
+of the best guess without context is printed, which is the entropy of the training tokens' distribution. Then follow the
+attention entropies by block after the last step, and the times to compile the training step at this depth and at 6 + 6
+blocks, alternately. The runs are an ordinary sweep: scripts/report.py reads its folder, and finished runs are not
+repeated.
 """
 
 import os
@@ -17,11 +18,11 @@ from absl import flags
 from sigmarep import command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
-DEPTH = flags.DEFINE_integer("depth", 100, "Blocks of the encoder and of the decoder.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 200, "Training steps.", lower_bound=20)
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Compilations of each depth; 0 for none.", lower_bound=0)
-JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of each arm.", lower_bound=1)
+DEPTH = flags.DEFINE_integer("depth", 100, "Number of blocks of the encoder and of the decoder.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 200, "Number of training steps.", lower_bound=20)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of compilations of each depth; 0 for none.", lower_bound=0)
+JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; half the cores by default.", lower_bound=1)
 HERE = os.path.dirname(__file__)
 CONFIG = os.path.join(HERE, "..", "configs", "mt", "deep.py")
 KINDS = {
@@ -32,7 +33,7 @@ KINDS = {
 
 
 def context_free_loss(data) -> float:
-    """The entropy of the distribution of training tokens, ends of sentences among them, in nats."""
+    """Entropy of the distribution of target tokens in training, including ends of sentences, in nats."""
     import numpy as np
 
     from sigmarep.data.text.vocabulary import EOS
@@ -58,7 +59,7 @@ def compile_seconds(module, depth: int) -> float:
 
 
 def layers() -> list[int]:
-    """The blocks that are shown: every tenth of them, the first and the last."""
+    """Indices of the blocks to print: eleven, evenly spaced from the first to the last."""
     return sorted({round(i * (DEPTH.value - 1) / 10) for i in range(11)})
 
 

@@ -1,9 +1,9 @@
-"""Lowers the temperature of attention in mid-training and shows entropy and sharpness, plain pre-LN beside σReparam.
+"""Lowers the attention temperature in mid-training and prints entropy and sharpness, with plain pre-LN and with σReparam.
 
     python scripts/intervention.py --workdir runs/intervention [--seeds 3] [--temperature 0.1] [--plot intervention.png]
 
-Runs both arms of configs/stability/intervention.py. Before and after are the means of what was logged in the last 25 steps
-before the intervention and the first 25 after it. A sweep like any other: scripts/report.py reads its folder, and finished
+Trains both arms of configs/stability/intervention.py. "Before" and "after" are means over the last 25 steps before the
+intervention and the first 25 after it. The runs are an ordinary sweep: scripts/report.py reads its folder, and finished
 runs are not repeated. A plot needs matplotlib: pip install "sigmarep[report]".
 """
 
@@ -17,10 +17,10 @@ from sigmarep import command
 from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.1, "What the temperature is multiplied by.")
-JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
-PLOT = flags.DEFINE_string("plot", None, "Also draws the first seed of both arms into this file.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of each arm.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.1, "Factor on the attention temperature.")
+JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; half the cores by default.", lower_bound=1)
+PLOT = flags.DEFINE_string("plot", None, "File to draw a plot of the first seed of both arms into.")
 HERE = os.path.dirname(__file__)
 CONFIG = os.path.join(HERE, "..", "configs", "stability", "intervention.py")
 SHOWN = {
@@ -43,9 +43,9 @@ def draw(path: str, runs, step: int) -> None:
 
     figure = Figure(figsize=(8, 8), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
-    for colour, (arm, rows) in zip(("#d95f02", "#1b6ca8"), runs.items(), strict=True):
+    for color, (arm, rows) in zip(("#d95f02", "#1b6ca8"), runs.items(), strict=True):
         for axes, name in zip(panels, ("sharpness/preconditioned", "attention/entropy_min", "train/loss"), strict=True):
-            axes.plot(*series(rows, name), color=colour, label=arm)
+            axes.plot(*series(rows, name), color=color, label=arm)
         limit = series(rows, "sharpness/preconditioned_threshold")
     panels[0].plot(*limit, "k:", label="threshold (2 + 2β₁)/((1 − β₁)η)")
     panels[0].set(yscale="log", ylabel="largest eigenvalue,\npreconditioned Hessian")
@@ -63,7 +63,7 @@ def draw(path: str, runs, step: int) -> None:
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
-    # Before the runs, not after them.
+    # Checked before the runs rather than after them.
     if PLOT.value and importlib.util.find_spec("matplotlib") is None:
         raise BadInput('--plot: needs matplotlib; pip install "sigmarep[report]"')
     from sigmarep import sweeps

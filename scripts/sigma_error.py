@@ -1,9 +1,9 @@
-"""How closely the power iteration follows the spectral norms while a model trains, by number of power vectors.
+"""Measures the error of the power iteration's spectral norms during training, by number of power vectors.
 
     python scripts/sigma_error.py --config configs/quickstart.py [--steps 200] [--power_vectors 1,4,16]
 
-Compares the stored σ of every layer with the float64 SVD of the kernel it was taken of, every tenth step, and prints the
-relative errors.
+Every tenth step the stored σ of each layer is compared with a float64 SVD of the kernel that it was computed from. Printed
+are the relative errors.
 """
 
 import statistics
@@ -13,7 +13,7 @@ from absl import flags
 from sigmarep import command
 
 CONFIG = command.define_config_flag()
-STEPS = flags.DEFINE_integer("steps", 200, "Training steps.", lower_bound=10)
+STEPS = flags.DEFINE_integer("steps", 200, "Number of training steps.", lower_bound=10)
 POWER_VECTORS = flags.DEFINE_list("power_vectors", ["1", "4", "16"], "Numbers of power vectors to compare.")
 
 
@@ -43,7 +43,7 @@ def main() -> None:
         stream = experiment.data.train_stream(start=0, process_index=0, process_count=1)
         worst, last = 0.0, [0.0]
         for step, batch in zip(range(1, STEPS.value + 1), stream, strict=False):
-            # σ is that of the kernel before the update.
+            # The step stores σ of the kernel before the update.
             kernels = jax.device_get(experiment.runner.get_state(state).params) if step % 10 == 0 else None
             state, _ = experiment.runner.step(state, batch, panel=False)
             if kernels is not None:

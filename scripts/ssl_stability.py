@@ -1,10 +1,10 @@
-"""The four arms of the paper's self-supervised comparison at a raised learning rate, several seeds each, on real digits.
+"""Trains the four arms of the paper's self-supervised comparison on digits, at a raised learning rate, with several seeds.
 
     python scripts/ssl_stability.py --workdir runs/ssl_stability [--seeds 3] [--learning_rate 0.01] [--epochs 10]
 
-Every arm is configs/ssl/quickstart.py with one word changed, logged at every step. A sweep like any other:
+Every arm is configs/ssl/quickstart.py with its argument `arm`, logged at every step. The runs are an ordinary sweep:
 scripts/report.py reads its folder, and finished runs are not repeated. A loss spike is a stretch of steps whose loss is
-more than a tenth above the mean of the twenty before it.
+more than a tenth above the mean of the twenty losses before it.
 """
 
 import os
@@ -15,10 +15,10 @@ from absl import flags
 from sigmarep import command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of each arm.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.01, "Peak learning rate of all arms.")
-EPOCHS = flags.DEFINE_float("epochs", 10.0, "Epochs of every run.")
-JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; half the cores if not given.", lower_bound=1)
+EPOCHS = flags.DEFINE_float("epochs", 10.0, "Length of every run in epochs.")
+JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; half the cores by default.", lower_bound=1)
 HERE = os.path.dirname(__file__)
 CONFIG = os.path.join(HERE, "..", "configs", "ssl", "quickstart.py")
 FIRST_BLOCK = "attention/entropy/vit/encoder/block_0"
@@ -26,14 +26,14 @@ WINDOW, MARGIN = 20, 0.1
 
 
 def spikes(losses: list[float]) -> int:
-    """Stretches of losses more than `MARGIN` above the mean of the `WINDOW` before each stretch."""
+    """Counts stretches of losses that exceed the mean of the `WINDOW` losses before the stretch by more than `MARGIN`."""
     count, high = 0, False
     calm: list[float] = []
     for loss in losses:
         above = len(calm) >= WINDOW and not loss <= (1 + MARGIN) * statistics.mean(calm[-WINDOW:])
         count += above and not high
         high = above
-        # Losses inside a spike do not raise the level that later ones are compared with.
+        # Losses of a spike do not raise the mean that later losses are compared with.
         if not above:
             calm.append(loss)
     return count

@@ -1,17 +1,17 @@
-"""Makes every run of a configuration file's `sweep()`, here or on a cluster.
+"""Makes every run of a configuration file's `sweep()`, on this machine or on a cluster.
 
     python scripts/sweep.py --config configs/stability/vit.py --workdir runs/stability_vit [--jobs 2] [--dry_run]
     python scripts/sweep.py … --launcher slurm --option gpus-per-node=1 --option time=12:00:00
     python scripts/sweep.py … --launcher skypilot --option accelerators=tpu-v5litepod-16 --option bucket=gs://NAME
     python scripts/sweep.py … --table
 
-Each run is scripts/train.py in a folder of its own, with its output in log.txt. Runs that are done or diverged are not
-made again; those that failed or were stopped are. Programs that differ in nothing are compiled once
-(JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints exactly what would be
-written and run, `--table` what became of the runs so far. See docs/launch.md.
+Each run is a call of scripts/train.py with its own folder, where log.txt has its output. Runs that are done or diverged
+are not repeated; runs that failed or were stopped are. Runs share compiled programs (JAX_COMPILATION_CACHE_DIR). On a
+machine with one accelerator use --jobs 1. `--dry_run` prints the files and commands of a launch without writing or
+running anything; `--table` prints the states of the runs. See docs/launch.md.
 
-Exit status: 0 if every run is done or diverged, or was handed to the cluster; 1 if one failed; 143 if stopped, by
-Ctrl-C too: the runs save their states first.
+Exit status: 0 if every run is done or diverged, or was submitted to the cluster; 1 if a run failed; 143 if stopped by
+SIGTERM or Ctrl-C, after the runs have saved their states.
 """
 
 import collections
@@ -26,14 +26,14 @@ from sigmarep.errors import BadInput
 
 CONFIG = flags.DEFINE_string("config", None, "Configuration file with a function sweep().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-JOBS = flags.DEFINE_integer("jobs", None, "Runs at a time; here half the cores if not given.", lower_bound=1)
-DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Prints the commands and runs none.")
-LAUNCHER = flags.DEFINE_enum("launcher", "local", launchers.LAUNCHERS, "Where the runs are made.")
+JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; locally half the cores by default.", lower_bound=1)
+DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the commands without running them.")
+LAUNCHER = flags.DEFINE_enum("launcher", "local", launchers.LAUNCHERS, "This machine, or the kind of cluster.")
 OPTION = flags.DEFINE_multi_string(
-    "option", [], "Of the launcher, as name=value: any option of sbatch; accelerators, bucket, … of SkyPilot."
+    "option", [], "Option of the launcher, name=value: any option of sbatch; for SkyPilot accelerators, bucket, …"
 )
-RUN = flags.DEFINE_integer("run", None, "Makes only the run of this number, from 0; what the launchers start.")
-TABLE = flags.DEFINE_boolean("table", False, "Prints what became of the runs and makes none.")
+RUN = flags.DEFINE_integer("run", None, "Make only the run of this number, from 0; used by the launchers.")
+TABLE = flags.DEFINE_boolean("table", False, "Print the states of the runs without making any.")
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def launch(runs, path: str, workdir: str) -> None:
-    """Hands the runs that are not final to the cluster."""
+    """Submits the runs that are not finished to the cluster."""
     from sigmarep import sweeps
 
     record, given = sweeps.read_record(workdir), launchers.options(OPTION.value)

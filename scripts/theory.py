@@ -1,12 +1,12 @@
-"""The paper's two statements as numbers: Theorem 3.1 (what=bound) and Proposition 3.2 (what=updates).
+"""Verifies two statements of the paper numerically: Theorem 3.1 (--what bound) and Proposition 3.2 (--what updates).
 
     python scripts/theory.py --what bound [--draws 300] [--plot bound.png]
     python scripts/theory.py --what updates [--plot updates.png]
 
-bound: with T tokens and s = ‖W_K W_Qᵀ‖₂·‖X Xᵀ‖₂, the lower bound of attention entropy, the entropy of the extremal inputs
-that attain it, and the lowest of random inputs of the same s (many directions, spread and concentrated).
-updates: the spectral norm of an update of a w × w matrix under a constant gradient of rank one with noise: its entries are
-of size 1 and the noise `noise` times that. The exponent is the slope of ln ‖Δ‖₂ in ln w.
+bound: for T tokens and s = ‖W_K W_Qᵀ‖₂·‖X Xᵀ‖₂, the lower bound of attention entropy, the entropy of the extremal inputs
+that attain it, and the lowest entropy of random inputs with the same s, whose logits are spread or concentrated.
+updates: the spectral norm of an update of a w × w matrix under a constant gradient of rank one, with entries of size about
+1, plus noise of relative size `noise`. The exponent is the slope of ln ‖Δ‖₂ over ln w.
 A plot needs matplotlib: pip install "sigmarep[report]".
 """
 
@@ -15,9 +15,9 @@ from absl import flags
 from sigmarep import command
 from sigmarep.errors import BadInput
 
-WHAT = flags.DEFINE_enum("what", "bound", ["bound", "updates"], "Which of the two.")
-DRAWS = flags.DEFINE_integer("draws", 300, "Random inputs for each T and s.", lower_bound=1)
-PLOT = flags.DEFINE_string("plot", None, "Also draws it into this file.")
+WHAT = flags.DEFINE_enum("what", "bound", ["bound", "updates"], "The statement to verify.")
+DRAWS = flags.DEFINE_integer("draws", 300, "Number of random inputs for each T and s.", lower_bound=1)
+PLOT = flags.DEFINE_string("plot", None, "File to draw a plot into.")
 TOKENS = (2, 8, 64, 197)
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 WIDTHS = (64, 128, 256, 512)
@@ -26,8 +26,10 @@ STEPS = 100
 
 
 def extremal_entropy(tokens: int, sigma: float) -> float:
-    """The entropy of the row whose logits attain the bound: X = I, W_K W_Qᵀ = s·e₁wᵀ with w the unit vector of one winner
-    and equal others."""
+    """Entropy of the attention row that attains the bound.
+
+    Here X = I and W_K W_Qᵀ = s·e₁wᵀ, where w is the unit vector of zero sum whose elements are equal except the first.
+    """
     import numpy as np
 
     w = np.full(tokens, -1 / np.sqrt(tokens * (tokens - 1)))
@@ -38,14 +40,14 @@ def extremal_entropy(tokens: int, sigma: float) -> float:
 
 
 def random_entropy(tokens: int, sigma: float, draws: int, seed: int = 0) -> float:
-    """The lowest entropy of any row of `draws` random inputs whose logit operator has the norm `sigma`."""
+    """Lowest attention entropy of any row of `draws` random inputs whose logit operator has the norm `sigma`."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
     lowest = np.inf
     for draw in range(draws):
         width = int(rng.integers(1, 17))
-        # Few directions concentrate the logits, many spread them.
+        # Few dominant directions concentrate the logits, many spread them.
         scales = np.exp(rng.normal(size=width) * (draw % 4))
         x = rng.normal(size=(tokens, width)) * scales
         w = rng.normal(size=(width, width)) * scales[:, None]
@@ -69,7 +71,7 @@ def bound_table() -> list[tuple[int, float, float, float, float]]:
 
 
 def update_norms(width: int, noise: float) -> dict[str, float]:
-    """‖Δ‖₂ of the last update of each optimizer, per unit of learning rate, and the proposition's bound."""
+    """‖Δ‖₂ of each optimizer's last update, divided by the learning rate, and the proposition's bound."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -77,7 +79,7 @@ def update_norms(width: int, noise: float) -> dict[str, float]:
     import optax.contrib
 
     rng = np.random.default_rng(width)
-    # Rank one with entries ±1 times a spread of sizes.
+    # Rank one; the entries have random signs and sizes around 1.
     mean = np.outer(*(rng.choice([-1.0, 1.0], width) * rng.uniform(0.5, 1.5, width) for _ in range(2)))
     spread = noise * np.mean(np.abs(mean))
     ideal = mean / np.sqrt(mean**2 + spread**2)
@@ -100,7 +102,7 @@ def update_norms(width: int, noise: float) -> dict[str, float]:
 
 
 def figure(path: str, draw) -> None:
-    """Makes a figure of one panel, lets `draw(axes)` fill it, and writes it."""
+    """Writes a figure of one panel, which `draw(axes)` fills."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -134,9 +136,9 @@ def show_bound() -> None:
 
     def draw(axes):
         for i, tokens in enumerate(TOKENS):
-            found = [row for row in rows if row[0] == tokens]
+            lowest = [row[4] for row in rows if row[0] == tokens]
             axes.plot(smooth, entropy_lower_bound(smooth, tokens), color=f"C{i}", label=f"bound, T = {tokens}")
-            axes.plot(SIGMAS, [row[4] for row in found], "o", color=f"C{i}", mfc="none", label="lowest random")
+            axes.plot(SIGMAS, lowest, "o", color=f"C{i}", mfc="none", label="lowest random")
         axes.set(xlabel="s = ‖W_K W_Qᵀ‖₂·‖X Xᵀ‖₂", ylabel="attention entropy, nats")
         axes.legend(fontsize="small", ncols=2)
 

@@ -1,8 +1,8 @@
-"""Trains the vocabulary of a configuration's text and writes it to a file.
+"""Trains a vocabulary on a configuration's text and writes it to a file.
 
     python scripts/train_vocabulary.py --config configs/lm/quickstart.py --output FILE [--config.data.vocabulary.size=…]
 
-Training does so by itself; a file of one's own is for sharing one vocabulary between data sets or runs:
+scripts/train.py trains a vocabulary by itself. A file is for sharing one between data sets or runs:
 --config.data.vocabulary.file=FILE.
 """
 
@@ -16,7 +16,7 @@ from sigmarep.errors import BadInput
 from sigmarep.files import write_atomically
 
 CONFIG = command.define_config_flag()
-OUTPUT = flags.DEFINE_string("output", None, "File to write.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write the vocabulary to.")
 
 
 def main() -> None:

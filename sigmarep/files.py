@@ -1,4 +1,4 @@
-"""Files that several processes share: atomic writes, and locks."""
+"""Atomic writes and locks for files that several processes share."""
 
 import contextlib
 import fcntl
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 
 def write_atomically(path: str, content: bytes | str, *, sync: bool = False) -> None:
-    """Replaces the file at `path`: a reader sees the old content or the new one, never a part.
+    """Replaces a file so that readers see either the old or the new content, never a part of it.
 
     Args:
+      path: the file.
       content: bytes, or text that is written as UTF-8.
-      sync: return only once the content is on the disk.
+      sync: returns only when the content is on disk.
 
     Raises:
       OSError: the folder is missing or cannot be written.
@@ -32,10 +33,10 @@ def write_atomically(path: str, content: bytes | str, *, sync: bool = False) -> 
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
-    """Holds the lock of `path`, the file `<path>.lock` beside it; waits while another process holds it.
+    """Holds the lock of `path`, a file `<path>.lock`, and waits while another process holds it.
 
     Raises:
-      OSError: the folder cannot be made or written.
+      OSError: the folder cannot be created or written.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.lock", "w") as file:

@@ -1,7 +1,7 @@
-"""The runs of a sweep on a cluster: a Slurm job array, or SkyPilot managed jobs. Nothing here schedules anything itself.
+"""Launch of a sweep's runs on a cluster, as a Slurm job array or as SkyPilot managed jobs.
 
-Both start `scripts/sweep.py … --run NUMBER` on the machines of a run, which makes that one run and notes what became of
-it in the sweep's record. A run that is told to stop saves its state and ends with 143, and is queued again.
+Both start `scripts/sweep.py … --run NUMBER` on the machines of a run, which makes that run and notes its outcome in the
+sweep's record. A run that is preempted saves its state, exits with 143, and is queued again by the cluster.
 """
 
 import json
@@ -17,32 +17,32 @@ from typing import Any, NamedTuple
 from sigmarep.errors import BadInput
 
 LAUNCHERS = ("local", "slurm", "skypilot")
-# The coordinator's port where SkyPilot tells the hosts of each other; Slurm's and TPU slices' JAX finds out by itself.
+# Port of the coordinator under SkyPilot. On Slurm and on TPU slices JAX finds the coordinator by itself.
 PORT = 8476
 SECONDS_TO_SAVE = 120
 SKYPILOT_OPTIONS = {"accelerators": "tpu-v5litepod-16", "num_nodes": "1", "use_spot": "true", "bucket": "", "setup": ""}
 
 
 class Launch(NamedTuple):
-    """`files` to write, by path, and the `commands` to run after that."""
+    """Files to write, as contents by path, and the commands to run afterwards."""
 
     files: dict[str, str]
     commands: list[list[str]]
 
 
 def options(pairs: Sequence[str]) -> dict[str, str]:
-    """Reads `name=value` and `name`.
+    """Parses options of the form `name=value` or `name`.
 
     Raises:
-      BadInput: a name has other characters than letters, digits, - and _.
+      BadInput: a name has characters other than letters, digits, - and _, or a value has a line break.
     """
-    found = {}
+    values = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         if not re.fullmatch(r"[A-Za-z][\w-]*", name) or "\n" in value:
             raise BadInput(f"--option {pair!r}: expected name=value, or name alone")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def slurm(
@@ -55,11 +55,15 @@ def slurm(
     given: dict[str, str],
     imports: Sequence[str] = (),
 ) -> Launch:
-    """A job array of the runs `numbers`, `jobs` of them at a time, or as many as there is room for.
+    """Prepares a Slurm job array.
 
     Args:
-      config: the configuration file. script: scripts/sweep.py.
-      given: options of sbatch, without their dashes, such as {"gpus-per-node": "8", "nodes": "2"}.
+      config: the configuration file.
+      workdir: folder of the sweep.
+      numbers: numbers of the runs, increasing.
+      script: path of scripts/sweep.py.
+      jobs: largest number of runs at a time; None for no limit.
+      given: options of sbatch without their dashes, such as {"gpus-per-node": "8", "nodes": "2"}.
       imports: values of the script's flag --import.
     """
     workdir = os.path.abspath(workdir)
@@ -69,7 +73,7 @@ def slurm(
         "requeue": "",
         "open-mode": "append",
         "output": os.path.join(workdir, "slurm-%a.log"),
-        # Before its time ends a run is told to save.
+        # Tells a run to save before its time limit.
         "signal": f"TERM@{SECONDS_TO_SAVE}",
         **given,
     }
@@ -84,7 +88,7 @@ def slurm(
             *(f"#SBATCH --{name}" + (f"={value}" if value else "") for name, value in lines.items()),
             f'srun {run} --run "$SLURM_ARRAY_TASK_ID"',
             "status=$?",
-            "# Stopped, and the state is saved: to be gone on with.",
+            "# Stopped with a saved state: queue the run again.",
             'if [ "$status" -eq 143 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi',
             'exit "$status"',
             "",
@@ -102,16 +106,18 @@ def skypilot(
     given: dict[str, str],
     imports: Sequence[str] = (),
 ) -> Launch:
-    """A managed job for each of the runs `numbers`, which SkyPilot starts again elsewhere when its machines are taken.
+    """Prepares one SkyPilot managed job per run; SkyPilot restarts a preempted job on other machines.
 
     Args:
-      config: the configuration file, below the current folder, which is copied to the machines.
-      workdir: of the sweep on the machines; below the mounted bucket.
-      given: see `SKYPILOT_OPTIONS`.
-      imports: values of the script's flag --import, paths of which are below the current folder too.
+      config: the configuration file. It must be below the current folder, which is copied to the machines.
+      workdir: folder of the sweep; its last part names the folder in the mounted bucket.
+      numbers: numbers of the runs.
+      names: names of the runs.
+      given: options, see `SKYPILOT_OPTIONS`.
+      imports: values of the script's flag --import; paths among them must be below the current folder too.
 
     Raises:
-      BadInput: an unknown option, no bucket, or a file that would not be copied.
+      BadInput: an option is unknown or invalid, there is no bucket, or a file would not be copied.
     """
     unknown = sorted(set(given) - set(SKYPILOT_OPTIONS))
     if unknown:
@@ -123,7 +129,7 @@ def skypilot(
         raise BadInput("--option num_nodes, use_spot: expected a number, and true or false")
     relative = os.path.relpath(config)
     if relative.startswith(".."):
-        raise BadInput(f"--config {config}: expected a file below the current folder, which is what is copied")
+        raise BadInput(f"--config {config}: expected a file below the current folder, which is copied to the machines")
     mounted = f"/runs/{os.path.basename(os.path.abspath(workdir))}"
     tpu = values["accelerators"].startswith("tpu")
     extra = "jax[tpu]" if tpu else "jax[cuda13]"
@@ -141,7 +147,7 @@ def skypilot(
         "setup": "\n".join([f'pip install "{extra}" -e ".[text,speech]"', *filter(None, [values["setup"]])]),
         "run": "\n".join(
             [
-                # On a TPU slice its hosts are the nodes.
+                # The nodes of a TPU slice are its hosts.
                 f'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"',
                 'export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"',
                 '[ "$SKYPILOT_NUM_NODES" -gt 1 ] || unset JAX_COORDINATOR_ADDRESS',
@@ -155,12 +161,12 @@ def skypilot(
         ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", _job_name(name), "--env", f"RUN={number}", path]
         for number, name in zip(numbers, names, strict=True)
     ]
-    # JSON is YAML too, and needs no library to be written right.
+    # JSON is valid YAML, and the standard library can write it.
     return Launch({path: json.dumps(task, indent=2) + "\n"}, commands)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as Slurm writes them: 0-3,5."""
+    """Formats increasing numbers for Slurm: 0-3,5."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -180,7 +186,7 @@ def _job_name(name: str) -> str:
 
 
 def show(launch: Launch) -> str:
-    """What `submit` would write and run."""
+    """Describes the files that `submit` would write and the commands that it would run."""
     files = [f"# {path}\n{text}" for path, text in launch.files.items()]
     return "\n".join([*files, *(shlex.join(command) for command in launch.commands)])
 
@@ -189,11 +195,11 @@ def submit(launch: Launch) -> None:
     """Writes the files and runs the commands.
 
     Raises:
-      BadInput: a file cannot be written, the cluster's command is not there, or it refuses.
+      BadInput: a file cannot be written, or the cluster's command is missing or fails.
     """
     for command in launch.commands:
         if shutil.which(command[0]) is None:
-            raise BadInput(f"{command[0]}: there is no such command here; --dry_run prints what would be run")
+            raise BadInput(f"{command[0]}: there is no such command on this machine; --dry_run prints the commands")
     for path, text in launch.files.items():
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -204,4 +210,4 @@ def submit(launch: Launch) -> None:
     for command in launch.commands:
         status = subprocess.run(command, check=False).returncode
         if status:
-            raise BadInput(f"{shlex.join(command)}: ended with {status}")
+            raise BadInput(f"{shlex.join(command)}: failed with status {status}")

@@ -1,7 +1,8 @@
-"""Many runs of one configuration file: which there are, and what became of each.
+"""Sweeps: the runs of one configuration file, their execution, and the record of their outcomes.
 
-A file's `sweep()` returns points. A point maps a name to a value: `arm` is an argument of the file, behind its colon;
-`config.optimizer.learning_rate` is a field. `values`, `product`, `zipped` and `seeds` make lists of points:
+A file's `sweep()` returns points. A point maps names to values: a name such as `arm` is an argument of the file, given
+after its colon; a name such as `config.optimizer.learning_rate` is a field. `values`, `product`, `zipped` and `seeds` make
+lists of points:
 
     def sweep():
         return product(values("arm", "pre_ln", "sigma"), values("learning_rate", 1e-3, 1e-2), seeds(3))
@@ -27,39 +28,39 @@ from sigmarep.training.metrics import read_metrics
 from sigmarep.training.stopped import stopped_early
 
 Point = dict[str, Any]
-# What a run's exit status says of it.
+# State of a run by its exit status.
 STATES = {
     0: "done",
     Diverged.exit_status: "diverged",
     BadInput.exit_status: "bad input",
     Stopped.exit_status: "stopped",
-    # Before its first step and after its last one a run has nothing to save, and SIGTERM simply ends it.
+    # SIGTERM before the first step or after the last, when there is nothing to save.
     -signal.SIGTERM: "stopped",
 }
-# That of a run which a callback ended; its exit status is 0.
+# State of a run that was ended by a callback; its exit status is 0.
 STOPPED_EARLY = "stopped early"
-# Such runs are not made again.
+# Runs in these states are not repeated.
 FINAL = ("done", STOPPED_EARLY, "diverged")
 RECORD = "sweep.json"
 
 
 def values(name: str, *each: Any) -> list[Point]:
-    """One point for each value."""
+    """Makes one point per value."""
     return [{name: value} for value in each]
 
 
 def seeds(count: int) -> list[Point]:
-    """One point for each of the seeds 0, 1, …"""
+    """Makes one point per seed 0, 1, …"""
     return values("config.seed", *range(count))
 
 
 def product(*lists: Iterable[Point]) -> list[Point]:
-    """Every combination of one point of each list; the last list changes fastest."""
+    """Combines every point of each list with every point of the others; the last list varies fastest."""
     return [{k: v for point in points for k, v in point.items()} for points in itertools.product(*lists)]
 
 
 def zipped(*lists: Sequence[Point]) -> list[Point]:
-    """The first points of all lists together, the second ones, and so on.
+    """Combines the first points of all lists, then the second points, and so on.
 
     Raises:
       ValueError: the lists have different lengths.
@@ -67,8 +68,8 @@ def zipped(*lists: Sequence[Point]) -> list[Point]:
     return [{k: v for point in points for k, v in point.items()} for points in zip(*lists, strict=True)]
 
 
-class Run(NamedTuple):
-    """`name` of its folder, the `point`, and the `command` that trains it."""
+class PlannedRun(NamedTuple):
+    """A run of a sweep: the name of its folder, its point, and the command that trains it."""
 
     name: str
     point: Point
@@ -76,7 +77,13 @@ class Run(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A final run: its `point`, its `state` (one of `FINAL`), and `rows`, its metrics in the order of the steps."""
+    """A finished run.
+
+    Attributes:
+      point: its point of the sweep.
+      state: one of `FINAL`.
+      rows: its rows of metrics, in the order of steps.
+    """
 
     point: Point
     state: str
@@ -84,58 +91,61 @@ class Outcome(NamedTuple):
 
     @property
     def logged(self) -> list[dict[str, Any]]:
-        """The rows of training steps."""
+        """Rows of training steps."""
         return [row for row in self.rows if "train/loss" in row]
 
     @property
     def evaluation(self) -> dict[str, float]:
-        """The last evaluation, {} if the run diverged."""
+        """Metrics of the last evaluation; {} if the run diverged."""
         if self.state == "diverged":
             return {}
         return {name: value for row in self.rows for name, value in row.items() if name.startswith("eval/")}
 
     def entropies(self) -> dict[str, float]:
-        """The attention entropy of every layer in nats after the last logged step."""
+        """Attention entropy of every layer at the last logged step, in nats."""
         last = self.logged[-1]
         return {name.removeprefix(ENTROPY): value for name, value in last.items() if name.startswith(ENTROPY)}
 
 
-def runs(path: str, points: Sequence[Point], workdir: str, script: str, imports: Sequence[str] = ()) -> list[Run]:
-    """The run of every point, in the order of the points.
+def runs(
+    path: str, points: Sequence[Point], workdir: str, script: str, imports: Sequence[str] = ()
+) -> list[PlannedRun]:
+    """Plans the run of every point, in the order of the points.
 
     Args:
-      path: of the configuration file.
-      workdir: of the sweep; each run has a folder in it.
-      script: scripts/train.py.
-      imports: values of its flag --import.
+      path: the configuration file.
+      points: the points of the sweep.
+      workdir: folder of the sweep; each run gets a folder in it.
+      script: path of scripts/train.py.
+      imports: values of the script's flag --import.
 
     Raises:
-      BadInput: there is no point, or two points are the same run.
+      BadInput: there is no point, or two points have the same name.
     """
     if not points:
         raise BadInput(f"--config {path}: its sweep() has no points")
-    found: dict[str, Run] = {}
+    planned: dict[str, PlannedRun] = {}
     for point in points:
         name = run_name(point)
-        if name in found:
+        if name in planned:
             raise BadInput(f"--config {path}: its sweep() has two points {name!r}; make them differ")
         arguments = ",".join(f"{key}={value}" for key, value in point.items() if not key.startswith("config."))
         overrides = [f"--{key}={value}" for key, value in point.items() if key.startswith("config.")]
         file = f"{path}:{arguments}" if arguments else path
         command = [sys.executable, script, "--config", file, "--workdir", os.path.join(workdir, name), *overrides]
         imported = [f"--import={module}" for module in imports]
-        found[name] = Run(name, point, [*command, "--config.writers.progress=plain", *imported])
-    return list(found.values())
+        planned[name] = PlannedRun(name, point, [*command, "--config.writers.progress=plain", *imported])
+    return list(planned.values())
 
 
 def run_name(point: Point) -> str:
-    """A folder's name: last parts of the names and the values, for example `arm=sigma,learning_rate=0.01,seed=0`."""
+    """Name of a point's folder, such as `arm=sigma,learning_rate=0.01,seed=0`: last parts of names, and values."""
     text = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
     return re.sub(r"[^\w.,=+-]", "_", text)
 
 
 def read_record(workdir: str) -> dict[str, dict[str, Any]]:
-    """What became of the runs of a sweep so far: by name `point`, `state`, `status` and `seconds`; {} before any.
+    """Reads the record of the runs that have ended: `point`, `state`, `status` and `seconds` by name; {} without any.
 
     Raises:
       BadInput: the record cannot be read.
@@ -147,22 +157,32 @@ def read_record(workdir: str) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); remove it, and finished runs are looked at again") from None
+        raise BadInput(f"{path}: cannot be read ({error}); remove it to start a new record") from None
 
 
 def execute(
-    todo: Sequence[Run],
+    todo: Sequence[PlannedRun],
     workdir: str,
     *,
     jobs: int,
     say: Callable[[str], None],
     environment: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Makes the runs that are not final yet, `jobs` at a time, and returns the record of all.
+    """Makes the runs that are not finished, and returns the record of all.
 
-    A run's output is kept in `log.txt` of its folder. The record is written after every run, so that a sweep that is
-    stopped goes on where it was; several machines may write it. Where this process is interrupted its runs are sent
-    SIGTERM, and save their states.
+    The output of a run goes to `log.txt` in its folder. The record is updated after every run, so that an interrupted
+    sweep continues where it was; several machines may update it. If this process is interrupted, its runs receive SIGTERM
+    and save their states.
+
+    Args:
+      todo: the runs of the sweep.
+      workdir: folder of the sweep.
+      jobs: number of runs at a time.
+      say: receives lines of progress.
+      environment: environment variables of the runs; None for those of this process.
+
+    Raises:
+      BadInput: the record cannot be read.
     """
     record = read_record(workdir)
     lock, stopping = threading.Lock(), threading.Event()
@@ -170,14 +190,14 @@ def execute(
     waiting = [run for run in todo if record.get(run.name, {}).get("state") not in FINAL]
     say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs} at a time")
 
-    def one(run: Run) -> None:
+    def one(run: PlannedRun) -> None:
         if stopping.is_set():
             return
         folder = os.path.join(workdir, run.name)
         os.makedirs(folder, exist_ok=True)
         start = time.monotonic()
         with open(os.path.join(folder, "log.txt"), "a") as log:
-            # In a group of their own: a terminal's Ctrl-C would reach the runs as well as this process.
+            # In a process group of its own, so that a terminal's Ctrl-C reaches only this process.
             process = subprocess.Popen(
                 run.command, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
             )
@@ -207,20 +227,20 @@ def execute(
 
 
 def compare(path: str, points: Sequence[Point], workdir: str, script: str, *, jobs: int | None = None) -> list[Outcome]:
-    """Makes every run of `points` that is not final yet, as scripts/sweep.py does, and reads the metrics of each.
+    """Makes the runs of `points` that are not finished, as scripts/sweep.py does, and reads the metrics of all runs.
 
-    Progress goes to the standard error stream.
+    Progress is printed to the standard error stream.
 
     Args:
       path, points, workdir, script: see `runs`.
-      jobs: runs at a time, `default_jobs()` if None.
+      jobs: number of runs at a time; None for `default_jobs()`.
 
     Returns:
-      One outcome a point, in their order.
+      The outcome of every point, in order.
 
     Raises:
       BadInput: see `runs`.
-      SigmarepError: a run failed, was refused or was stopped.
+      SigmarepError: a run failed, had bad input or was stopped.
     """
     todo = runs(path, points, workdir, script)
     os.makedirs(workdir, exist_ok=True)
@@ -241,17 +261,17 @@ def compare(path: str, points: Sequence[Point], workdir: str, script: str, *, jo
 
 
 def default_jobs() -> int:
-    """Runs at a time where nothing is asked for: half of the cores."""
+    """Default number of runs at a time: half the cores."""
     return max((os.cpu_count() or 2) // 2, 1)
 
 
 def shared_cache(workdir: str) -> dict[str, str]:
-    """An environment in which the runs of a sweep compile the programs that they share once."""
+    """Environment variables with a compilation cache for a sweep, so that its runs compile shared programs once."""
     return {"JAX_COMPILATION_CACHE_DIR": os.path.join(os.path.abspath(workdir), ".compiled"), **os.environ}
 
 
 def _reason(folder: str, state: str) -> str:
-    """Why a callback ended the run; the last line that it printed, if it did not end well; else nothing."""
+    """Explains a state: the callback's reason for an early stop, the last line of output for a failure; "" if done."""
     if state == "done":
         return ""
     if state == STOPPED_EARLY and (stopped := stopped_early(folder)):
@@ -262,14 +282,14 @@ def _reason(folder: str, state: str) -> str:
 
 
 def _note(workdir: str, name: str, outcome: dict[str, Any]) -> None:
-    """Adds what became of a run to the record."""
+    """Adds the outcome of a run to the record."""
     path = os.path.join(workdir, RECORD)
     with locked(path):
         write_atomically(path, json.dumps(read_record(workdir) | {name: outcome}, indent=2))
 
 
-def table(todo: Sequence[Run], workdir: str) -> list[tuple[str, str, str, str]]:
-    """Of every run: name, state ("waiting" before its first end), the last logged step and its training loss."""
+def table(todo: Sequence[PlannedRun], workdir: str) -> list[tuple[str, str, str, str]]:
+    """Name, state ("waiting" until it first ends), last logged step and its training loss of every run."""
     record = read_record(workdir)
     rows = []
     for run in todo:

@@ -88,7 +88,7 @@ def test_options_are_names_with_values():
 
 def test_a_command_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BadInput, match="sbatch: there is no such command here"):
+    with pytest.raises(BadInput, match="sbatch: there is no such command on this machine"):
         launchers.submit(launchers.slurm("c.py", str(tmp_path / "w"), [0], script="s", jobs=1, given={}))
     assert not (tmp_path / "w").exists()
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One run on a TPU slice of any size, by gcloud alone: creates the slice, copies this checkout, runs the same command on
-# all workers, and does all of it again when the slice was taken away, until the run has ended.
+# Trains one run on a TPU slice of any size, with gcloud alone: creates the slice, copies this checkout, runs the same
+# command on all workers, and starts over when the slice is preempted, until the run has ended.
 #
 #   NAME=deit ZONE=us-west4-a TYPE=v5litepod-256 BUCKET=… scripts/launch/tpu_pod.sh \
 #       --config configs/vit/imagenet_deit.py:reparam=sigma --workdir /mnt/runs/deit --config.data.data_dir=/mnt/runs/tfds
 #
-# What stands behind the script goes to scripts/train.py. The workdir must lie where every worker sees it, a Filestore or a
-# bucket mounted at the same place on each: with BUCKET=… gs://$BUCKET is mounted at /mnt/runs by gcsfuse.
-# Variables: NAME, ZONE, TYPE; PROJECT; SPOT=1 for a slice that may be taken away; VERSION of the TPU software; BUCKET;
-# KEEP=1 leaves the slice there at the end. DRY_RUN=1 prints the commands.
+# The arguments are passed to scripts/train.py. The workdir must be visible to every worker at the same path, on a Filestore
+# or a mounted bucket: with BUCKET=… gcsfuse mounts gs://$BUCKET at /mnt/runs.
+# Variables: NAME, ZONE, TYPE; PROJECT; SPOT=1 for a preemptible slice; VERSION of the TPU software; BUCKET;
+# KEEP=1 keeps the slice at the end. DRY_RUN=1 prints the commands.
 set -euo pipefail
-: "${NAME:?names the slice}" "${ZONE:?where it stands}" "${TYPE:?for example v5litepod-256}"
+: "${NAME:?name of the slice}" "${ZONE:?zone of the slice}" "${TYPE:?for example v5litepod-256}"
 case "$TYPE" in
   v5lite*) version=v2-alpha-tpuv5-lite ;;
   v5p*) version=v2-alpha-tpuv5 ;;
@@ -47,23 +47,23 @@ copy() {
 
 arguments=$(printf '%q ' "$@")
 for ((attempt = 1; ; attempt++)); do
-  # A slice that cannot be had now may be had later.
+  # A slice that is not available now may be available later.
   if create && copy; then
     status=0
     everywhere "cd ~/sigmarep && .venv/bin/python scripts/train.py --distributed=on --distributed_timeout=300 $arguments" || status=$?
     case $status in
-      # Done, wrong input, diverged: making it again would end the same way.
+      # Done, bad input or diverged: a new attempt would end the same way.
       0 | 2 | 3) break ;;
     esac
     if [ "$(state)" = READY ] && [ "$status" -ne 143 ]; then
-      say "the run failed with $status on a slice that is there"
+      say "the run failed with $status on a slice that still exists"
       break
     fi
   else
     status=1
   fi
   [ -z "${DRY_RUN:-}" ] || break
-  say "attempt $attempt ended with $status and the slice is $(state || true); again in 60 s"
+  say "attempt $attempt ended with $status and the slice is $(state || true); retrying in 60 s"
   sleep 60
 done
 [ -n "${KEEP:-}" ] || tpu delete "$NAME" --quiet
