@@ -125,7 +125,7 @@ def attention_statistics(
     key: jax.Array,
     *,
     mask: jax.Array | None = None,
-    key_padding: jax.Array | None = None,
+    key_mask: jax.Array | None = None,
     segments: jax.Array | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -142,7 +142,7 @@ def attention_statistics(
       query: (B, T, N, H).
       key: (B, S, N, H).
       mask: bool, broadcastable to (B, N, T, S), True where a key is visible. An array of that size is the caller's.
-      key_padding: bool (B, S), True for real keys.
+      key_mask: bool (B, S), True for real keys.
       segments: int (B, T) with T = S; a query sees the keys of its own segment.
       is_causal: query i sees keys up to i + S − T.
       scale: s, 1/√H if None.
@@ -171,8 +171,8 @@ def attention_statistics(
         return jnp.moveaxis(array.reshape(shape), axis, 0)
 
     inputs = {"key": by_block(key, 1), "position": by_block(jnp.arange(1, s + 1), 0) - 1}
-    if key_padding is not None:
-        inputs["key_padding"] = by_block(key_padding, 1)
+    if key_mask is not None:
+        inputs["key_mask"] = by_block(key_mask, 1)
     if segments is not None:
         inputs["segments"] = by_block(segments, 1)
     if mask is not None:
@@ -186,8 +186,8 @@ def attention_statistics(
         visible = (position >= 0)[None, None, None, :]
         if is_causal:
             visible &= (position[None, :] <= jnp.arange(t)[:, None] + (s - t))[None, None]
-        if key_padding is not None:
-            visible &= part["key_padding"][:, None, None, :]
+        if key_mask is not None:
+            visible &= part["key_mask"][:, None, None, :]
         if segments is not None:
             visible &= (part["segments"][:, None, :] == segments[:, :, None])[:, None]
         if mask is not None:

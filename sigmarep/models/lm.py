@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from sigmarep.nn import TransformerConfig, TransformerStack
 from sigmarep.nn.positions import TokenPositions
 from sigmarep.nn.tokens import TokenEmbedding, TokenLosses
+from sigmarep.nn.visibility import Visibility
 
 
 class LanguageModel(nn.Module):
@@ -60,16 +61,22 @@ class LanguageModel(nn.Module):
         cache_length: int = 0,
         deterministic: bool = True,
     ) -> jax.Array:
-        """The decoder's states, (B, T, D); for the options see `sigmarep.nn.MultiHeadAttention`."""
+        """The decoder's states, (B, T, D).
+
+        Args:
+          tokens: (B, T).
+          positions: (B or 1, T); 0, 1, … if None.
+          segments: int (B, T), documents that do not see each other, and 0 for padding; one document if None.
+          cache_length, deterministic: as in `sigmarep.nn.MultiHeadAttention`.
+        """
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         x = self.position_embedding(self.tokens.encode(tokens), positions)
         x = self.embedding_dropout(x, deterministic=deterministic)
         return self.decoder(
             x,
+            visibility=Visibility(segments=segments, is_causal=True),
             positions=positions,
-            segments=segments,
-            is_causal=True,
             cache_length=cache_length,
             deterministic=deterministic,
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from sigmarep.nn import TransformerConfig, TransformerStack
 from sigmarep.nn.positions import TokenPositions
 from sigmarep.nn.tokens import TokenEmbedding, TokenLosses
+from sigmarep.nn.visibility import Visibility
 
 PAD = 0
 
@@ -74,7 +75,7 @@ class Seq2Seq(nn.Module):
         positions = jnp.arange(source.shape[1])[None]
         x = (self.source_tokens or self.tokens).encode(source)
         x = self.embedding_dropout(self.position_embedding(x, positions), deterministic=deterministic)
-        return self.encoder_stack(x, key_padding=source != PAD, deterministic=deterministic)
+        return self.encoder_stack(x, visibility=Visibility(key_mask=source != PAD), deterministic=deterministic)
 
     def hidden(
         self,
@@ -92,14 +93,14 @@ class Seq2Seq(nn.Module):
             positions = jnp.arange(inputs.shape[1])[None]
         x = self.position_embedding(self.tokens.encode(inputs), positions)
         x = self.embedding_dropout(x, deterministic=deterministic)
+        # Padding follows the words, where no causal query sees it; the statistics leave out its own queries.
+        query_mask = None if cache_length else inputs != PAD
         return self.decoder_stack(
             x,
+            visibility=Visibility(query_mask=query_mask, is_causal=True),
             positions=positions,
-            # Padding follows the words, where no causal query sees it; the statistics leave out its own queries.
-            query_padding=None if cache_length else inputs != PAD,
             context=memory,
-            context_padding=source != PAD,
-            is_causal=True,
+            context_visibility=Visibility(key_mask=source != PAD, query_mask=query_mask),
             cache_length=cache_length,
             deterministic=deterministic,
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sigmarep.nn import SigmaConv, SigmaDense, TransformerConfig, TransformerStack
 from sigmarep.nn.norms import MaskedNorm
 from sigmarep.nn.positions import ContinuousPositions
+from sigmarep.nn.visibility import Visibility
 
 
 class SpeechOutput(NamedTuple):
@@ -100,7 +101,7 @@ class SpeechTransformer(nn.Module):
             max_scale=self.max_scale,
             name="positions",
         )(x, real, deterministic=deterministic)
-        x = TransformerStack(c, name="encoder")(x, key_padding=real, deterministic=deterministic)
+        x = TransformerStack(c, name="encoder")(x, visibility=Visibility(key_mask=real), deterministic=deterministic)
         plain = c.reparam == "none"
         options = c.reparametrization()
         if c.gamma_init != "sigma":

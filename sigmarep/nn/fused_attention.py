@@ -1,4 +1,4 @@
-"""cuDNN's attention by `jax.nn.dot_product_attention`, and what its kernel asks of its arguments."""
+"""cuDNN's attention by `jax.nn.dot_product_attention`, and the arguments that its kernel takes."""
 
 from typing import Any
 
@@ -23,18 +23,18 @@ def cudnn_attention(query, key, value, *, mask, is_causal: bool) -> jax.Array:
 
 
 def with_even_lengths(query, key, value, mask):
-    """The arguments as cuDNN takes them: an odd number of tokens, which it refuses in training, has one more, which
-    nothing sees, and a mask is whole over queries and keys.
+    """Pads odd numbers of tokens, which cuDNN refuses in training, by one that is never seen, and broadcasts the mask.
 
     Returns:
-      Queries, keys, values, the mask, and the arguments of `jax.nn.dot_product_attention` that say the true lengths.
+      Queries, keys, values, the mask over all queries and keys or None, and the true lengths as arguments of
+      `jax.nn.dot_product_attention`.
     """
     odd = [x.shape[1] % 2 for x in (query, key)]
     lengths: dict[str, jax.Array] = {}
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-        # A query that is not there may see any key; a key that is not there is seen by none.
+        # The added query may see any key; the added key is seen by none.
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, odd[0]), (0, 0)), constant_values=True)
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, odd[1])), constant_values=False)
     elif any(odd):
@@ -47,8 +47,8 @@ def with_even_lengths(query, key, value, mask):
     return query, key, value, mask, lengths
 
 
-def cudnn_serves(query) -> bool:
-    """Whether this process's GPU and these queries are such as cuDNN's kernel is made for."""
+def cudnn_supports(query) -> bool:
+    """True if cuDNN's kernel supports this GPU, and the type and head size of these queries."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8 or query.shape[-1] > 128:
         return False
     if jax.default_backend() != "gpu":

@@ -1,5 +1,6 @@
 """Position embeddings."""
 
+import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
@@ -41,6 +42,17 @@ def sincos_1d(positions: jax.Array, features: int, base: float = 10_000.0) -> ja
         raise ValueError(f"width = {features}: sinusoidal positions need an even number")
     angles = positions[..., None] * _frequencies(features, base)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary positions of queries and keys, as a function that `MultiHeadAttention.process_heads` could be."""
+
+    base: float = 10_000.0
+
+    def __call__(self, query, key, value, positions):
+        """Queries and keys (B, T, N, H) rotated by their positions (B or 1, T), and the values."""
+        return rotated(query, positions, self.base), rotated(key, positions, self.base), value
 
 
 def rotated(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:

@@ -1,6 +1,7 @@
 """Transformer blocks and stacks of them: one dataclass says everything about a block."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.nn.attention import IMPLEMENTATIONS, QK_NORMS, QKV, WEIGHTS, MultiHeadAttention
-from sigmarep.nn.constraints import constrained
+from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTanh
 from sigmarep.nn.seq_vcr import seq_vcr
+from sigmarep.nn.visibility import FULL, Visibility
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -174,6 +176,26 @@ class TransformerConfig:
             return nn.RMSNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
         return nn.LayerNorm(epsilon=self.norm_epsilon, use_bias=self.norm_bias, dtype=self.dtype, name=name)
 
+    def attention(self, name: str) -> MultiHeadAttention:
+        """The attention layer of a block."""
+        return MultiHeadAttention(
+            self.num_heads,
+            qkv=self.qkv,
+            use_bias=self.use_bias,
+            dropout=self.attention_dropout,
+            implementation=self.attention_implementation,
+            qk_norm=self.qk_norm,
+            logit_cap=self.logit_cap,
+            temperature=self.attention_temperature,
+            weights=self.attention_weights,
+            entropy_target=self.entropy_target,
+            rotary_base=self.rotary_base,
+            value_scale=self.beta,
+            kernel_init=self.initializer(),
+            name=name,
+            **self.reparametrization(),
+        )
+
     def reparametrization(self) -> dict[str, Any]:
         """The arguments that every reparametrised layer of the model shares."""
         return {
@@ -197,7 +219,7 @@ class Mlp(nn.Module):
             "kernel_init": c.initializer(c.beta),
             "use_bias": c.use_bias,
         }
-        hidden = constrained(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
+        hidden = with_axes(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
         hidden = ACTIVATIONS[c.activation](hidden)
         hidden = nn.Dropout(c.dropout)(hidden, deterministic=deterministic)
         return SigmaDense(x.shape[-1], name="down", **options)(hidden)
@@ -215,85 +237,67 @@ class TransformerBlock(nn.Module):
         x: jax.Array,
         drop_path: jax.Array | float = 0.0,
         *,
+        visibility: Visibility = FULL,
+        positions: jax.Array | None = None,
         context: jax.Array | None = None,
-        context_padding: jax.Array | None = None,
-        query_padding: jax.Array | None = None,
+        context_visibility: Visibility = FULL,
         cache_length: int = 0,
         deterministic: bool = True,
-        **self_attention,
     ) -> jax.Array:
-        """One block.
+        """Applies the block to (B, T, D).
 
         Args:
           x: (B, T, D).
           drop_path: this block's rate.
-          context: (B, S, D), with `context_padding` (B, S), True for real keys, for cross-attention.
-          query_padding, cache_length, deterministic and the others (`mask`, `key_padding`, `segments`, `positions`,
-            `is_causal`): as in `MultiHeadAttention`.
-
-        Returns:
-          (B, T, D).
+          visibility, positions: of self-attention, as in `MultiHeadAttention`.
+          context, context_visibility: (B, S, D), and its tokens that each query sees, for cross-attention.
+          cache_length, deterministic: as in `MultiHeadAttention`.
         """
         c = self.config
         keep: jax.Array | float = 1.0
         if c.layer_drop and not deterministic:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.layer_drop).astype(x.dtype)
-
-        def dropped(branch, name):
-            if c.branch_scale != "none":
-                branch = BranchScale(c.branch_scale, c.layer_scale_init, name=f"{name}_branch")(branch)
-            if c.branch_dropout:
-                branch = nn.Dropout(c.dropout)(branch, deterministic=deterministic)
-            if c.drop_path and not deterministic:
-                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1))
-                branch = branch * (kept / (1 - drop_path)).astype(branch.dtype)
-            return branch * keep
-
-        def on_mesh(x):
-            return constrained(x, "batch", "length", "embed")
-
-        def residual(x, name, branch):
-            if c.norm == "none":
-                return on_mesh(x + dropped(branch(x), name))
-            norm: Any = c.norm_layer(f"{name}_norm")
-            if c.norm == "pre":
-                return on_mesh(x + dropped(branch(norm(x)), name))
-            return on_mesh(norm(c.alpha * x + dropped(branch(x), name)))
-
-        def attention(name, **options):
-            return MultiHeadAttention(
-                c.num_heads,
-                qkv=c.qkv,
-                use_bias=c.use_bias,
-                dropout=c.attention_dropout,
-                implementation=c.attention_implementation,
-                qk_norm=c.qk_norm,
-                logit_cap=c.logit_cap,
-                temperature=c.attention_temperature,
-                weights=c.attention_weights,
-                entropy_target=c.entropy_target,
-                rotary_base=c.rotary_base,
-                value_scale=c.beta,
-                kernel_init=c.initializer(),
-                name=name,
-                **c.reparametrization(),
-            )(**options, query_padding=query_padding, cache_length=cache_length, deterministic=deterministic)
+        residual = functools.partial(self._residual, keep=keep, drop_path=drop_path, deterministic=deterministic)
+        options: dict[str, Any] = {"cache_length": cache_length, "deterministic": deterministic}
 
         shift: jax.Array | float = 0.0
         if c.attention_shift:
             shift = self.param("attention_shift", nn.initializers.zeros, ()).astype(x.dtype)
-        x = residual(x, "attention", lambda y: attention("attention", x=y + shift, **self_attention))
+        own = options | {"visibility": visibility, "positions": positions}
+        x = residual(x, "attention", lambda y: c.attention("attention")(y + shift, **own))
         if self.cross_attention:
-            x = residual(
-                x,
-                "cross_attention",
-                lambda y: attention("cross_attention", x=y, context=context, key_padding=context_padding),
-            )
+            across = options | {"visibility": context_visibility}
+            x = residual(x, "cross_attention", lambda y: c.attention("cross_attention")(y, context, **across))
         return residual(x, "mlp", lambda y: Mlp(c, name="mlp")(y, deterministic=deterministic))
+
+    def _residual(self, x, name, branch, **options):
+        """x and its branch, normalized where `config.norm` says."""
+        c = self.config
+        if c.norm == "none":
+            x = x + self._dropped(branch(x), name, **options)
+        elif c.norm == "pre":
+            norm: Any = c.norm_layer(f"{name}_norm")
+            x = x + self._dropped(branch(norm(x)), name, **options)
+        else:
+            norm = c.norm_layer(f"{name}_norm")
+            x = norm(c.alpha * x + self._dropped(branch(x), name, **options))
+        return with_axes(x, "batch", "length", "embed")
+
+    def _dropped(self, branch, name, *, keep, drop_path, deterministic):
+        """The branch scaled, under dropout and stochastic depth, and multiplied by `keep`, 0 for a block left out."""
+        c = self.config
+        if c.branch_scale != "none":
+            branch = BranchScale(c.branch_scale, c.layer_scale_init, name=f"{name}_branch")(branch)
+        if c.branch_dropout:
+            branch = nn.Dropout(c.dropout)(branch, deterministic=deterministic)
+        if c.drop_path and not deterministic:
+            examples = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (branch.shape[0], 1, 1))
+            branch = branch * (examples / (1 - drop_path)).astype(branch.dtype)
+        return branch * keep
 
 
 class TransformerStack(nn.Module):
-    """`depth` blocks, and under pre-normalisation the last LayerNorm.
+    """`depth` blocks, and under pre-normalization the last norm.
 
     Parameters: `block_0` … unrolled; with `scan`, `blocks` with a leading axis of length depth in every array.
     """
@@ -302,15 +306,15 @@ class TransformerStack(nn.Module):
     cross_attention: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, **options) -> jax.Array:
-        """x: (B, T, D); options: see `TransformerBlock`. Returns (B, T, D)."""
+    def __call__(self, x: jax.Array, *, visibility: Visibility = FULL, **options) -> jax.Array:
+        """Applies the blocks to (B, T, D); takes the options of `TransformerBlock`."""
         c = self.config
         rates = jnp.linspace(0.0, c.drop_path, c.depth) if c.depth > 1 else jnp.full(1, c.drop_path)
 
-        x = constrained(x, "batch", "length", "embed")
+        x = with_axes(x, "batch", "length", "embed")
 
         def apply_block(block, x, rate):
-            return block(x, rate, **options)
+            return block(x, rate, visibility=visibility, **options)
 
         if c.remat != "none":
             apply_block = nn.remat(apply_block, policy=REMATS[c.remat], prevent_cse=not c.scan)
@@ -326,10 +330,8 @@ class TransformerStack(nn.Module):
             for i in range(c.depth):
                 x = apply_block(TransformerBlock(c, self.cross_attention, name=f"block_{i}"), x, rates[i])
         if c.seq_vcr and self.is_mutable_collection("losses"):
-            real = options.get("query_padding", options.get("key_padding"))
-            if (segments := options.get("segments")) is not None:
-                real = segments > 0
-            penalty = c.seq_vcr * seq_vcr(x, real)
+            real = visibility.real_tokens(self_attention=True)
+            penalty = c.seq_vcr * seq_vcr(x, real.queries)
             self.sow("losses", "seq_vcr", penalty, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         last: Any = c.norm_layer("norm") if c.norm == "pre" else None
         return x if last is None else last(x)

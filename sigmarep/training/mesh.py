@@ -15,7 +15,7 @@ found by their parameter's path at the end of their own, and placed as the param
 
 `config.mesh.rules` are exceptions: a regular expression over the '/'-joined path of an array, then = and the mesh axes of
 its last dimensions, - for one that stays whole; the first that matches counts. Activations are placed by the names that
-`sigmarep.nn.constraints` gives their dimensions.
+`sigmarep.nn.axes` gives their dimensions.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ FIELDS: dict[str, Any] = {
 # A regular expression over paths, and a mesh axis or None for each of the last dimensions of what it finds.
 Rule = tuple[re.Pattern[str], tuple[str | None, ...]]
 
-# Mesh axes of the dimensions of activations, by the names of `sigmarep.nn.constraints`; the others are whole.
+# Mesh axes of the dimensions of activations, by the names of `sigmarep.nn.axes`; the others are whole.
 ACTIVATION_RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("mlp", "tensor"))
 
 

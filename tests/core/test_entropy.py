@@ -39,8 +39,8 @@ def test_blocks_of_keys_equal_the_full_matrix(t, s, block, kind, size):
         visible &= np.tril(np.ones((t, s), bool), s - t)
     if "padded" in kind:
         lengths = np.asarray([s, s // 2])
-        arguments["key_padding"] = jnp.arange(s)[None] < lengths[:, None]
-        visible &= np.asarray(arguments["key_padding"])[:, None, None]
+        arguments["key_mask"] = jnp.arange(s)[None] < lengths[:, None]
+        visible &= np.asarray(arguments["key_mask"])[:, None, None]
     if kind == "masked":
         mask = np.random.default_rng(1).random((2, 1, t, s)) < 0.6
         mask[0, 0, 0] = False

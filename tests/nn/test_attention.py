@@ -7,18 +7,21 @@ import pytest
 
 from sigmarep.core import entropy
 from sigmarep.nn import MultiHeadAttention, fold
+from sigmarep.nn.visibility import CAUSAL, FULL, Visibility
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 6, 16))
 CONTEXT = jax.random.normal(jax.random.key(2), (2, 9, 16))
-PADDING = jnp.arange(6)[None] < jnp.asarray([6, 4])[:, None]
+REAL = jnp.arange(6)[None] < jnp.asarray([6, 4])[:, None]
+PADDED = Visibility(key_mask=REAL)
+KINDS = {"causal": CAUSAL, "padded": PADDED}
 
 
 def close(a, b, rtol=1e-4, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-def by_jax(layer, variables, x, context=None, key_padding=None, mask=None, is_causal=False):
+def by_jax(layer, variables, x, context=None, visibility=FULL):
     """The layer's result by folded kernels and `jax.nn.dot_product_attention`."""
     folded = fold(variables)
     sources = (x, *(2 * [x if context is None else context]))
@@ -30,34 +33,34 @@ def by_jax(layer, variables, x, context=None, key_padding=None, mask=None, is_ca
         (jnp.einsum("btd,dnh->btnh", source, kernel) + bias).astype(layer.dtype or jnp.float32)
         for source, (kernel, bias) in zip(sources, both, strict=True)
     ]
-    if key_padding is not None:
-        mask = key_padding[:, None, None]
-    attended = jax.nn.dot_product_attention(*parts, mask=mask, is_causal=is_causal, implementation="xla")
+    mask = visibility.mask if visibility.key_mask is None else visibility.key_mask[:, None, None]
+    attended = jax.nn.dot_product_attention(*parts, mask=mask, is_causal=visibility.is_causal, implementation="xla")
     return jnp.einsum("btnh,nhd->btd", attended, folded["out"]["kernel"]) + folded["out"]["bias"]
 
 
 @pytest.mark.parametrize("qkv", ["separate", "fused"])
-@pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"key_padding": PADDING}, {"mask": "random"}])
-def test_attention_equals_that_of_jax(arguments, qkv):
-    if "mask" in arguments:
-        arguments = {"mask": jax.random.bernoulli(KEY, 0.7, (2, 1, 6, 6)) | jnp.eye(6, dtype=bool)}
+@pytest.mark.parametrize("kind", ["full", "causal", "padded", "masked"])
+def test_attention_equals_that_of_jax(kind, qkv):
+    visibility = KINDS.get(kind, FULL)
+    if kind == "masked":
+        visibility = Visibility(mask=jax.random.bernoulli(KEY, 0.7, (2, 1, 6, 6)) | jnp.eye(6, dtype=bool))
     layer = MultiHeadAttention(4, qkv=qkv)
     variables = layer.init(KEY, X)
     close(
-        jax.value_and_grad(lambda x: jnp.sum(layer.apply(variables, x, **arguments) ** 2))(X),
-        jax.value_and_grad(lambda x: jnp.sum(by_jax(layer, variables, x, **arguments) ** 2))(X),
+        jax.value_and_grad(lambda x: jnp.sum(layer.apply(variables, x, visibility=visibility) ** 2))(X),
+        jax.value_and_grad(lambda x: jnp.sum(by_jax(layer, variables, x, visibility=visibility) ** 2))(X),
     )
 
 
 def test_attention_in_half_precision_has_the_gradients_of_jax():
     layer = MultiHeadAttention(4, dtype=jnp.bfloat16)
     variables = layer.init(KEY, X)
-    found, expected = (
+    gradient, expected = (
         jax.grad(lambda x, f=f: jnp.sum(f(x).astype(jnp.float32) ** 2))(X)
         for f in (lambda x: layer.apply(variables, x), lambda x: by_jax(layer, variables, x))
     )
     # Projections are products of bfloat16 in the layer, of float32 in the reference.
-    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+    assert np.linalg.norm(gradient - expected) < 0.02 * np.linalg.norm(expected)
     program = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(layer.apply(variables, x).astype(jnp.float32))))(X)
     products = [each for each in program.eqns if each.primitive.name == "dot_general"]
     assert len(products) > 10
@@ -77,10 +80,10 @@ def test_cross_attention_equals_that_of_jax_and_projects_apart(qkv):
     )
 
 
-@pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"key_padding": PADDING}, {"segments": True}])
-def test_beside_a_fused_kernel_the_statistics_are_the_same(monkeypatch, arguments):
-    if "segments" in arguments:
-        arguments = {"segments": jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]])}
+@pytest.mark.parametrize("kind", ["full", "causal", "padded", "segments"])
+def test_beside_a_fused_kernel_the_statistics_are_the_same(monkeypatch, kind):
+    segments = Visibility(segments=jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]]))
+    visibility = segments if kind == "segments" else KINDS.get(kind, FULL)
 
     def kernel(query, key, value, *, mask, is_causal):
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, implementation="xla")
@@ -89,8 +92,8 @@ def test_beside_a_fused_kernel_the_statistics_are_the_same(monkeypatch, argument
     monkeypatch.setattr("sigmarep.nn.attention.cudnn_attention", kernel)
     layer = MultiHeadAttention(4)
     variables = layer.init(KEY, 3 * X)
-    plain = layer.apply(variables, 3 * X, mutable=["attention"], **arguments)
-    fused = layer.clone(implementation="cudnn").apply(variables, 3 * X, mutable=["attention"], **arguments)
+    plain = layer.apply(variables, 3 * X, visibility=visibility, mutable=["attention"])
+    fused = layer.clone(implementation="cudnn").apply(variables, 3 * X, visibility=visibility, mutable=["attention"])
     assert set(plain[1]["attention"]) >= {"entropy", "max_logit", "logit_variance", "bound"}
     close(fused, plain)
 
@@ -122,9 +125,8 @@ def test_recorded_statistics_equal_the_full_attention_matrix(kind):
     fields = {"layer": {"qk_norm": "layer"}, "rms": {"qk_norm": "rms"}, "capped": {"logit_cap": 0.5}}.get(kind, {})
     layer = MultiHeadAttention(4, gamma_init=3.0, **fields)
     context = CONTEXT if kind == "cross" else None
-    arguments = {"is_causal": True} if kind == "causal" else {"key_padding": PADDING} if kind == "padded" else {}
     variables = layer.init(KEY, X, context)
-    _, changed = layer.apply(variables, X, context, mutable=["attention"], **arguments)
+    _, changed = layer.apply(variables, X, context, visibility=KINDS.get(kind, FULL), mutable=["attention"])
     recorded = changed["attention"]
     t, s = 6, 9 if kind == "cross" else 6
     visible = np.ones((2, 1, t, s), bool)
@@ -132,7 +134,7 @@ def test_recorded_statistics_equal_the_full_attention_matrix(kind):
     if kind == "causal":
         visible &= np.tril(np.ones((t, s), bool))
     if kind == "padded":
-        real = np.asarray(PADDING)
+        real = np.asarray(REAL)
         visible &= real[:, None, None, :]
     p, logits, params = weights_of(layer, variables, X, X if context is None else context, visible)
     rows = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
@@ -171,12 +173,11 @@ def test_the_recorded_bound_is_the_theorems(kind):
         4, use_bias=kind == "biased", bias_init=jax.nn.initializers.normal(0.1), gamma_init=0.3, temperature=0.7
     )
     context = CONTEXT if kind == "cross" else None
-    arguments = {"is_causal": True} if kind == "causal" else {"key_padding": PADDING} if kind == "padded" else {}
     variables = layer.init(KEY, X, context)
-    _, changed = layer.apply(variables, X, context, mutable=["attention"], **arguments)
+    _, changed = layer.apply(variables, X, context, visibility=KINDS.get(kind, FULL), mutable=["attention"])
     recorded, params = changed["attention"], fold(variables)
     # The norms are found from below, by some per cent here; the bound of Theorem 3.1 then is a little high.
-    real = np.asarray(PADDING) if kind == "padded" else np.ones(X.shape[:2], bool)
+    real = np.asarray(REAL) if kind == "padded" else np.ones(X.shape[:2], bool)
     keys, bounds = np.asarray(X if context is None else context), np.zeros((4, *X.shape[:2]))
     for h in range(4):
         for b in range(len(X)):
@@ -200,9 +201,8 @@ def test_the_bound_holds_for_queries_and_keys_that_are_changed_after_their_proje
     layer = MultiHeadAttention(4, gamma_init=2.0, **fields)
     variables = layer.init(KEY, X)
     _, changed = layer.apply(variables, X, mutable=["attention"])
-    bound, found = changed["attention"]["bound"], changed["attention"]["entropy"]
-    assert np.all(np.isfinite(bound))
-    assert np.all(bound <= found)
+    assert np.all(np.isfinite(changed["attention"]["bound"]))
+    assert np.all(changed["attention"]["bound"] <= changed["attention"]["entropy"])
 
 
 class Unrecorded(MultiHeadAttention):
@@ -211,7 +211,7 @@ class Unrecorded(MultiHeadAttention):
     def _record(self, *inputs):
         pass
 
-    def _statistics_of(self, *inputs):
+    def _statistics_of_matrix(self, *inputs):
         pass
 
 
@@ -230,7 +230,7 @@ def test_an_example_without_a_real_token_is_left_out_of_the_statistics():
     layer = MultiHeadAttention(4)
     variables = layer.init(KEY, X)
     empty = jnp.asarray([[True] * 6, [False] * 6])
-    output, changed = layer.apply(variables, X, key_padding=empty, mutable=["attention"])
+    output, changed = layer.apply(variables, X, visibility=Visibility(key_mask=empty), mutable=["attention"])
     alone = layer.apply(variables, X[:1], mutable=["attention"])[1]
     assert np.all(np.isfinite(output))
     close(changed, alone)
@@ -253,7 +253,7 @@ def test_auto_takes_the_fused_kernel_where_it_serves(monkeypatch):
         return value
 
     monkeypatch.setattr("sigmarep.nn.attention.cudnn_attention", kernel)
-    monkeypatch.setattr("sigmarep.nn.attention.cudnn_serves", lambda query: True)
+    monkeypatch.setattr("sigmarep.nn.attention.cudnn_supports", lambda query: True)
     layer = MultiHeadAttention(4)
     variables = layer.init(KEY, X)
     calls.clear()
@@ -262,15 +262,15 @@ def test_auto_takes_the_fused_kernel_where_it_serves(monkeypatch):
         ({"weights": "sigmoid"}, {}),
         ({"dropout": 0.1}, {"deterministic": False, "rngs": {"dropout": KEY}}),
         ({"implementation": "xla"}, {}),
-        ({}, {"key_padding": PADDING}),
-        ({}, {"mask": jnp.eye(6, dtype=bool)}),
-        ({}, {"segments": jnp.ones((2, 6), int)}),
-        ({}, {"context": CONTEXT, "is_causal": True}),
+        ({}, {"visibility": PADDED}),
+        ({}, {"visibility": Visibility(mask=jnp.eye(6, dtype=bool))}),
+        ({}, {"visibility": Visibility(segments=jnp.ones((2, 6), int))}),
+        ({}, {"context": CONTEXT, "visibility": CAUSAL}),
     ):
         layer.clone(**fields).apply(variables, X, **arguments)
     assert not calls
     layer.apply(variables, X)
-    layer.clone(dropout=0.1).apply(variables, X, is_causal=True)
+    layer.clone(dropout=0.1).apply(variables, X, visibility=CAUSAL)
     assert calls == [(None, False), (None, True)]
 
 
@@ -280,8 +280,11 @@ def test_causal_cross_attention_counts_from_the_last_key():
     t, s = X.shape[1], CONTEXT.shape[1]
     assert t != s
     visible = np.tri(t, s, s - t, dtype=bool)
-    found = layer.apply(variables, X, CONTEXT, is_causal=True, mutable=["attention"])
-    close(found, layer.apply(variables, X, CONTEXT, mask=jnp.asarray(visible), mutable=["attention"]))
+    causal = layer.apply(variables, X, CONTEXT, visibility=CAUSAL, mutable=["attention"])
+    close(
+        causal,
+        layer.apply(variables, X, CONTEXT, visibility=Visibility(mask=jnp.asarray(visible)), mutable=["attention"]),
+    )
 
 
 def test_the_fused_kernel_refuses_what_it_cannot_do():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigmarep.nn.fused_attention import cudnn_serves, with_even_lengths
+from sigmarep.nn.fused_attention import cudnn_supports, with_even_lengths
 
 MASK = jax.random.bernoulli(jax.random.key(9), 0.6, (2, 1, 5, 7)) | (jnp.arange(7) == 0)
 KEYS = (jnp.arange(7) < jnp.array([[4], [7]]))[:, None, None]
@@ -63,5 +63,5 @@ def test_even_lengths_are_left_alone():
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it depends on the GPU")
-def test_cudnn_serves_no_other_device():
-    assert not cudnn_serves(inputs(7, 7)[0].astype(jnp.bfloat16))
+def test_cudnn_supports_no_other_device():
+    assert not cudnn_supports(inputs(7, 7)[0].astype(jnp.bfloat16))

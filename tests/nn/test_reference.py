@@ -10,6 +10,7 @@ import pytest
 
 from sigmarep.models.vit import ViT
 from sigmarep.nn import TransformerConfig, TransformerStack
+from sigmarep.nn.visibility import Visibility
 from tests.nn import reference
 
 DEPTH, WIDTH, HEADS, HIDDEN = 2, 16, 4, 24
@@ -121,11 +122,11 @@ def test_speech_blocks_equal_the_reference_with_padding(norm, qkv, reparam):
 
     class Speech(nn.Module):
         @nn.compact
-        def __call__(self, x, key_padding):
-            return TransformerStack(c, name="encoder")(x, key_padding=key_padding)
+        def __call__(self, x, key_mask):
+            return TransformerStack(c, name="encoder")(x, visibility=Visibility(key_mask=key_mask))
 
     padding = jnp.arange(7)[None] < jnp.asarray(lengths)[:, None]
-    compare(Speech(), x, c, compute, key_padding=padding)
+    compare(Speech(), x, c, compute, key_mask=padding)
 
 
 def test_gamma_starts_as_asked_and_sigma_is_right_at_the_first_step():

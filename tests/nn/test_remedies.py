@@ -14,6 +14,7 @@ from sigmarep.nn.layers import describe
 from sigmarep.nn.norms import BranchScale, DynamicTanh
 from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.nn.seq_vcr import seq_vcr
+from sigmarep.nn.visibility import CAUSAL, FULL, Visibility
 
 CONFIG = TransformerConfig(depth=2, width=8, num_heads=2, mlp_dim=8, init_std=0.5)
 X = jax.random.normal(jax.random.key(0), (3, 5, 8))
@@ -89,29 +90,29 @@ def test_after_qk_clip_the_heads_that_were_above_the_threshold_are_at_it(qkv, sc
         np.testing.assert_array_equal(*(kernel[..., 2, :, :] for kernel in kernels))
 
 
-PADDING = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
+REAL = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
 
 
 @pytest.mark.parametrize("kind", ["full", "causal", "padded"])
 def test_sigmoid_attention_is_its_formula_and_so_is_its_entropy(kind):
     layer = MultiHeadAttention(2, weights="sigmoid", reparam="none", kernel_init=jax.nn.initializers.normal(1.0))
-    arguments = {"causal": {"is_causal": True}, "padded": {"key_padding": PADDING}}.get(kind, {})
+    visibility = {"causal": CAUSAL, "padded": Visibility(key_mask=REAL)}.get(kind, FULL)
     variables = layer.init(jax.random.key(2), X)
-    found, changed = layer.apply(variables, X, mutable=["attention"], **arguments)
+    found, changed = layer.apply(variables, X, visibility=visibility, mutable=["attention"])
     params = jax.tree.map(np.asarray, variables["params"])
     query, key, value = (np.einsum("btd,dnh->bnth", X, params[name]["kernel"]) for name in ("query", "key", "value"))
     visible = np.ones((3, 1, 5, 5), bool)
     if kind == "causal":
         visible = visible & np.tril(np.ones((5, 5), bool))
     if kind == "padded":
-        visible = visible & np.asarray(PADDING)[:, None, None]
+        visible = visible & np.asarray(REAL)[:, None, None]
     logits = query @ np.swapaxes(key, 2, 3) / 2
     weights = np.where(visible, 1 / (1 + visible.sum(-1, keepdims=True) * np.exp(-logits)), 0.0)
     expected = np.einsum("bnth,nhd->btd", weights @ value, params["out"]["kernel"])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     share = weights / weights.sum(-1, keepdims=True)
     rows = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1.0)), 0.0).sum(-1)
-    real = np.asarray(PADDING) if kind == "padded" else np.ones((3, 5), bool)
+    real = np.asarray(REAL) if kind == "padded" else np.ones((3, 5), bool)
     recorded = changed["attention"]
     for h in range(2):
         np.testing.assert_allclose(recorded["entropy"][h], rows[:, h][real].mean(), rtol=1e-4)
@@ -123,7 +124,7 @@ def test_sigmoid_attention_is_its_formula_and_so_is_its_entropy(kind):
 def test_sigmoid_attention_needs_no_padding_to_be_the_same():
     layer = MultiHeadAttention(2, weights="sigmoid", reparam="none")
     variables = layer.init(jax.random.key(2), X)
-    padded = layer.apply(variables, X, key_padding=jnp.arange(5)[None] < jnp.asarray([[3]] * 3))
+    padded = layer.apply(variables, X, visibility=Visibility(key_mask=jnp.arange(5)[None] < jnp.asarray([[3]] * 3)))
     np.testing.assert_allclose(padded[:, :3], layer.apply(variables, X[:, :3]), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="sigmoid weights need 'xla' or 'auto'"):
         layer.clone(implementation="cudnn").apply(variables, X)
@@ -214,8 +215,8 @@ def test_seq_vcr_is_its_formula_with_few_and_with_many_sequences(shape):
     total = 0.0
     for i in range(t):
         covariance = np.cov(states[:, i], rowvar=False)
-        beside = (covariance**2).sum() - (np.diag(covariance) ** 2).sum()
-        total += np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-3)).sum() + 0.004 * beside
+        off_diagonal = (covariance**2).sum() - (np.diag(covariance) ** 2).sum()
+        total += np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-3)).sum() + 0.004 * off_diagonal
     np.testing.assert_allclose(seq_vcr(jnp.asarray(states)), total / (t * d), rtol=1e-4)
     # Padding changes nothing, whatever stands there; a position with one token alone is left out.
     padded = np.concatenate([states, 100 * np.ones((b, 2, d), np.float32)], axis=1)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
-from sigmarep.nn.constraints import constrained
+from sigmarep.nn.axes import with_axes
 
 RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"))
 NAMES = ("batch", "length", "heads")
@@ -20,7 +20,7 @@ def mesh():
 def on_device(shape, mesh):
     """Of an array that the constraint places, the part on one device."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        placed = jax.jit(lambda x: constrained(x, *NAMES))(jnp.ones(shape))
+        placed = jax.jit(lambda x: with_axes(x, *NAMES))(jnp.ones(shape))
     return placed.addressable_shards[0].data.shape
 
 
@@ -39,8 +39,8 @@ def test_dimensions_lie_on_the_axes_of_their_names(shape, part, mesh):
 
 def test_without_rules_or_a_mesh_nothing_happens(mesh):
     x = jnp.ones((8, 5, 4))
-    assert constrained(x, *NAMES) is x
+    assert with_axes(x, *NAMES) is x
     with nn.logical_axis_rules(RULES):
-        assert constrained(x, *NAMES) is x
+        assert with_axes(x, *NAMES) is x
     with jax.set_mesh(mesh):
-        assert constrained(x, *NAMES) is x
+        assert with_axes(x, *NAMES) is x

@@ -1,0 +1,36 @@
+"""Placement of activations on a mesh: modules name the dimensions, the trainer has rules for the names.
+
+Without it the partitioner may follow the kernels: with parameters spread over every device (FSDP) each device then keeps
+the features of all examples, in place of all features of its share of the examples.
+
+Names: "batch", "length" (tokens), "embed" (the model's width), "heads", "head_dim", "mlp" (hidden units).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+
+
+def with_axes(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrains the dimensions of x to the mesh axes that the rules in force give their names.
+
+    Returns x itself outside `flax.linen.logical_axis_rules` or without a mesh (`jax.set_mesh`).
+
+    Args:
+      x: an array with as many dimensions as there are `names`. A dimension without a name or rule is whole on every
+        device, as is one that its axes do not divide.
+    """
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty:
+        return x
+    axes = [_tuple(each) for each in nn.logical_to_mesh_axes(names, rules) or ()]
+    spec = [
+        each if size % math.prod(mesh.shape[axis] for axis in each) == 0 else ()
+        for each, size in zip(axes, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*(each or None for each in spec)))
+
+
+def _tuple(axes) -> tuple[str, ...]:
+    return axes if isinstance(axes, tuple) else (axes,) if isinstance(axes, str) else ()
