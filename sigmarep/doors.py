@@ -12,15 +12,15 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Mapping
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from sigmarep.errors import BadInput
 
 # No part begins with an underscore: a private name is not offered to others.
 DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*[.:][A-Za-z]\w*(\.[A-Za-z]\w*)*")
-# The fields of a stored configuration that may hold dotted names, alone or in a tuple, and the packages that any workdir
-# may name in them: those whose objects, called as the field's are, touch no file of the user's.
+# The fields of every task's configuration that may hold dotted names, alone or in a tuple, and the packages that any
+# workdir may name in them: those whose objects, called as the field's are, touch no file of the user's.
 FIELDS: dict[str, tuple[str, ...]] = {
     "task": ("sigmarep.tasks",),
     "optimizer.name": ("optax",),
@@ -106,16 +106,19 @@ def make_importable(path: str) -> str:
     return name
 
 
-def check_stored(stored: Mapping[str, Any], workdir: str) -> None:
+def check_stored(
+    stored: Mapping[str, Any], workdir: str, fields: Mapping[str, tuple[str, ...]] = MappingProxyType(FIELDS)
+) -> None:
     """Refuses the contents of a `config.json` that names objects of packages which the user did not name.
 
     Args:
       stored: the nested dictionary that the file holds.
+      fields: those that may hold dotted names, and the packages that any workdir may name in them.
 
     Raises:
       BadInput: it does; the message has the remedy.
     """
-    for field, safe in FIELDS.items():
+    for field, safe in fields.items():
         value: Any = stored
         for part in field.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None

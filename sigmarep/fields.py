@@ -19,12 +19,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from sigmarep import doors
+
 UNITS = ("steps", "epochs", "examples")
 # The step counter, array dimensions and file formats are 32-bit.
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38
 ORDERS = ("", "rising", "not falling")
-DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*[.:][A-Za-z]\w*(\.[A-Za-z]\w*)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Field:
         else:
             valid = self._valid(value, self.kind)
         return None if valid else self.accepted()
+
+    def takes_dotted(self) -> bool:
+        """Whether a dotted Python name is accepted, alone or beside words of the field's own."""
+        return self.dotted or (self.also is not None and self.also("package.name"))
 
     def _accepted_one(self, kind: type) -> str:
         if kind in (bool, object):
@@ -131,7 +136,7 @@ class Field:
         if self.pattern:
             return _is_pattern(value)
         if self.dotted:
-            return DOTTED.fullmatch(value) is not None
+            return doors.is_dotted(value)
         return not self.choices or value in self.choices or (self.also is not None and self.also(value))
 
     def _in_range(self, value: float) -> bool:
@@ -175,6 +180,10 @@ class Free:
     """A section that takes any field, such as the arguments of somebody else's function."""
 
     doc: str
+
+    def takes_dotted(self) -> bool:
+        """False: what stands in such a section is handed on as it is."""
+        return False
 
 
 Section = Mapping[str, Any]

@@ -1,14 +1,15 @@
 """Dotted names: which objects they stand for, what is wrong with one, and whom to trust with one."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
-from sigmarep import command, doors
+from sigmarep import command, configuration, doors
 from sigmarep.errors import BadInput
 from sigmarep.remedies import set_arm
-from sigmarep.training.config import default_config, locked
+from sigmarep.training.config import FREE, default_config
 from sigmarep.training.restore import restored_config
 
 
@@ -170,7 +171,8 @@ def test_arguments_of_a_foreign_optimizer_come_from_the_command_line(monkeypatch
     )
     assert rest == ["train.py", "--config.seed=1"]
     config = default_config("image_classification").lock()
-    locked(config).update_from_flattened_dict(command._free_overrides)
+    configuration.unlock(config, FREE)
+    config.update_from_flattened_dict(command._free_overrides)
     assert config.optimizer.arguments.to_dict() == {
         "decay_rate": 0.7,
         "multiply_by_parameter_scale": False,
@@ -208,6 +210,24 @@ def test_arguments_that_are_none_come_back_from_a_workdir(tmp_path):
         "clipping_threshold": None,
         "decay_rate": 0.7,
     }
+
+
+def test_fields_of_a_task_from_outside_that_name_objects_are_checked_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(doors, "_trusted", {"outer"})
+    (tmp_path / "outer.py").write_text(
+        "from sigmarep.fields import field\n"
+        "class task:\n"
+        "    FIELDS = {'model': {'encoder': field('outer.task', 'Module.', dotted=True)}}\n"
+        "    default_config = create_model = open_data = print\n"
+    )
+    stored = {"task": "outer.task", "model": {"encoder": "outer.task"}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert restored_config(str(tmp_path)).model.encoder == "outer.task"
+    stored["model"]["encoder"] = "shutil.rmtree"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(BadInput, match=r"names shutil.rmtree \(config.model.encoder\)"):
+        restored_config(str(tmp_path))
 
 
 FIELDS = {"optimizer.arguments.decay_rate": 0.7, "optimizer.name": "adafactor", "model.norm": "none"}

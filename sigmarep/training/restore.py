@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from sigmarep import doors, tasks
+from sigmarep import doors, fields, tasks
 from sigmarep.configuration import flatten, nearest
 from sigmarep.errors import BadInput
 from sigmarep.nn.layers import describe
@@ -19,7 +19,7 @@ from sigmarep.tasks.protocol import Files, TaskModel
 from sigmarep.training import mesh as meshes
 from sigmarep.training import workdir
 from sigmarep.training.checkpoints import read_variables
-from sigmarep.training.config import FREE, default_config, validate
+from sigmarep.training.config import FREE, default_config, sections, validate
 
 
 class Restored(NamedTuple):
@@ -87,7 +87,10 @@ def restored_config(folder: str) -> ml_collections.ConfigDict:
     """
     stored = workdir.stored_config(folder)
     doors.check_stored(stored, folder)
-    config = default_config(stored.get("task", ""))
+    task = stored.get("task", "")
+    own = [name for name, declared in fields.flatten(sections(task)) if declared.takes_dotted()]
+    doors.check_stored(stored, folder, {name: () for name in own if name not in doors.FIELDS})
+    config = default_config(task)
     try:
         config.update(_without_none(stored))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
