@@ -18,11 +18,11 @@ class CountedQueries(NamedTuple):
 
     Attributes:
       mask: bool (B, N, T).
-      count: (N,), how many these are, at least 1.
+      number: (N,) of these, at least 1.
     """
 
     mask: jax.Array
-    count: jax.Array
+    number: jax.Array
 
     @classmethod
     def of(cls, statistics: entropy.AttentionStatistics, query_mask: jax.Array | None) -> "CountedQueries":
@@ -35,7 +35,7 @@ class CountedQueries(NamedTuple):
 
     def mean(self, values: jax.Array) -> jax.Array:
         """Mean over the counted queries, (B, N, T) to (N,)."""
-        return jnp.sum(jnp.where(self.mask, values, 0.0), axis=(0, 2)) / self.count
+        return jnp.sum(jnp.where(self.mask, values, 0.0), axis=(0, 2)) / self.number
 
     def max(self, values: jax.Array) -> jax.Array:
         """Maximum over the counted queries, (B, N, T) to (N,); NaN where one of them has it."""

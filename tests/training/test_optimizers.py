@@ -6,7 +6,6 @@ import ml_collections
 import numpy as np
 import pytest
 
-from sigmarep import configuration
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layer, Layers
@@ -274,7 +273,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     )
 
 
-@pytest.mark.parametrize("field", ["no_decay", "gains", "non_matrices"])
+@pytest.mark.parametrize("field", ["no_decay", "scale_parameters", "non_matrices"])
 def test_a_rule_that_is_no_expression_is_refused(field):
     whole = default_config("image_classification")
     whole.optimizer[field] = ("(",)
