@@ -16,15 +16,14 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# Processes that a test starts inherit these two.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache")),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # Every compiled program takes memory maps, of which Linux allows a process 65,530: one that has more is aborted.
 MAPS = 15_000

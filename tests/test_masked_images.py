@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -44,12 +43,10 @@ def folder(tmp_path_factory):
 
 
 def start(folder, script, *arguments):
-    cache = os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache")
     environment = {
         **os.environ,
         "TFDS_DATA_DIR": str(folder / "tfds"),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
     }

@@ -112,8 +112,7 @@ def get_config(_=None):
 def start(folder, name, index, count, port):
     flags = f"--distributed=on --coordinator=localhost:{port} --num_processes={count} --process_id={index}".split()
     command = [sys.executable, "scripts/train.py", "--config", folder / "config.py", "--workdir", folder / name]
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // count), "XLA_FLAGS": fast}
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // count)}
     return subprocess.Popen(
         [*command, *(flags if count > 1 else []), "--config.writers.progress=plain"],
         cwd=ROOT,

@@ -2,11 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -36,11 +36,9 @@ TIMING = ("train/examples_per_second",)
 
 
 def environment(folder):
-    cache = os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache")
     return {
         **os.environ,
         "TFDS_DATA_DIR": str(folder / "tfds"),
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
     }
@@ -242,17 +240,59 @@ REFUSED = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("flags", "message"), REFUSED)
-def test_bad_input_gets_one_line_and_status_two(folder, tmp_path, flags, message):
-    import re
+# A process for each of the commands, forked from one that has imported what they import and not yet started JAX.
+FORKS = """
+import json, os, runpy, sys
 
-    status, _, err = finish(start(folder, tmp_path / "run", *flags))
+import sigmarep.training.loop
+from sigmarep import tasks
+
+tasks.get("image_classification")
+statuses = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        errors = os.open(os.path.join(sys.argv[2], f"{number}.err"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(errors, 2)
+        sys.argv = ["scripts/train.py", *arguments]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit(0)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(folder):
+    """Exit status and standard error of the command with each of the flags of `REFUSED`."""
+    where = folder / "refused"
+    where.mkdir()
+    commands = [
+        ["--config", "configs/quickstart.py", "--workdir", str(where / f"{number}"), *flags]
+        for number, (flags, _) in enumerate(REFUSED)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(commands), str(where)],
+        cwd=ROOT,
+        env=environment(folder) | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    errors = [(where / f"{number}.err").read_text() for number in range(len(REFUSED))]
+    return list(zip(json.loads(done.stdout), errors, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[" ".join(flags) for flags, _ in REFUSED])
+def test_bad_input_gets_one_line_and_status_two(folder, refusals, number):
+    status, err = refusals[number]
     assert status == 2, err
     (line,) = err.strip().splitlines()
-    assert re.search(message, line), line
+    assert re.search(REFUSED[number][1], line), line
     assert "Traceback" not in err
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (folder / "refused" / str(number) / "config.json").exists()
 
 
 def test_a_missing_config_file_and_a_missing_workdir_are_named(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Two real processes with a device each: the contrastive training step of one process, and its views."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def run(folder, method, count):
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder)},
         )
         for index, output in enumerate(outputs)
     ]
