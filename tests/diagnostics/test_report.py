@@ -332,3 +332,41 @@ def test_infinities_do_not_reach_the_pictures(tmp_path):
     _, pictures = page_of(tmp_path, run_folder(tmp_path / "a", rows))
     assert "a-sharpness.png" in pictures
     assert math.isinf(read(tmp_path / "a")[0].rows[0]["sharpness/threshold"])
+
+
+def test_a_nan_is_no_entropy_and_the_cause_of_a_divergence_is_told(tmp_path):
+    rows = [row(step, 2.0, 2.5, 1.5) for step in (1, 2)] + [
+        row(3, "nan", "nan", 1.5, **{"attention/entropy_min": "nan"})
+    ]
+    folder = run_folder(tmp_path / "runs/broken", rows, total=100)
+    run_folder(tmp_path / "runs/collapsed", [row(1, 2.0, 2.5, 0.01), row(2, "nan", "nan", "nan")], total=100)
+    run_folder(
+        tmp_path / "runs/rising",
+        [row(1, 2.0, 2.5), row(2, 9.0, 2.4)],
+        config={"divergence_factor": 3.0},
+        diagnosis={"step": 2},
+    )
+    run, facts = read(folder)
+    assert (facts.cause, facts.diverged, facts.fell) == ("logits", 3, [])
+    assert facts.lowest == (1.5, "encoder/block_1", 1)
+    assert findings.sentences(run, facts)[1:] == [
+        "Cause: logits; the attention logits of encoder/block_0 were out of range at step 3; step 2, the last one recorded "
+        "before, was healthy (loss 2, lowest entropy 1.5 nats in encoder/block_1).",
+        "No layer's attention entropy fell below 0.1 nats: the lowest was 1.5 in encoder/block_1 at step 1.",
+        "The first attention statistics that were not finite are those of encoder/block_0 at step 3.",
+    ]
+    page, _ = page_of(tmp_path, tmp_path / "runs")
+    assert (
+        "3 runs diverged, collapsed earliest, at step 2. Causes: 1 logits, 1 entropy collapse, 1 learning rate." in page
+    )
+    assert '<td class="number">nan</td>' in page or "<td>nan</td>" in page
+    assert "3, logits" in page
+
+
+def test_a_sharpness_and_a_gamma_that_are_nan_are_neither_below_nor_hidden(tmp_path):
+    rows = [row(step, 1.0, 2.0) for step in (1, 2, 3)]
+    for each, sharpness, gamma in zip(rows, (10.0, "nan", 20.0), ("nan", -1.0, "nan"), strict=True):
+        each |= {"sharpness/hessian": sharpness, "sharpness/threshold": 75.0, "spectral/gamma/head": gamma}
+    sentences = " ".join(findings.sentences(*read(run_folder(tmp_path / "a", rows, total=3))))
+    assert "Sharpness stayed below its threshold at 2 measurements. It was NaN at 1, first at step 2." in sentences
+    assert "γ became negative in 1 layers, head among them." in sentences

@@ -86,3 +86,13 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"x": {"point": {"arm": "a"}, "state": "done"}}))
     with pytest.raises(BadInput, match="its run x has no learning_rate of its own"):
         sensitivity.read_sweep(str(tmp_path))
+
+
+@pytest.mark.parametrize("nan_at", [0, 1, 2])
+def test_the_lowest_entropy_of_a_run_is_over_the_steps_that_have_one(nan_at):
+    rows = [{"train/loss": 2.0, "attention/entropy_min": 1.5} for _ in range(3)]
+    rows[nan_at] = {"train/loss": math.nan, "attention/entropy_min": math.nan}
+    assert sensitivity.outcome(rows, diverged=True).lowest == 1.5
+    # As versions before wrote it: a NaN was taken for 0.
+    rows[nan_at] = {"train/loss": math.nan, "attention/entropy_min": 0.0}
+    assert sensitivity.outcome(rows, diverged=True).lowest == 1.5
