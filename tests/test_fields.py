@@ -137,7 +137,9 @@ def test_a_field_that_may_be_none_is_set_and_set_back():
 
 
 def test_an_unknown_and_a_missing_field_are_named():
-    with pytest.raises(BadInput, match=r"^config\.inner\.sead: there is no such field; did you mean config\.inner\.seed\?$"):
+    with pytest.raises(
+        BadInput, match=r"^config\.inner\.sead: there is no such field; did you mean config\.inner\.seed\?$"
+    ):
         configuration.check(changed(inner__sead=1), SECTION)
     config = configuration.make(SECTION)
     del config["norm"]

@@ -82,56 +82,69 @@ def _final(run: Run) -> tuple[str, float] | None:
     return None
 
 
-def sentences(run: Run, found: Facts) -> list[str]:
-    """What a reader should know of one run, most important first."""
-    said = [outcome(run, found)]
+def sentences(run: Run, known: Facts) -> list[str]:
+    """Sentences that tell a reader about one run, most important first."""
+    texts = [outcome(run, known)]
     if not run.rows:
-        return said
-    if found.cause is not None:
-        said.append(f"Cause: {found.cause}; {found.explanation}.")
-    said.append(_entropy(found))
-    if found.nonfinite:
-        step, layer = found.nonfinite
-        said.append(f"The first attention statistics that were not finite are those of {layer} at step {step}.")
-    change = run.config.get("intervention.at_steps")
-    if change is not None and run.last_step > change:
-        temperature = run.config.get("intervention.attention_temperature", 1.0)
-        rate = run.config.get("intervention.learning_rate_factor", 1.0)
-        said.append(
-            f"After step {change:g} the run was changed on purpose: attention temperature times {temperature:g}, learning "
-            f"rate times {rate:g}."
-        )
-    said += [text for name, limit in SHARPNESS.items() if (text := _sharpness(run, name, limit))]
-    if found.spikes > 0 or found.gradient_spikes > 0:
-        said.append(
-            f"Spike score (share of logged values 7 standard deviations off the running mean): {found.spikes:.3g} % of the "
-            f"loss, {found.gradient_spikes:.3g} % of the gradient norm."
-        )
+        return texts
+    if known.cause is not None:
+        texts.append(f"Cause: {known.cause}; {known.explanation}.")
+    texts.append(_entropy(known))
+    if known.nonfinite:
+        step, layer = known.nonfinite
+        texts.append(f"The first attention statistics that were not finite are those of {layer} at step {step}.")
+    optional = [_intervention(run), *(_sharpness(run, name, limit) for name, limit in SHARPNESS.items())]
+    optional += [_spikes(known), _negative_gammas(run)]
+    return texts + [text for text in optional if text]
+
+
+def _intervention(run: Run) -> str | None:
+    step = run.config.get("intervention.at_steps")
+    if step is None or run.last_step <= step:
+        return None
+    temperature = run.config.get("intervention.attention_temperature", 1.0)
+    rate = run.config.get("intervention.learning_rate_factor", 1.0)
+    return (
+        f"After step {step:g} the run was changed on purpose: attention temperature times {temperature:g}, learning "
+        f"rate times {rate:g}."
+    )
+
+
+def _spikes(known: Facts) -> str | None:
+    if not (known.spikes > 0 or known.gradient_spikes > 0):
+        return None
+    return (
+        f"Spike score (share of logged values 7 standard deviations off the running mean): {known.spikes:.3g} % of the "
+        f"loss, {known.gradient_spikes:.3g} % of the gradient norm."
+    )
+
+
+def _negative_gammas(run: Run) -> str | None:
     gammas = [name for name in run.names if name.startswith("spectral/gamma/")]
     negative = [name for name in gammas if any(value < 0 for value in run.series(name).values)]
-    if negative:
-        names = ", ".join(name.removeprefix("spectral/gamma/") for name in negative[:3])
-        said.append(f"γ became negative in {len(negative)} layers, {names} among them.")
-    return said
+    if not negative:
+        return None
+    names = ", ".join(name.removeprefix("spectral/gamma/") for name in negative[:3])
+    return f"γ became negative in {len(negative)} layers, {names} among them."
 
 
-def outcome(run: Run, found: Facts) -> str:
-    """How a run ended, or how far it is."""
+def outcome(run: Run, known: Facts) -> str:
+    """A sentence on the end of a run, or on its progress."""
     of_total = f" of {run.total_steps}" if run.total_steps else ""
     why = f": {run.reason}" if run.reason else ""
     if run.state == "diverged":
-        return f"Diverged at step {found.diverged}{of_total}{why}."
+        return f"Diverged at step {known.diverged}{of_total}{why}."
     if run.state in ("failed", "bad input"):
         return f"Ended as {run.state} after step {run.last_step}{why}."
     if not run.rows:
         return f"Nothing is logged yet{why}."
-    rose = f" The loss rose at step {found.rose}." if found.rose is not None else ""
+    rose = f" The loss rose at step {known.rose}." if known.rose is not None else ""
     if run.state == "unfinished":
         ago = _duration(run.age or 0.0)
         return f"Unfinished, at step {run.last_step}{of_total}; the last line was written {ago} ago.{rose}"
     if run.state == "stopped early":
         return f"Stopped early after step {run.last_step}{of_total}{why}.{rose}"
-    words = f" with {found.final[0]} {found.final[1]:.4g}" if found.final else ""
+    words = f" with {known.final[0]} {known.final[1]:.4g}" if known.final else ""
     return f"Done after {run.last_step} steps{words}.{rose or ' The loss never rose.'}"
 
 
@@ -183,36 +196,42 @@ def _sharpness(run: Run, name: str, limit: str) -> str | None:
     )
 
 
-def overview(runs: Sequence[Run], found: Sequence[Facts]) -> list[str]:
-    """What a reader should know of several runs together."""
+def overview(runs: Sequence[Run], known: Sequence[Facts]) -> list[str]:
+    """Sentences that tell a reader about several runs together."""
     states = collections.Counter(run.state for run in runs)
-    said = [f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}."]
-    diverged = [(each.diverged, run.name) for run, each in zip(runs, found, strict=True) if each.diverged is not None]
+    texts = [f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}."]
+    pairs = list(zip(runs, known, strict=True))
+    diverged = [(each.diverged, run.name) for run, each in pairs if each.diverged is not None]
     if diverged:
         step, name = min(diverged)
-        causes = collections.Counter(each.cause for each in found if each.cause is not None)
+        causes = collections.Counter(each.cause for each in known if each.cause is not None)
         words = f" Causes: {', '.join(f'{count} {cause}' for cause, count in causes.most_common())}." if causes else ""
-        said.append(f"{_count(len(diverged), 'run')} diverged, {name} earliest, at step {step}.{words}")
+        texts.append(f"{_count(len(diverged), 'run')} diverged, {name} earliest, at step {step}.{words}")
     if len(runs) <= FEW:
-        return [*said, *(f"{run.name}: {_entropy(each)}" for run, each in zip(runs, found, strict=True) if run.rows)]
-    recorded = [each for each in found if each.lowest]
+        return [*texts, *(f"{run.name}: {_entropy(each)}" for run, each in pairs if run.rows)]
+    return texts + _entropies_of_many(pairs)
+
+
+def _entropies_of_many(pairs: Sequence[tuple[Run, Facts]]) -> list[str]:
+    texts = []
+    recorded = [each for _, each in pairs if each.lowest]
     fallen = [each for each in recorded if each.fell]
     if fallen:
         layer, count = collections.Counter(each.fell[0][0] for each in fallen).most_common(1)[0]
         before = sum(each.rose is not None and each.fell[0][1] < each.rose for each in fallen)
         never = sum(each.rose is None for each in fallen)
-        said.append(
+        texts.append(
             f"In {len(fallen)} of {_count(len(recorded), 'run')} with a record, a layer's attention entropy fell below "
             f"{COLLAPSED} nats, most often {layer} first ({count} of {len(fallen)}). It fell before the "
             f"loss rose in {before} of these; in {never} the loss never rose."
         )
     elif recorded:
-        said.append(f"No layer's attention entropy fell below {COLLAPSED} nats in any run.")
-    lowest = [(each.lowest, run.name) for run, each in zip(runs, found, strict=True) if each.lowest]
+        texts.append(f"No layer's attention entropy fell below {COLLAPSED} nats in any run.")
+    lowest = [(each.lowest, run.name) for run, each in pairs if each.lowest]
     if lowest:
         (value, layer, step), name = min(lowest)
-        said.append(f"The lowest entropy of all was {value:.3g} nats in {layer} at step {step} of {name}.")
-    return said
+        texts.append(f"The lowest entropy of all was {value:.3g} nats in {layer} at step {step} of {name}.")
+    return texts
 
 
 def _count(number: int, word: str) -> str:

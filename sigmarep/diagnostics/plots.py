@@ -314,25 +314,14 @@ def rates(table: sensitivity.Table) -> Any:
     figure, axes = _figure([2.4, 1.6])
     losses = sensitivity.medians(table)
     best = sensitivity.best_loss(losses)
-    starts = [each.start for by_rate in table.values() for tried in by_rate.values() for each in tried]
-    finite = [loss for by_rate in losses.values() for loss in by_rate.values() if math.isfinite(loss)]
-    top = max([*finite, *[start for start in starts if math.isfinite(start)]], default=1.0) * 1.15
+    starts = [each.start for by_rate in table.values() for runs in by_rate.values() for each in runs]
+    ends = [loss for by_rate in losses.values() for loss in by_rate.values()]
+    top = max(filter(math.isfinite, [*ends, *starts]), default=1.0) * 1.15
     for i, (arm, by_rate) in enumerate(table.items()):
-        color, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
-        tried = list(by_rate)
-        ends = [[each.loss for each in by_rate[rate]] for rate in tried]
-        # Diverged runs are drawn at the top.
-        cut = [[min(loss, top) for loss in each] for each in ends]
-        axes[0].fill_between(tried, [min(c) for c in cut], [max(c) for c in cut], color=color, alpha=0.15, linewidth=0)
-        middle = [statistics.median(each) for each in cut]
-        axes[0].plot(tried, middle, color=color, linestyle=dash, marker="o", markersize=3, linewidth=1.4, label=arm)
-        lost = [rate for rate, each in zip(tried, ends, strict=True) if any(map(math.isinf, each))]
+        style = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
         # Slightly shifted, so that arms that diverge at one rate do not cover each other.
-        axes[0].plot([rate * 1.06**i for rate in lost], [top] * len(lost), "x", color=color, markersize=6)
-        lowest = [[each.lowest for each in by_rate[rate] if math.isfinite(each.lowest)] for rate in tried]
-        points = [(rate, statistics.median(each)) for rate, each in zip(tried, lowest, strict=True) if each]
-        if points:
-            _line(axes[1], *zip(*points, strict=True), color=color, linestyle=dash, linewidth=1.4)
+        _final_losses(axes[0], by_rate, top, shift=1.06**i, label=arm, **style)
+        _lowest_entropies(axes[1], by_rate, **style)
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)
     axes[0].set(ylabel="training loss at the end", xscale="log")
@@ -342,3 +331,23 @@ def rates(table: sensitivity.Table) -> Any:
     axes[1].set(ylabel="lowest entropy\nof the run, nats", xlabel="learning rate", ylim=(0, None))
     _legend(axes[0], len(table))
     return figure
+
+
+def _final_losses(axes, by_rate, top: float, *, shift: float, label: str, color: str, linestyle: str) -> None:
+    """Draws the losses of an arm's runs by rate; diverged runs are at the top, with a cross."""
+    tried = list(by_rate)
+    ends = [[each.loss for each in by_rate[rate]] for rate in tried]
+    cut = [[min(loss, top) for loss in each] for each in ends]
+    axes.fill_between(tried, list(map(min, cut)), list(map(max, cut)), color=color, alpha=0.15, linewidth=0)
+    middle = [statistics.median(each) for each in cut]
+    axes.plot(tried, middle, color=color, linestyle=linestyle, marker="o", markersize=3, linewidth=1.4, label=label)
+    lost = [rate for rate, each in zip(tried, ends, strict=True) if any(map(math.isinf, each))]
+    axes.plot([rate * shift for rate in lost], [top] * len(lost), "x", color=color, markersize=6)
+
+
+def _lowest_entropies(axes, by_rate, *, color: str, linestyle: str) -> None:
+    """Draws the median over an arm's runs of the lowest entropy, by rate."""
+    lowest = {rate: [each.lowest for each in runs if math.isfinite(each.lowest)] for rate, runs in by_rate.items()}
+    points = [(rate, statistics.median(values)) for rate, values in lowest.items() if values]
+    if points:
+        _line(axes, *zip(*points, strict=True), color=color, linestyle=linestyle, linewidth=1.4)

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
@@ -183,17 +183,7 @@ def read(place: Place) -> Run:
     environment = _json(folder, "environment.json")
     total = environment.get("total_steps") or config.get("total_steps")
     total = int(total) if total else None
-    last = rows[-1]["step"] if rows else 0
-    finished = (total is not None and last >= total) or record.get("state") == "done"
-    state, reason = "done" if finished else "unfinished", None
-    diagnosis = _json(folder, "diagnosis.json")
-    broken = next((why for row in rows if (why := divergence_reason(row.get("train/loss", 0.0), None, 0.0))), None)
-    if diagnosis or record.get("state") == "diverged" or broken:
-        state, reason = "diverged", diagnosis.get("reason", broken)
-    elif stopped := stopped_early(folder):
-        state, reason = STOPPED_EARLY, stopped.reason
-    elif record.get("state") in ("failed", "bad input"):
-        state, reason = record["state"], _last_line(os.path.join(folder, "log.txt"))
+    state, reason = _state(folder, record, rows, total)
     return Run(
         name=name,
         folder=folder,
@@ -207,6 +197,28 @@ def read(place: Place) -> Run:
         sweep=sweep,
         point=record.get("point", {}),
     )
+
+
+def _state(
+    folder: str, record: Mapping[str, Any], rows: Sequence[dict[str, Any]], total: int | None
+) -> tuple[str, str | None]:
+    """The state of a run and the reason for it, None where there is nothing to say.
+
+    Args:
+      record: of the run in its sweep.
+      total: steps of the run, if known.
+    """
+    diagnosis = _json(folder, "diagnosis.json")
+    broken = next((why for row in rows if (why := divergence_reason(row.get("train/loss", 0.0), None, 0.0))), None)
+    if diagnosis or record.get("state") == "diverged" or broken:
+        return "diverged", diagnosis.get("reason", broken)
+    if stopped := stopped_early(folder):
+        return STOPPED_EARLY, stopped.reason
+    if record.get("state") in ("failed", "bad input"):
+        return record["state"], _last_line(os.path.join(folder, "log.txt"))
+    last = rows[-1]["step"] if rows else 0
+    finished = (total is not None and last >= total) or record.get("state") == "done"
+    return "done" if finished else "unfinished", None
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:

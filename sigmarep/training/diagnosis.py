@@ -113,15 +113,7 @@ def diagnose(rows: Sequence[Row], *, factor: float = 0.0) -> Diagnosis:
       rows: its metrics, in order.
       factor: `config.divergence_factor`, see `divergence_reason`.
     """
-    names = metric_names(rows)
-    layers = [name.removeprefix(ENTROPY) for name in names if name.startswith(ENTROPY)]
-    arrays = [name.removeprefix(NONFINITE) for name in names if name.startswith(NONFINITE)]
-    first_loss = next((row[LOSS] for row in rows if LOSS in row), None)
-    steps = [
-        _Step(row, layers, arrays, divergence_reason(row.get(LOSS, 0.0), first_loss, factor))
-        for row in rows
-        if LOSS in row or any(ENTROPY + layer in row for layer in layers)
-    ]
+    layers, steps = _evidence(rows, factor)
     unreadable = next((step for step in steps if step.broken_layers), None)
     facts = Diagnosis(
         layers=_entropies(layers, steps),
@@ -142,6 +134,20 @@ def diagnose(rows: Sequence[Row], *, factor: float = 0.0) -> Diagnosis:
         broken_step=broken.number,
         explanation=explanation,
     )
+
+
+def _evidence(rows: Sequence[Row], factor: float) -> tuple[list[str], list["_Step"]]:
+    """The layers whose entropy was recorded, and the steps at which it or the loss was."""
+    names = metric_names(rows)
+    layers = [name.removeprefix(ENTROPY) for name in names if name.startswith(ENTROPY)]
+    arrays = [name.removeprefix(NONFINITE) for name in names if name.startswith(NONFINITE)]
+    first_loss = next((row[LOSS] for row in rows if LOSS in row), None)
+    steps = [
+        _Step(row, layers, arrays, divergence_reason(row.get(LOSS, 0.0), first_loss, factor))
+        for row in rows
+        if LOSS in row or any(ENTROPY + layer in row for layer in layers)
+    ]
+    return layers, steps
 
 
 class _Step:

@@ -64,7 +64,28 @@ def create_optimizer(
     field = f"config.optimizer.name = {word!r}"
     factory = _of_optax(word) or doors.load(word, field="config.optimizer.name")
     parameters = _parameters(factory, field)
-    given = _plain(arguments)
+    decays, with_rate = "weight_decay" in parameters, "learning_rate" in parameters
+    given = _with_decay(word, _plain(arguments), parameters, weight_decay, mask)
+    if with_rate:
+        given["learning_rate"] = schedule
+    transformation = _called(factory, given, field)
+    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
+        raise BadInput(f"{field}: gives a {type(transformation).__name__}; expected an optax.GradientTransformation")
+    _check_update(transformation, params, field)
+    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay and not decays else optax.identity()
+    if not with_rate:
+        return optax.chain(transformation, decay, optax.scale_by_learning_rate(schedule))
+    return optax.chain(transformation, _decoupled_decay(schedule, weight_decay, mask) if not decays else decay)
+
+
+def _with_decay(
+    word: str, given: dict[str, Any], parameters: Mapping[str, inspect.Parameter], weight_decay: float, mask: Any
+) -> dict[str, Any]:
+    """The arguments of an optimizer, with the weight decay and its mask if it takes both.
+
+    Raises:
+      BadInput: an argument is unknown or set elsewhere, or the optimizer would decay all parameters alike.
+    """
     masks = [name for name in MASKS if name in parameters]
     decays = "weight_decay" in parameters
     set_elsewhere = ["learning_rate", *(["weight_decay"] if decays and masks else [])]
@@ -76,18 +97,7 @@ def create_optimizer(
         )
     if decays and masks:
         given["weight_decay"] = weight_decay
-    given.update({name: mask for name in masks if name not in given})
-    with_rate = "learning_rate" in parameters
-    if with_rate:
-        given["learning_rate"] = schedule
-    transformation = _called(factory, given, field)
-    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
-        raise BadInput(f"{field}: gives a {type(transformation).__name__}; expected an optax.GradientTransformation")
-    _check_update(transformation, params, field)
-    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay and not decays else optax.identity()
-    if not with_rate:
-        return optax.chain(transformation, decay, optax.scale_by_learning_rate(schedule))
-    return optax.chain(transformation, _decoupled_decay(schedule, weight_decay, mask) if not decays else decay)
+    return given | {name: mask for name in masks if name not in given}
 
 
 def create_schedule(

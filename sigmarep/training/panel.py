@@ -123,25 +123,7 @@ def panel_metrics(panel: dict[str, Any], stacks: Mapping[str, int]) -> dict[str,
     Args:
       stacks: `Layers.stacks` of the model.
     """
-    metrics: dict[str, float] = {}
-    layers: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in _by_layer(panel.get("attention", {}), stacks):
-        layer, _, statistic = name.rpartition("/")
-        layers.setdefault(layer.removesuffix("/attention"), {})[statistic] = value
-    if layers:
-        entropies = {layer: found["entropy"] for layer, found in layers.items()}
-        # NumPy's minimum is NaN where a value is; the order of the layers would decide Python's.
-        metrics["attention/entropy_min"] = float(np.min([heads.mean() for heads in entropies.values()]))
-        metrics["attention/entropy_head_min"] = float(np.min([heads.min() for heads in entropies.values()]))
-    for layer, found in layers.items():
-        metrics[f"attention/entropy/{layer}"] = float(found["entropy"].mean())
-        metrics[f"attention/entropy_normalised/{layer}"] = float(found["entropy_normalised"].mean())
-        for name in ("bound", "logit_variance"):
-            metrics[f"attention/{name}/{layer}"] = float(found[name].mean())
-        metrics[f"attention/max_logit/{layer}"] = float(found["max_logit"].max())
-        metrics[f"attention/qk_norm/{layer}"] = float(found["qk_norm"].max())
-        for head, value in enumerate(found["entropy"]):
-            metrics[f"attention/entropy_head/{layer}/{head}"] = float(value)
+    metrics = _attention_metrics(panel.get("attention", {}), stacks)
     for collection in ("spectral", "gamma"):
         for name, value in _by_layer(panel.get(collection, {}), stacks):
             path, _, leaf = name.rpartition("/")
@@ -154,6 +136,27 @@ def panel_metrics(panel: dict[str, Any], stacks: Mapping[str, int]) -> dict[str,
     for name, value in _by_layer(panel.get("layers", {}), stacks):
         path, _, leaf = name.rpartition("/")
         metrics[f"{LAYER_METRICS[leaf]}/{path}"] = float(value)
+    return metrics
+
+
+def _attention_metrics(recorded: Any, stacks: Mapping[str, int]) -> dict[str, float]:
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in _by_layer(recorded, stacks):
+        layer, _, statistic = name.rpartition("/")
+        layers.setdefault(layer.removesuffix("/attention"), {})[statistic] = value
+    metrics: dict[str, float] = {}
+    if layers:
+        entropies = [statistics["entropy"] for statistics in layers.values()]
+        # NumPy's minimum is NaN where a value is; the order of the layers would decide Python's.
+        metrics["attention/entropy_min"] = float(np.min([heads.mean() for heads in entropies]))
+        metrics["attention/entropy_head_min"] = float(np.min([heads.min() for heads in entropies]))
+    for layer, statistics in layers.items():
+        for name in ("entropy", "entropy_normalised", "bound", "logit_variance"):
+            metrics[f"attention/{name}/{layer}"] = float(statistics[name].mean())
+        for name in ("max_logit", "qk_norm"):
+            metrics[f"attention/{name}/{layer}"] = float(statistics[name].max())
+        for head, value in enumerate(statistics["entropy"]):
+            metrics[f"attention/entropy_head/{layer}/{head}"] = float(value)
     return metrics
 
 

@@ -134,7 +134,7 @@ VALUES = {
 def is_sensible(name, value, original):
     """Whether a value makes sense for a field; `original` is one that does."""
     if name.endswith(UNITS):
-        whole = value is None or not name.endswith("_steps") or value in Numbers() and value == int(value)
+        whole = value is None or not name.endswith("_steps") or (value in Numbers() and value == int(value))
         return value is None or (value in Numbers(0, 1e18) and whole)
     if name == "data.data_dir":
         return isinstance(value, str | None)
@@ -223,7 +223,9 @@ def outcome(config, name, value):
 def test_every_value_of_a_configuration_file_makes_sense(case):
     config = load(case[0]).get_config(case[1])
     assert not [
-        (name, value) for name, value in flatten(config).items() if value is not None and not is_sensible(name, value, value)
+        (name, value)
+        for name, value in flatten(config).items()
+        if value is not None and not is_sensible(name, value, value)
     ]
 
 
