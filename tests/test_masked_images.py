@@ -21,8 +21,8 @@ from sigmarep.command import load_config_file
 from sigmarep.sweeps import values
 
 def get_config(text=""):
-    config = load_config_file(os.path.join(ROOT, "examples/masked_images/config.py")).get_config("steps=24")
-    config.batch_size, config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 16, 1, 12, 6
+    config = load_config_file(os.path.join(ROOT, "examples/masked_images/config.py")).get_config("steps=48")
+    config.batch_size, config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 16, 1, 24, 6
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 8, 2, 8
     config.optimizer.name, config.optimizer.warmup_steps = "adafactor", 4
     config.optimizer.learning_rate = 0.03
@@ -86,9 +86,9 @@ def test_a_sweep_makes_two_runs_that_learn(swept):
     assert "2 done" in swept[1]
     for run in ("mask_ratio=0.25", "mask_ratio=0.75"):
         losses = [row["train/loss"] for row in rows(swept[0] / run) if "train/loss" in row]
-        assert len(losses) == 24
+        assert len(losses) == 48
         assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
-        assert [row["step"] for row in rows(swept[0] / run) if "eval/test/explained" in row] == [12, 24]
+        assert [row["step"] for row in rows(swept[0] / run) if "eval/test/explained" in row] == [24, 48]
 
 
 def test_a_killed_run_goes_on_to_the_bit(folder, swept):
@@ -96,7 +96,8 @@ def test_a_killed_run_goes_on_to_the_bit(folder, swept):
     arguments = ["--config", folder / "config.py", "--workdir", workdir, *PACKAGE, *FLAGS]
     process = start(folder, "train.py", *arguments)
     deadline = time.monotonic() + 120
-    while len(rows(workdir)) < 9 and process.poll() is None and time.monotonic() < deadline:
+    # Under this name a checkpoint is whole.
+    while not (workdir / "checkpoints" / "6").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
@@ -115,7 +116,7 @@ def test_a_run_is_evaluated_once_its_package_is_named(folder, swept):
     assert "masked_images" not in sys.modules
     status, out, err = finish(start(folder, "evaluate.py", "--workdir", workdir, *PACKAGE))
     assert status == 0, err
-    assert out.splitlines()[0] == "checkpoint of step 24"
+    assert out.splitlines()[0] == "checkpoint of step 48"
     explained = rows(workdir)[-1]["eval/test/explained"]
     assert f"test explained: {explained:.4g}" in out.splitlines()
 
