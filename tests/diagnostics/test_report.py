@@ -32,7 +32,7 @@ def row(step, loss, *entropies, **more):
     heads = {
         f"attention/entropy_head/encoder/block_{i}/{h}": value for i, value in enumerate(entropies) for h in range(2)
     }
-    least = {"attention/entropy_min": min(entropies)} if entropies else {}
+    least = {"attention/entropy_min": min(entropies, key=float)} if entropies else {}
     return {"step": step, "train/loss": loss, **found, **heads, **least, **more}
 
 
