@@ -28,7 +28,7 @@ Three of one layer, stacked along the second axis:
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -264,7 +264,7 @@ def _einsum_axes(module: nn.Einsum, args: Any, kwargs: Any) -> Axes | None:
 
 
 def _tuple(x: Any) -> tuple[int, ...]:
-    return (x,) if isinstance(x, int) else tuple(x)
+    return tuple(x) if isinstance(x, Iterable) else (x,)
 
 
 class _Reader:
