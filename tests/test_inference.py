@@ -197,8 +197,8 @@ def test_texts_are_continued(language_model):
         log_p = np.array(run.task.model.apply(run.variables, np.array([ids])))[0, -1]
         ids.append(int(log_p[1:].argmax()) + 1)
     assert texts[1] == run.task.vocabulary.decode(ids)
-    with pytest.raises(BadInput, match=r"prompt 1: has 3 tokens; expected fewer than max_length = 3"):
-        run.generate(prompts, max_length=3)
+    with pytest.raises(BadInput, match=r"prompt 1: has 4 tokens; expected fewer than max_length = 4"):
+        run.generate(prompts, max_length=4)
     with pytest.raises(BadInput, match="is a run of language_modeling, which has no translate"):
         run.translate(prompts)
 
