@@ -1,6 +1,6 @@
-"""Data sets by name, through TFDS or from a function of the user's (`supplied`), as sources that can be read at any index.
+"""Random-access data sets by name, from TFDS or from a user's function (`supplied`).
 
-Sets that packages bring are prepared on first use; the others by one command, which the error names. Reading never
+Data sets that come with packages are prepared on first use; others by one command, which the error names. Reading never
 needs TensorFlow.
 """
 
@@ -35,8 +35,12 @@ class Source(Protocol):
 class Description(NamedTuple):
     """A data set of images with classes.
 
-    `image_shape` (height, width, channels) has None where it varies; `splits` gives examples by split. `class_names` are in
-    the order of the labels, and `full_name` tells variant and version; both are empty where they are not known.
+    Attributes:
+      num_classes: number of classes.
+      image_shape: (height, width, channels), with None for sizes that vary.
+      splits: number of examples by split.
+      class_names: in the order of the labels; () if unknown.
+      full_name: name with variant and version; "" if unknown.
     """
 
     num_classes: int
@@ -46,7 +50,7 @@ class Description(NamedTuple):
     full_name: str = ""
 
 
-# Builders of this project, by module.
+# Modules and classes of this project's builders.
 OWN = {
     "digits": ("sigmarep.data.datasets.digits", "Digits"),
     "mnist5k": ("sigmarep.data.datasets.mnist5k", "Mnist5k"),
@@ -56,7 +60,7 @@ OWN = {
     "spoken_sentences": ("sigmarep.data.datasets.spoken_sentences", "SpokenSentences"),
     "stamp_recordings": ("sigmarep.data.datasets.stamp_recordings", "StampRecordings"),
 }
-# Those whose content is a folder of files.
+# Builders whose content is a folder of the user's files.
 FOLDERS = {
     "text_folder": ("sigmarep.data.datasets.text_folder", "TextFolder"),
     "speech_folder": ("sigmarep.data.datasets.speech_folder", "SpeechFolder"),
@@ -65,9 +69,9 @@ NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 # File formats of TFDS with random access.
 RANDOM_ACCESS = {"array_record", "parquet"}
-# Those of TFDS whose audio files are decoded when they are prepared.
+# Data sets of TFDS whose preparation decodes audio files.
 SPOKEN = ("librispeech", "tedlium")
-# Sets of TFDS that the configurations name; any other name of TFDS works as well.
+# Names that errors suggest; every other name of TFDS works as well.
 KNOWN = (
     *OWN,
     *FOLDERS,
@@ -86,48 +90,50 @@ PUBLISHED = {
 
 
 def data_folder(data_dir: str | None) -> str:
-    """Where data sets lie: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Folder of data sets: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
-    """The prepared TFDS builder of a data set, of its newest prepared version unless the name ends in one.
+    """Returns the prepared TFDS builder of a data set.
 
     Args:
-      folder: the files of the sets "text_folder" and "speech_folder" (see the modules of these names).
+      name: name of the data set, `dataset[/variant][:version]`; without a version the newest prepared one is taken.
+      data_dir: see `data_folder`.
+      folder: files of "text_folder" and "speech_folder" (see the modules of these names).
 
     Raises:
-      BadInput: there is no such set, it is not prepared, or what is prepared cannot be read.
+      BadInput: there is no such data set, it is not prepared, or the prepared files cannot be read.
     """
     root = data_folder(data_dir)
     if "://" in root:
         raise BadInput(f"config.data.data_dir = {root!r}: expected a folder; mount the bucket, as docs/data.md shows")
     try:
         if _is_own(name) or name in FOLDERS or doors.is_dotted(name):
-            found = _own(name, root, folder)
+            dataset = _own(name, root, folder)
         else:
-            # Read as it lies there: TFDS's own code for the set may need TensorFlow, or be of another version.
-            found = _read_only(_prepared(name, root) or _missing(name, root))
-        if not found.info.splits:
+            # Reads the folder alone: TFDS's own code for the data set may need TensorFlow or have another version.
+            dataset = _read_only(_prepared(name, root) or _missing(name, root))
+        if not dataset.info.splits:
             raise ValueError("its dataset_info.json is missing or names no splits")
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(_damaged(name, root, error)) from error
-    formats = sorted(each.value for each in found.info.available_file_formats())
+    formats = sorted(each.value for each in dataset.info.available_file_formats())
     if not set(formats) & RANDOM_ACCESS:
         raise BadInput(
-            f"config.data.name = {name!r}: is prepared in {found.data_dir} as {', '.join(formats)}, which has no random "
-            f"access; run: tfds convert_format --dataset_version_dir={found.data_dir} --out_file_format=array_record"
+            f"config.data.name = {name!r}: is prepared in {dataset.data_dir} as {', '.join(formats)}, which has no random "
+            f"access; run: tfds convert_format --dataset_version_dir={dataset.data_dir} --out_file_format=array_record"
         )
-    return found
+    return dataset
 
 
 def prepare(name: str, *, data_dir: str | None = None) -> str:
     """Prepares a data set as array_record files and returns its folder.
 
     Raises:
-      BadInput: there is no such set, TensorFlow is needed and missing, or a file must be fetched by hand.
+      BadInput: there is no such data set, a program or package is missing, or a file must be downloaded by hand.
     """
     root = data_folder(data_dir)
     if _is_own(name):
@@ -135,35 +141,35 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
     import tensorflow_datasets as tfds
 
     try:
-        found = tfds.builder(name, data_dir=root, file_format="array_record")
+        dataset = tfds.builder(name, data_dir=root, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
         raise BadInput(_unknown(name)) from None
-    # Some sets would notice only after hours of downloading.
-    if not found.is_prepared() and importlib.util.find_spec("tensorflow") is None:
+    # Checked here because some data sets would fail only after hours of downloading.
+    if not dataset.is_prepared() and importlib.util.find_spec("tensorflow") is None:
         raise BadInput(f'--name {name}: preparing it needs TensorFlow; pip install "sigmarep[tf]"')
-    if name.split("/")[0] in SPOKEN and not found.is_prepared():
+    if name.split("/")[0] in SPOKEN and not dataset.is_prepared():
         if importlib.util.find_spec("pydub") is None:
             raise BadInput(f'--name {name}: preparing it needs pydub; pip install "sigmarep[tf]"')
         if shutil.which("ffmpeg") is None:
             raise BadInput(f"--name {name}: preparing it needs the program ffmpeg; apt-get install ffmpeg")
     try:
-        found.download_and_prepare()
+        dataset.download_and_prepare()
     except Exception as error:
         raise BadInput(f"--name {name}: could not be prepared ({_line(error)})") from error
     builder(name, data_dir=root)
-    return str(found.data_dir)
+    return str(dataset.data_dir)
 
 
 def open_source(name: str, split: str, *, data_dir: str | None = None, folder: str = "") -> Source:
-    """The examples of a split; TFDS's slices and sums such as "train[:90%]" and "train+test" are splits too.
+    """Opens the examples of a split, which may be a TFDS expression such as "train[:90%]" or "train+test".
 
     Raises:
-      BadInput: see `builder`; or there is no such split, or nothing in it.
+      BadInput: see `builder`; or there is no such split, or it is empty.
     """
     if is_supplied(name):
         return supplied.open_source(name, split, data_dir=data_dir, folder=folder)
-    found = builder(name, data_dir=data_dir, folder=folder)
-    splits = found.info.splits
+    dataset = builder(name, data_dir=data_dir, folder=folder)
+    splits = dataset.info.splits
     try:
         count = splits[split].num_examples
     except Exception:
@@ -175,7 +181,7 @@ def open_source(name: str, split: str, *, data_dir: str | None = None, folder: s
             f"or a slice such as train[:90%] that holds an example (examples: {examples})"
         )
     try:
-        source = found.as_data_source(split)
+        source = dataset.as_data_source(split)
         source[0]
     except Exception as error:
         raise BadInput(_damaged(name, data_folder(data_dir), error)) from error
@@ -183,7 +189,7 @@ def open_source(name: str, split: str, *, data_dir: str | None = None, folder: s
 
 
 def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: str = "") -> str:
-    """Names the examples of a split: another version, other files or another split give another one.
+    """Fingerprint of the examples of a split; it differs between versions, files and splits.
 
     Raises:
       BadInput: see `builder`.
@@ -196,7 +202,7 @@ def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: s
 
 
 def sample_rate(name: str, feature: str, *, data_dir: str | None = None, folder: str = "") -> int | None:
-    """Samples a second of a data set's audio, None where that is not known; this project's own sets have 16,000.
+    """Sample rate of a data set's audio in Hz, None if unknown; this project's own data sets have 16,000.
 
     Raises:
       BadInput: see `builder`.
@@ -212,12 +218,12 @@ def sample_rate(name: str, feature: str, *, data_dir: str | None = None, folder:
 
 
 def is_supplied(name: str) -> bool:
-    """Whether a function of the user's gives the data set."""
+    """True if the data set comes from a user's function."""
     return doors.is_dotted(name) and not _is_builder(supplied.load(name))
 
 
 def describe(name: str, *, data_dir: str | None = None) -> Description:
-    """The description that a prepared data set gives of itself.
+    """Describes a prepared data set of images.
 
     Raises:
       BadInput: see `builder`; or it has no images with labels.
@@ -240,7 +246,7 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
 
 
 def published(name: str, *, data_dir: str | None = None) -> Description:
-    """What is published of a well-known data set, which need not be prepared; `describe` of any other.
+    """Describes a well-known data set by published figures, without preparing it; any other by `describe`.
 
     Raises:
       BadInput: see `describe`.
@@ -255,50 +261,53 @@ def _is_builder(opener: Any) -> bool:
 
 
 def _is_own(name: str) -> bool:
-    """Whether it is a builder of this project, with or without a variant; a version is read as it lies there."""
+    """True for a builder of this project, with or without a variant, but not for a name with a version."""
     return name.split("/")[0] in OWN and ":" not in name
 
 
 def _own(name: str, root: str, folder: str = ""):
     if doors.is_dotted(name):
-        made = supplied.load(name)
-        if "folder" in inspect.signature(made).parameters:
-            made = functools.partial(made, folder=folder)
+        make = supplied.load(name)
+        if "folder" in inspect.signature(make).parameters:
+            make = functools.partial(make, folder=folder)
     else:
         dataset, _, variant = name.partition("/")
         module, attribute = {**OWN, **FOLDERS}[dataset]
-        made = getattr(importlib.import_module(module), attribute)
-        variants = [config.name for config in made.BUILDER_CONFIGS]
+        make = getattr(importlib.import_module(module), attribute)
+        variants = [config.name for config in make.BUILDER_CONFIGS]
         if variant not in (variants or [""]):
             expected = ", ".join(f"{dataset}/{each}" for each in variants) or dataset
             raise BadInput(f"config.data.name = {name!r}: there is no such variant; expected one of {expected}")
         if variants:
-            made = functools.partial(made, config=variant)
+            make = functools.partial(make, config=variant)
         if dataset in FOLDERS:
-            made = functools.partial(made, folder=folder)
-    found = made(data_dir=root, file_format="array_record")
-    if found.is_prepared():
-        return found
+            make = functools.partial(make, folder=folder)
+    prepared = make(data_dir=root, file_format="array_record")
+    if prepared.is_prepared():
+        return prepared
     try:
-        # Two processes may start at once on a machine that has nothing yet.
+        # Several processes may want to prepare it at once.
         with locked(os.path.join(root, f".{name.replace('/', '-')}")):
-            found = made(data_dir=root, file_format="array_record")
-            if not found.is_prepared():
+            prepared = make(data_dir=root, file_format="array_record")
+            if not prepared.is_prepared():
                 import tensorflow_datasets as tfds
 
                 tfds.disable_progress_bar()
-                found.download_and_prepare()
+                prepared.download_and_prepare()
     except OSError as error:
         raise BadInput(
             f"config.data.data_dir = {root!r}: cannot be written ({error.strerror}); set another with "
             "--config.data.data_dir"
         ) from error
-    return found
+    return prepared
 
 
 def _read_only(directory: str):
-    """The builder of a prepared folder. TFDS needs TensorFlow for its feature Audio, even where audio is stored as plain
-    numbers: it is then read as what it is, a tensor."""
+    """Builder of a prepared folder.
+
+    TFDS needs TensorFlow for its feature Audio, even for audio that is stored as plain numbers. Such audio is read as the
+    feature Tensor instead.
+    """
     import tensorflow_datasets as tfds
 
     with open(os.path.join(directory, "features.json")) as file:
@@ -322,23 +331,23 @@ def _plain_audio(features: Any) -> Any:
 
 
 def _prepared(name: str, folder: str) -> str | None:
-    """The folder of the newest prepared version of `dataset[/variant][:version]`, or None.
+    """Folder of the newest prepared version of `dataset[/variant][:version]`; None if there is none.
 
     Raises:
-      BadInput: no variant is named, and several are prepared.
+      BadInput: several variants are prepared and none is named.
     """
     if not NAME.fullmatch(name):
         raise BadInput(_unknown(name))
     dataset, _, asked = name.partition(":")
     root = glob.escape(os.path.join(folder, *dataset.split("/")))
-    found = [os.path.dirname(path) for depth in ("*", "*/*") for path in glob.glob(f"{root}/{depth}/dataset_info.json")]
-    # What was interrupted lies in folders such as 1.0.0.incompleteXY.
-    found = [path for path in found if VERSION.fullmatch(os.path.basename(path))]
-    variants = sorted({os.path.relpath(os.path.dirname(path), folder) for path in found})
+    infos = [path for depth in ("*", "*/*") for path in glob.glob(f"{root}/{depth}/dataset_info.json")]
+    # Interrupted preparations leave folders such as 1.0.0.incompleteXY.
+    versions = [path for path in map(os.path.dirname, infos) if VERSION.fullmatch(os.path.basename(path))]
+    variants = sorted({os.path.relpath(os.path.dirname(path), folder) for path in versions})
     if len(variants) > 1:
         raise BadInput(f"config.data.name = {name!r}: has variants; expected one of {', '.join(variants)}")
-    found = [path for path in found if asked in ("", os.path.basename(path))]
-    return max(found, key=lambda path: [int(part) for part in os.path.basename(path).split(".")], default=None)
+    versions = [path for path in versions if asked in ("", os.path.basename(path))]
+    return max(versions, key=lambda path: [int(part) for part in os.path.basename(path).split(".")], default=None)
 
 
 def _missing(name: str, folder: str):
@@ -361,7 +370,7 @@ def _unknown(name: str) -> str:
 
 def _damaged(name: str, folder: str, error: Exception) -> str:
     return (
-        f"config.data.name = {name!r}: what is prepared in {os.path.join(folder, name)} cannot be read ({_line(error)}); "
+        f"config.data.name = {name!r}: the data set in {os.path.join(folder, name)} cannot be read ({_line(error)}); "
         "delete that folder and prepare it again"
     )
 

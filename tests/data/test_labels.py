@@ -20,7 +20,7 @@ def test_characters_are_those_of_the_texts_in_lower_case(tmp_path):
     found = obtain(tmp_path)
     assert found.characters == " acdehinst"
     assert found.size == 11
-    assert found.normalised(" The  CAT\n") == "the cat"
+    assert found.normalize(" The  CAT\n") == "the cat"
     encoded = found.encode("the cat")
     assert encoded.labels.tolist() == [1 + " acdehinst".index(c) for c in "the cat"]
     assert found.decode(encoded.labels) == "the cat"

@@ -1,4 +1,4 @@
-"""What a speech model writes: characters or subwords as labels 1, 2, …; label 0 is CTC's blank."""
+"""Labels of speech models: characters or subwords as labels 1, 2, …; label 0 is CTC's blank."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -13,50 +13,50 @@ from sigmarep.data.text.vocabulary import SPECIAL, SubwordVocabulary
 from sigmarep.errors import BadInput
 from sigmarep.fields import field
 
-# Its name in the folder of a run.
+# Name of the labels' file in the folder of a run.
 FILE = "labels.model"
 BLANK = 0
 KINDS = ("character", "subword")
-# The first label of a subword: the blank stands for the vocabulary's special tokens.
+# Token − label of a subword: the blank takes the place of the vocabulary's special tokens.
 SHIFT = SPECIAL - 1
 
 
 class Encoded(NamedTuple):
-    """`labels` (n,) int32; `unknown`, the characters that there is no label for."""
+    """Labels (n,) int32 of a text, and its characters without a label."""
 
     labels: np.ndarray
     unknown: frozenset[str]
 
 
 class Labels(Protocol):
-    """`size` counts the blank."""
+    """Mapping between texts and labels; `size` is the number of labels, including the blank."""
 
     size: int
 
-    def normalised(self, text: str) -> str:
-        """The text as it is learned and scored: single spaces, in lower case if so configured."""
+    def normalize(self, text: str) -> str:
+        """Converts a text to the form that is learned and scored: single spaces, and lower case if configured."""
 
     def encode(self, text: str) -> Encoded:
-        """The labels of a normalised text, without those characters that have none."""
+        """Encodes a normalized text; characters without a label are skipped."""
 
     def decode(self, labels: Sequence[int]) -> str:
-        """The text of labels without blanks."""
+        """Decodes labels, which have no blanks, to text."""
 
     def to_bytes(self) -> bytes:
-        """All of it, as one file."""
+        """Serializes the labels as the contents of one file."""
 
 
-class _Normalising:
+class _Normalizing:
     def __init__(self, lowercase: bool):
         self._lowercase = lowercase
 
-    def normalised(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         text = " ".join(text.split())
         return text.lower() if self._lowercase else text
 
 
-class CharacterLabels(_Normalising):
-    """A label a character."""
+class CharacterLabels(_Normalizing):
+    """One label per character."""
 
     def __init__(self, characters: str, *, lowercase: bool):
         super().__init__(lowercase)
@@ -76,8 +76,8 @@ class CharacterLabels(_Normalising):
         return json.dumps(facts, ensure_ascii=False).encode() + b"\n"
 
 
-class SubwordLabels(_Normalising):
-    """A label a piece of SentencePiece; characters that it has not seen are spelled in bytes, so that none is unknown."""
+class SubwordLabels(_Normalizing):
+    """One label per SentencePiece token; characters outside its vocabulary are encoded as bytes, so none is unknown."""
 
     def __init__(self, subwords: SubwordVocabulary, *, lowercase: bool):
         super().__init__(lowercase)
@@ -110,21 +110,24 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def planned(config: ml_collections.ConfigDict) -> CharacterLabels:
-    """Made-up labels, as many as the configuration asks for; 29 with the blank, the English letters', where it leaves the
-    characters to the data."""
+    """Placeholder labels of the configured number.
+
+    If the characters depend on the data, there are 29 labels with the blank, as for English letters.
+    """
     count = config.size - SHIFT - 1 if config.kind == "subword" else len(config.characters) or 28
-    # Of a private area, in which there is no white space.
+    # Characters of a private-use area, which has no white space.
     return CharacterLabels("".join(chr(0xF0000 + number) for number in range(count)), lowercase=False)
 
 
 def from_bytes(content: bytes, *, lowercase: bool) -> Labels:
-    """The labels that `to_bytes` wrote.
+    """Reads the labels that `to_bytes` wrote.
 
     Args:
-      lowercase: of subwords, whose file does not say it.
+      content: the file's contents.
+      lowercase: for subwords, whose file does not record it.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the contents are not labels.
     """
     if content.startswith(b"{"):
         values = json.loads(content)
@@ -138,41 +141,41 @@ def from_bytes(content: bytes, *, lowercase: bool) -> Labels:
 def obtain(
     config: ml_collections.ConfigDict, texts: Callable[[], Iterable[str]], *, cache_dir: str, key: str
 ) -> Labels:
-    """The labels of `config.data.labels`.
+    """Loads or creates the labels of `config.data.labels`.
 
     Args:
-      texts: the transcripts of the training split.
+      config: `config.data.labels`.
+      texts: returns the transcripts of the training split.
       cache_dir, key: see `sigmarep.data.text.vocabulary.obtain`.
 
     Raises:
-      BadInput: a field has an unknown word, or no labels can be made of the texts.
+      BadInput: a field has an invalid value, or the texts are not enough for the labels.
     """
     lowercase = config.lowercase
     if config.kind == "subword":
-        normalise = _Normalising(lowercase).normalised
+        normalize = _Normalizing(lowercase).normalize
         settings = ml_collections.ConfigDict({**dict(config), "kind": "subword"})
         try:
-            found = vocabulary.obtain(
+            subwords = vocabulary.obtain(
                 settings,
-                lambda: (normalise(text) for text in texts()),
+                lambda: (normalize(text) for text in texts()),
                 cache_dir=cache_dir,
                 key=f"{key}|{lowercase}",
             )
         except BadInput as error:
             raise BadInput(str(error).replace("config.data.vocabulary.", "config.data.labels.")) from None
-        if not isinstance(found, SubwordVocabulary) or not found.spells_everything():
+        if not isinstance(subwords, SubwordVocabulary) or not subwords.spells_everything():
             raise BadInput(
                 f"config.data.labels.file = {config.file!r}: expected a SentencePiece model with the special tokens "
-                "padding, begin, end and unknown as 0 to 3 and with bytes for what it does not know "
-                "(scripts/train_vocabulary.py)"
+                "padding, begin, end and unknown as 0 to 3 and with byte fallback (scripts/train_vocabulary.py)"
             )
-        return SubwordLabels(found, lowercase=lowercase)
+        return SubwordLabels(subwords, lowercase=lowercase)
     characters = config.characters
     if len(set(characters)) != len(characters):
         raise BadInput(f"config.data.labels.characters = {characters!r}: expected each character once")
     if not characters:
-        normalise = _Normalising(lowercase).normalised
-        characters = "".join(sorted({character for text in texts() for character in normalise(text)}))
+        normalize = _Normalizing(lowercase).normalize
+        characters = "".join(sorted({character for text in texts() for character in normalize(text)}))
     if not characters:
         raise BadInput("config.data: the training split has no transcripts")
     return CharacterLabels(characters, lowercase=lowercase)

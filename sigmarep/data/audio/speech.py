@@ -1,4 +1,4 @@
-"""Utterances and their transcripts for speech recognition, in batches of seconds of audio and of few shapes."""
+"""Utterances and transcripts for speech recognition, in batches of few shapes whose size is in seconds of audio."""
 
 import collections
 import functools
@@ -23,9 +23,9 @@ from sigmarep.errors import BadInput
 from sigmarep.fields import field
 from sigmarep.files import write_atomically
 
-# Letters of fast speech.
+# Letters per second of fast speech.
 LABELS_PER_SECOND = 20
-# Utterances that a report names of each kind.
+# Number of utterances that a report names per kind of fault.
 NAMED = 20
 
 
@@ -88,7 +88,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def open_labels(data: ml_collections.ConfigDict) -> Labels:
-    """The labels of `config.data.labels`; see `labels.obtain`."""
+    """Opens the labels of `config.data.labels`; see `labels.obtain`."""
     folder = os.path.join(sources.data_folder(data.data_dir), "vocabularies")
     key = f"{_fingerprint(data, data.train_split)}|{data.text_feature}|{tuple(data.ignored_texts)}"
 
@@ -103,10 +103,10 @@ def _ignored(data: ml_collections.ConfigDict, text: str) -> bool:
 
 
 def filterbank(data: ml_collections.ConfigDict) -> LogMel:
-    """The features of `config.data`.
+    """The filterbank that `config.data` configures.
 
     Raises:
-      BadInput: a field has an impossible value.
+      BadInput: the fields do not fit together.
     """
     try:
         return LogMel(
@@ -120,7 +120,13 @@ def filterbank(data: ml_collections.ConfigDict) -> LogMel:
 
 
 class Index(NamedTuple):
-    """Of every utterance of a split: `samples` (n,) int64, `texts`, `speakers` and `ids` (empty where there are none)."""
+    """The utterances of a split without their audio.
+
+    Attributes:
+      samples: (n,) int64, number of samples of each.
+      texts: transcripts.
+      speakers, ids: "" where the data set has none.
+    """
 
     samples: np.ndarray
     texts: list[str]
@@ -137,16 +143,16 @@ def _fingerprint(data, split):
 
 
 def _index(data: ml_collections.ConfigDict, split: str) -> Index:
-    """Reads every utterance once, and keeps what was found beside the data sets."""
+    """Index of a split, from the cache in the data sets' folder; reads every utterance the first time."""
     names = (data.audio_feature, data.text_feature, data.speaker_feature, data.id_feature)
     key = token_cache.key_digest(f"{_fingerprint(data, split)}|{names}")
     path = os.path.join(sources.data_folder(data.data_dir), "utterances", f"{key}.npz")
     with token_cache.cache_lock(path):
         if not os.path.exists(path):
-            found = _read_all(data, split)
+            index = _read_all(data, split)
             content = io.BytesIO()
-            words = json.dumps([found.texts, found.speakers, found.ids]).encode()
-            np.savez(content, samples=found.samples, words=np.frombuffer(words, np.uint8))
+            words = json.dumps([index.texts, index.speakers, index.ids]).encode()
+            np.savez(content, samples=index.samples, words=np.frombuffer(words, np.uint8))
             write_atomically(path, content.getvalue())
         with np.load(path) as stored:
             return Index(stored["samples"], *json.loads(stored["words"].tobytes()))
@@ -162,8 +168,8 @@ def _read_all(data, split) -> Index:
         example = source[i]
         lengths.append(len(_audio(data, example)))
         texts.append(token_cache.feature(example, data.text_feature, "text_feature"))
-        for name, found in ((data.speaker_feature, speakers), (data.id_feature, ids)):
-            found.append(token_cache.feature(example, name, "") if name in example else "")
+        for name, values in ((data.speaker_feature, speakers), (data.id_feature, ids)):
+            values.append(token_cache.feature(example, name, "") if name in example else "")
     return Index(np.array(lengths, np.int64), texts, speakers, ids)
 
 
@@ -180,24 +186,34 @@ def _audio(data, example) -> np.ndarray:
 
 
 class SpeechCorpus:
-    """The utterances of a split with their labels.
+    """The utterances of a split and their labels.
 
-    Training leaves out utterances with unknown characters, those that are longer than the last bucket, and those whose
-    labels CTC cannot align to so few frames. Evaluation scores all; its loss leaves out those with unknown characters and
-    those that cannot be aligned. Neither has those whose text is one of `data.ignored_texts`.
+    Training leaves out utterances with unknown characters, utterances longer than the last bucket, and utterances with too
+    few frames for a CTC alignment. Evaluation scores all utterances; its loss leaves out those with unknown characters or
+    without an alignment. Utterances whose text is one of `data.ignored_texts` are in neither.
 
     Attributes:
-      frames: (n,) int64, filterbank frames of each utterance. seconds: (n,).
-      labels_of: the labels of each. scored: (n,) bool, whether all its characters have one.
-      report: what was left out or is odd, counted and named.
-      fingerprint: names the content.
+      frames: (n,) int64, number of filterbank frames of each utterance.
+      seconds: (n,), duration of each.
+      labels_of: labels of each.
+      scored: (n,) bool, True if all characters of the transcript have a label.
+      texts, speakers, names: normalized transcript, speaker and name of each.
+      report: numbers and names of utterances that were left out or are unusual.
+      fingerprint: identifies the content.
     """
 
     def __init__(self, data: ml_collections.ConfigDict, labels: Labels, split: str, *, stride: int):
-        """`stride`: frames that the model makes one of.
+        """Reads the index of a split and selects its utterances.
+
+        Args:
+          data: `config.data`.
+          labels: labels of the transcripts.
+          split: the split.
+          stride: number of frames that the model combines into one.
 
         Raises:
-          BadInput: a field is wrong, nothing is left, or an utterance to be evaluated is longer than the last bucket.
+          BadInput: a field has an invalid value, no utterance is left, or an utterance to be evaluated is longer than the
+            last bucket.
         """
         checked(data.buckets)
         _check_sample_rate(data)
@@ -206,7 +222,7 @@ class SpeechCorpus:
         self._source = _open(data, split)
         index = _index(data, split)
         training = split == data.train_split
-        encoded = [labels.encode(labels.normalised(text)) for text in index.texts]
+        encoded = [labels.encode(labels.normalize(text)) for text in index.texts]
         frames = np.array([self._filterbank.frames(int(n)) for n in index.samples], np.int64)
         seconds = index.samples / data.sample_rate
         needed = np.array([len(each.labels) + _repeats(each.labels) for each in encoded])
@@ -237,7 +253,7 @@ class SpeechCorpus:
         self.frames, self.seconds = frames[self._kept], seconds[self._kept]
         self.labels_of = [encoded[i].labels for i in self._kept]
         self.scored = ~np.array([bool(encoded[i].unknown) for i in self._kept])
-        self.texts = [labels.normalised(index.texts[i]) for i in self._kept]
+        self.texts = [labels.normalize(index.texts[i]) for i in self._kept]
         self.speakers = [index.speakers[i] for i in self._kept]
         self.names = [_name(index, int(i)) for i in self._kept]
         self.fingerprint = token_cache.key_digest(f"{_fingerprint(data, split)}|{self._filterbank}|{stride}")
@@ -256,7 +272,7 @@ class SpeechCorpus:
         return len(self._kept)
 
     def features(self, index: int) -> np.ndarray:
-        """Filterbanks of an utterance, (frames, filters) float32."""
+        """Filterbank features of an utterance, (frames, filters) float32."""
         return self._features(int(index))
 
     def _computed(self, index: int) -> np.ndarray:
@@ -294,7 +310,7 @@ def _name(index: Index, i: int) -> str:
 
 
 def run_files(labels: Labels, corpus: SpeechCorpus) -> dict[str, bytes]:
-    """What a run keeps of its data: the labels, and what the training utterances were."""
+    """Files that a run stores: the labels, and a description of the training utterances."""
     facts = {"fingerprint": corpus.fingerprint, **corpus.report}
     return {
         label_sets.FILE: labels.to_bytes(),
@@ -303,15 +319,16 @@ def run_files(labels: Labels, corpus: SpeechCorpus) -> dict[str, bytes]:
 
 
 class SpeechBatches:
-    """Batches of a corpus by bucket; `config.batch_size` is the most seconds that one has, padding among them.
+    """Batches of a corpus by bucket; `config.batch_size` is the largest size of a batch in seconds, padding included.
 
-    A batch has `features` (B, T, F) float32; `frames` (B,) int32, how many of T are real; `labels` (B, U) int32, padded
+    A batch has `features` (B, T, F) float32; `frames` (B,) int32, the number of real frames; `labels` (B, U) int32, padded
     with the blank 0; `label_lengths` (B,) int32; `index` (B,) int32, the number of each utterance, −1 for the empty rows
-    that fill a bucket's last batch; `weights` (B,) float32, 1 for utterances whose loss counts.
+    that fill a bucket's last batch; and `weights` (B,) float32, 1 for utterances whose loss counts.
 
     Attributes:
       shapes: (B, T, U) of each bucket that has utterances.
-      batches_per_epoch: the same in every epoch. seconds_per_batch: their mean, padding among them.
+      batches_per_epoch: the same in every epoch.
+      seconds_per_batch: mean size of a batch, padding included.
     """
 
     def __init__(self, corpus: SpeechCorpus, *, batch_seconds: float, seed: int, stride: int):
@@ -332,7 +349,7 @@ class SpeechBatches:
             (
                 rows,
                 _length(data, seconds, stride),
-                # A multiple of 16: splits of about the same transcripts share their programs.
+                # A multiple of 16, so that splits with similar transcripts share compiled programs.
                 -(-max(max(len(corpus.labels_of[member]) for member in members), 1) // 16) * 16,
             )
             for (rows, seconds), members in zip(self._buckets.shapes, self._buckets.members, strict=True)
@@ -370,7 +387,7 @@ class SpeechBatches:
         for row, member in enumerate(share.members):
             features, labels = self._corpus.features(member), self._corpus.labels_of[member]
             if augmented and (masks.freq_masks or masks.time_masks):
-                # Of the row in the global batch, so that the number of processes changes nothing.
+                # Seeded by the row of the global batch, so that the number of processes does not matter.
                 rng = np.random.default_rng((self._seed, share.number or 0, share.first_row + row))
                 options = {name: masks[name] for name in masks if name != "start_step"}
                 features = spec_augment(features, rng, **options)
@@ -383,12 +400,12 @@ class SpeechBatches:
 
 
 def _length(data: ml_collections.ConfigDict, seconds: float, stride: int) -> int:
-    """Frames of a bucket, a multiple of what the model makes one of."""
+    """Number of frames of a bucket, a multiple of the model's stride."""
     return -(-filterbank(data).frames(round(seconds * data.sample_rate)) // stride) * stride
 
 
 def planned_shapes(data: ml_collections.ConfigDict, *, batch_seconds: float, stride: int) -> list[tuple[int, int, int]]:
-    """`SpeechBatches.shapes` as the configuration alone has them, every bucket with fast speech in it."""
+    """`SpeechBatches.shapes` from the configuration alone, for buckets that all have fast speech."""
     rows = planned_rows(checked(data.buckets), batch_seconds, data.rows_multiple)
     return [
         (count, _length(data, seconds, stride), math.ceil(seconds * LABELS_PER_SECOND))

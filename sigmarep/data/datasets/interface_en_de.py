@@ -128,7 +128,7 @@ def _interface_strings(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_catalog(name: str) -> bool:
-    """Whether a file of a package holds messages, by its path."""
+    """True if the path of a file in a package is that of a message catalog."""
     known = name.endswith((".po", ".mo", "/en.json", "/de.json"))
     return known and re.search(r"/(de|de_DE)/LC_MESSAGES/|translations/", name) is not None
 

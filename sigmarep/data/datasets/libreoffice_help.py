@@ -98,7 +98,7 @@ def split(pages: dict[str, tuple[str, str]]) -> dict[str, list[tuple[str, str, s
 
 
 def _is_pair(source: str, target: str) -> bool:
-    """Whether a paragraph has a letter and is translated."""
+    """True if a paragraph has a letter and is translated."""
     key = splitting.folded(source)
     untranslated = source == target and len(key.split()) >= 3
     return not untranslated and bool(re.search(r"[^\W\d_]", key)) and bool(splitting.folded(target))

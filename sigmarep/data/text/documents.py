@@ -1,6 +1,6 @@
-"""Text for language models: tokenised once, cut or packed into windows of one length.
+"""Text for language models: tokenized once, and cut or packed into windows of one length.
 
-A document of n tokens is n + 1 inputs (a begin token, then its tokens) and n + 1 targets (its tokens, then an end token).
+A document of n tokens has n + 1 inputs (a begin token, then its tokens) and n + 1 targets (its tokens, then an end token).
 """
 
 import bisect
@@ -56,10 +56,10 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
-    """The documents of a split.
+    """Yields the documents of a split.
 
     Raises:
-      BadInput: see `sources.open_source`; or they have no such feature.
+      BadInput: see `sources.open_source`; or the data set does not have the feature.
     """
     source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
     for i in range(len(source)):
@@ -67,23 +67,23 @@ def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
 
 
 def open_vocabulary(data: ml_collections.ConfigDict) -> Vocabulary:
-    """The vocabulary of `config.data`; see `vocabulary.obtain`."""
+    """Opens the vocabulary of `config.data`; see `vocabulary.obtain`."""
     folder = os.path.join(sources.data_folder(data.data_dir), "vocabularies")
     key = f"{_fingerprint(data, data.train_split)}|{data.text_feature}"
     return vocabulary.obtain(data.vocabulary, lambda: texts(data, data.train_split), cache_dir=folder, key=key)
 
 
 def run_files(vocab: Vocabulary, windows: "Windows") -> dict[str, bytes]:
-    """What a run keeps of its data: the vocabulary, and what the training windows were made of."""
+    """Files that a run stores: the vocabulary, and a description of the training windows."""
     facts = {"fingerprint": windows.fingerprint, "targets": windows.num_tokens, **windows.report}
     return {vocabulary.FILE: vocab.to_bytes(), "data.json": json.dumps(facts, indent=2).encode() + b"\n"}
 
 
 def open_windows(data: ml_collections.ConfigDict, vocab: Vocabulary, split: str, *, train: bool) -> "Windows":
-    """The windows of a split; `train` says whether windows may overlap (`eval_stride`).
+    """Opens the windows of a split. Windows for training never overlap; others do with `data.eval_stride`.
 
     Raises:
-      BadInput: a field is wrong, or the split has no text.
+      BadInput: a field has an invalid value, or the split has no text.
     """
     if data.eval_stride and (data.packing != "stream" or not 0 < data.eval_stride <= data.sequence_length):
         raise BadInput(
@@ -104,8 +104,8 @@ def _fingerprint(data, split):
 
 
 def _encoded(documents: Iterator[str], vocab: Vocabulary) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Tokens of every document that has any, and counts of the text they were made of."""
-    found: list[np.ndarray] = []
+    """Encodes the documents that are not empty; also returns counts of their text."""
+    encoded: list[np.ndarray] = []
     counts = {"documents": 0, "empty_documents": 0, "words": 0, "bytes": 0}
     for text in documents:
         if not text.strip():
@@ -114,25 +114,27 @@ def _encoded(documents: Iterator[str], vocab: Vocabulary) -> tuple[list[np.ndarr
         counts["documents"] += 1
         counts["words"] += len(vocabulary.split_words(text))
         counts["bytes"] += len(text.encode())
-        found.append(vocab.encode(text))
-    return found, counts
+        encoded.append(vocab.encode(text))
+    return encoded, counts
 
 
 class Windows:
-    """Windows of T tokens, as dicts of arrays (T,): `tokens`, `targets`, `weights` (1 where a target is to be predicted),
-    `segments` (1, 2, … by document, 0 for padding) and `positions` (from 0 in each segment).
+    """Windows of T tokens.
 
-    Every target of the corpus has weight 1 in exactly one window.
+    A window is a dictionary of arrays (T,): `tokens`; `targets`; `weights`, 1 where the target is to be predicted;
+    `segments`, 1, 2, … by document and 0 for padding; and `positions`, from 0 in each segment. Every target of the corpus
+    has weight 1 in exactly one window.
 
     Attributes:
-      num_tokens: targets. num_words, num_bytes: of the text; a line's end counts as a word, as WikiText-103 is scored.
-      report: how many documents there were, and how many empty ones were left out.
-      fingerprint: names the content and the cutting.
+      num_tokens: number of targets.
+      num_words, num_bytes: of the text. The end of a line counts as a word, as is the convention for WikiText-103.
+      report: number of documents, and of empty documents that were left out.
+      fingerprint: identifies the content and the way it is cut.
     """
 
     def __init__(self, corpus: token_cache.Corpus, length: int, *, packing: str, stride: int = 0):
         self._corpus, self._length, self._stride = corpus, length, stride
-        # Targets before each document.
+        # Number of targets before each document.
         self._starts = corpus.offsets + np.arange(len(corpus) + 1)
         self.num_tokens = int(self._starts[-1])
         self.num_words, self.num_bytes = corpus.counts["words"], corpus.counts["bytes"]
@@ -173,17 +175,17 @@ class Windows:
             window["positions"][part] = np.arange(last - first)
             place = part.stop
         if self._stride and index:
-            # What earlier windows predicted is context here.
+            # Targets of earlier windows are only context.
             window["weights"][: self._length - self._stride] = 0
         return window
 
     def targets(self) -> Iterator[np.ndarray]:
-        """The targets of one document after another."""
+        """Yields the targets of each document."""
         for i in range(len(self._corpus)):
             yield np.append(self._corpus[i], EOS)
 
     def _between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets number `first` to `last` of all documents in a row."""
+        """Inputs and targets `first` to `last` of the concatenated documents."""
         inputs, targets = [], []
         document = int(np.searchsorted(self._starts, first, side="right")) - 1
         while first < last:
@@ -196,9 +198,9 @@ class Windows:
 
 
 def _pack(lengths: np.ndarray, window: int) -> list[list[tuple[int, int, int]]]:
-    """Which pieces (document, first, last) share a window: best fit, the longest first.
+    """Assigns pieces (document, first, last) to windows by best fit, the longest piece first.
 
-    Documents longer than a window are cut into whole windows and a rest.
+    Documents longer than a window are cut into full windows and a remainder.
     """
     packed: list[list[tuple[int, int, int]]] = []
     rests = []
@@ -208,7 +210,7 @@ def _pack(lengths: np.ndarray, window: int) -> list[list[tuple[int, int, int]]]:
         if whole < length:
             rests.append((length - whole, document, whole))
     rests.sort(key=lambda rest: (-rest[0], rest[1]))
-    # Windows with room by how much they have, and the amounts that there are.
+    # Windows by the room that is left in them, and the sorted amounts of room that occur.
     room: dict[int, list[int]] = {}
     amounts: list[int] = []
     for size, document, first in rests:

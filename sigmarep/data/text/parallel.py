@@ -1,7 +1,7 @@
-"""Sentence pairs for translation, in batches of a number of tokens and of few shapes.
+"""Sentence pairs for translation, in batches of few shapes whose size is a number of tokens.
 
-A pair belongs to the bucket of the least length that holds both sides. The rows of a bucket's batches are as many as fit
-into the tokens of a batch, padding counted.
+A pair belongs to the smallest bucket that holds both sides. A bucket's batches have as many rows as fit into the batch
+size, padding included.
 """
 
 import json
@@ -52,10 +52,10 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def pairs(data: ml_collections.ConfigDict, split: str) -> Iterator[tuple[str, str]]:
-    """The sentence pairs of a split.
+    """Yields the sentence pairs of a split.
 
     Raises:
-      BadInput: see `sources.open_source`; or they have no such features.
+      BadInput: see `sources.open_source`; or the data set does not have the features.
     """
     source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
     for i in range(len(source)):
@@ -63,7 +63,7 @@ def pairs(data: ml_collections.ConfigDict, split: str) -> Iterator[tuple[str, st
 
 
 def texts(data: ml_collections.ConfigDict, split: str) -> Iterator[str]:
-    """The sentences of both languages."""
+    """Yields the sentences of both languages."""
     return (text for pair in pairs(data, split) for text in pair)
 
 
@@ -75,7 +75,7 @@ def _texts(data, example) -> tuple[str, str]:
 
 
 def open_vocabulary(data: ml_collections.ConfigDict) -> Vocabulary:
-    """The vocabulary of `config.data`, of both languages; see `vocabulary.obtain`."""
+    """Opens the vocabulary of `config.data`, which both languages share; see `vocabulary.obtain`."""
     folder = os.path.join(sources.data_folder(data.data_dir), "vocabularies")
 
     key = f"{_fingerprint(data, data.train_split)}|{data.source_feature}|{data.target_feature}"
@@ -87,21 +87,27 @@ def _fingerprint(data, split):
 
 
 def run_files(vocab: Vocabulary, corpus: "PairCorpus") -> dict[str, bytes]:
-    """What a run keeps of its data: the vocabulary, and what the training pairs were."""
+    """Files that a run stores: the vocabulary, and a description of the training pairs."""
     facts = {"fingerprint": corpus.fingerprint, **corpus.report}
     return {vocabulary.FILE: vocab.to_bytes(), "data.json": json.dumps(facts, indent=2).encode() + b"\n"}
 
 
 class PairCorpus:
-    """The tokenised pairs of a split.
+    """The tokenized pairs of a split.
 
     Attributes:
-      report: `pairs` there were, `empty` ones left out, and `too_long` ones: left out of training, cut for evaluation.
-      fingerprint: names the content.
+      lengths: (pairs, 2), tokens of source and translation, each with its end.
+      report: numbers of all `pairs`, of `empty` ones, which are left out, and of `too_long` ones, which are left out in
+        training and truncated in evaluation.
+      fingerprint: identifies the content.
     """
 
     def __init__(self, data: ml_collections.ConfigDict, vocab: Vocabulary, split: str):
-        """Raises BadInput where a field is wrong or nothing is left."""
+        """Tokenizes a split, or reads it from the cache.
+
+        Raises:
+          BadInput: see `sources.open_source`; or no pair is left.
+        """
         self.data = data
         self._limits = (data.max_source_length, data.max_target_length)
         self._source = sources.open_source(data.name, split, data_dir=data.data_dir, folder=data.folder)
@@ -111,7 +117,7 @@ class PairCorpus:
         def encode():
             return [vocab.encode(text.strip()) for pair in pairs(data, split) for text in pair], {}
 
-        # A source at every even place, its translation behind it.
+        # Texts alternate: a source, then its translation.
         self._corpus = token_cache.obtain(folder, key, encode)
         lengths = np.diff(self._corpus.offsets).reshape(-1, 2)
         empty = lengths.min(axis=1) == 0
@@ -124,31 +130,31 @@ class PairCorpus:
                 f"config.data: no pair of the split {split!r} of {data.name} is left (pairs {len(lengths)}, empty "
                 f"{self.report['empty']}, longer than max_source_length or max_target_length {self.report['too_long']})"
             )
-        # With the end of sentence; what is longer is cut.
+        # With the end of sentence; longer sentences are truncated.
         self.lengths = np.minimum(lengths[self._kept] + 1, self._limits)
 
     def __len__(self):
         return len(self._kept)
 
     def source_ids(self, index: int) -> np.ndarray:
-        """Tokens of a source, (n,) int32, without its end."""
+        """Tokens of a source, (n,) int32, without the end of sentence."""
         return self._corpus[2 * int(self._kept[index])][: self._limits[0] - 1]
 
     def target_ids(self, index: int) -> np.ndarray:
-        """Tokens of a translation, (n,) int32, without begin and end."""
+        """Tokens of a translation, (n,) int32, without begin and end of sentence."""
         return self._corpus[2 * int(self._kept[index]) + 1][: self._limits[1] - 1]
 
     def texts(self, index: int) -> tuple[str, str]:
-        """A source and its translation as they were written."""
+        """A source and its translation as text."""
         return _texts(self.data, self._source[int(self._kept[index])])
 
 
 class BucketedBatches:
     """Batches of a corpus by bucket; `config.batch_size` is a number of tokens.
 
-    A batch has `source` (B, S), the source with its end; `inputs` (B, T), begin and translation; `targets` (B, T),
-    translation and end; `index` (B,), the number of each pair, −1 for the empty rows that fill a bucket's last batch. All
-    are int32, padded with 0.
+    A batch has `source` (B, S), the source and its end; `inputs` (B, T), begin and translation; `targets` (B, T),
+    translation and end; and `index` (B,), the number of each pair, −1 for the empty rows that fill a bucket's last batch.
+    All are int32, padded with 0.
 
     Attributes:
       shapes: (rows, length of sources, length of translations) of each bucket that has pairs.

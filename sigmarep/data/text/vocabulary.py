@@ -1,10 +1,10 @@
-"""Text to token numbers and back: bytes, words, or SentencePiece subwords.
+"""Vocabularies: encode text as tokens, which are bytes, words or SentencePiece subwords, and decode them.
 
-SentencePiece (Kudo and Richardson, 2018) because it reads raw text of any language without a tokeniser before it, gives
-back the very text it was given, trains in seconds, always the same, and is one small file. Its normalisation is off and
-unknown characters fall back to bytes, so that nothing of a text is lost.
+SentencePiece (Kudo and Richardson, 2018) was chosen because it reads raw text of any language without another tokenizer,
+restores the text exactly, trains reproducibly in seconds, and is one small file. Its normalization is off and unknown
+characters fall back to bytes, so that encoding is lossless.
 
-Numbers 0 to 3 are the same in all kinds: padding, begin, end, unknown.
+Tokens 0 to 3 are the same in all kinds: padding, begin, end, unknown.
 """
 
 import collections
@@ -28,30 +28,30 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL = 4
 KINDS = ("subword", "byte", "word")
 MODELS = ("unigram", "bpe")
-# The word that a line's end is, where words are counted (the convention that WikiText-103 is scored by).
+# The word that stands for the end of a line (a convention of scores on WikiText-103).
 NEWLINE = "<eol>"
 HEADER = b"sigmarep vocabulary 1\n"
-# Its name in the folder of a run.
+# Name of the vocabulary's file in the folder of a run.
 FILE = "vocabulary.model"
 
 
 class Vocabulary(Protocol):
-    """`size` counts the four special tokens."""
+    """Mapping between texts and tokens; `size` is the number of tokens, including the four special ones."""
 
     size: int
 
     def encode(self, text: str) -> np.ndarray:
-        """Token numbers, (n,) int32, without begin and end."""
+        """Encodes a text as tokens (n,) int32, without begin and end."""
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text up to the first end token; padding and begin tokens are passed over."""
+        """Decodes the tokens before the first end token; padding and begin tokens are skipped."""
 
     def to_bytes(self) -> bytes:
-        """All of it, as one file."""
+        """Serializes the vocabulary as the contents of one file."""
 
 
 class ByteVocabulary:
-    """A token a byte of UTF-8; nothing is unknown."""
+    """One token per byte of UTF-8; no text has unknown tokens."""
 
     size = SPECIAL + 256
 
@@ -67,9 +67,9 @@ class ByteVocabulary:
 
 
 class WordVocabulary:
-    """A token a word between white space, and one for the end of each line; rare words are unknown.
+    """One token per word, split at white space, and one for the end of each line; rare words are unknown.
 
-    A final line without its end gets one. `decode` puts single spaces between words.
+    A last line without a line end gets one. `decode` separates words by single spaces.
     """
 
     def __init__(self, words: Sequence[str]):
@@ -90,7 +90,7 @@ class WordVocabulary:
 
 
 class SubwordVocabulary:
-    """SentencePiece's pieces."""
+    """One token per SentencePiece subword."""
 
     def __init__(self, model: bytes):
         self._model = model
@@ -98,7 +98,7 @@ class SubwordVocabulary:
         self.size = self._processor.vocab_size()
 
     def spells_everything(self) -> bool:
-        """Whether its special tokens are this package's, and unknown characters fall back to bytes."""
+        """True if the special tokens are those of this package and unknown characters fall back to bytes."""
         p = self._processor
         special = (p.pad_id(), p.bos_id(), p.eos_id(), p.unk_id()) == (PAD, BOS, EOS, UNK)
         return special and any(p.is_byte(i) for i in range(self.size))
@@ -114,15 +114,15 @@ class SubwordVocabulary:
 
 
 def split_words(text: str) -> list[str]:
-    """Words and line ends of a text, as `WordVocabulary` counts them."""
+    """Splits a text into words and line ends, the tokens of `WordVocabulary`."""
     return [word for line in text.splitlines() for word in (*line.split(), NEWLINE)]
 
 
 def from_bytes(content: bytes) -> Vocabulary:
-    """The vocabulary that `to_bytes` wrote.
+    """Reads the vocabulary that `to_bytes` wrote.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the contents are not a vocabulary.
     """
     if not content.startswith(HEADER):
         try:
@@ -134,7 +134,7 @@ def from_bytes(content: bytes) -> Vocabulary:
 
 
 def fingerprint(vocabulary: Vocabulary) -> str:
-    """SHA-256 of `to_bytes`, hexadecimal."""
+    """Hexadecimal SHA-256 of `to_bytes`."""
     return hashlib.sha256(vocabulary.to_bytes()).hexdigest()
 
 
@@ -157,8 +157,10 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def planned(config: ml_collections.ConfigDict) -> Vocabulary:
-    """A vocabulary of the size that the configuration asks for, of bytes or of made-up words; one of real words may turn
-    out smaller where the text is small."""
+    """Placeholder vocabulary of the configured size, of bytes or of made-up words.
+
+    A vocabulary that is trained on a small text may be smaller.
+    """
     if config.kind == "byte":
         return ByteVocabulary()
     return WordVocabulary([f"word{number}" for number in range(SPECIAL, config.size)])
@@ -167,13 +169,16 @@ def planned(config: ml_collections.ConfigDict) -> Vocabulary:
 def obtain(
     config: ml_collections.ConfigDict, texts: Callable[[], Iterable[str]], *, cache_dir: str, key: str
 ) -> Vocabulary:
-    """The vocabulary of `config.data.vocabulary`: of its file, or trained once on `texts()` and kept in `cache_dir`.
+    """Loads the vocabulary of `config.data.vocabulary` from its file or the cache, or trains it.
 
     Args:
-      key: names the texts; another key, another vocabulary.
+      config: `config.data.vocabulary`.
+      texts: returns the texts to train on.
+      cache_dir: folder of the cache.
+      key: identifies the texts in the cache.
 
     Raises:
-      BadInput: a field has an unknown word, the file cannot be read, or so many tokens cannot be made of the texts.
+      BadInput: the file cannot be read, or a vocabulary of this size cannot be trained on the texts.
     """
     if config.file:
         return load(config.file)
@@ -192,7 +197,7 @@ def load(path: str) -> Vocabulary:
     """Reads a vocabulary file.
 
     Raises:
-      BadInput: there is none, or it is none.
+      BadInput: the file cannot be read or is not a vocabulary.
     """
     try:
         with open(os.path.expanduser(path), "rb") as file:
@@ -203,10 +208,10 @@ def load(path: str) -> Vocabulary:
 
 
 def train(config: ml_collections.ConfigDict, texts: Iterable[str]) -> Vocabulary:
-    """A vocabulary of `texts` with the settings of `config.data.vocabulary`; the same texts give the same one.
+    """Trains the vocabulary of `config.data.vocabulary` on `texts`; the result depends on nothing else.
 
     Raises:
-      BadInput: the size is too small or too large for the texts, or these are empty.
+      BadInput: the size is too small or too large for the texts, or they are empty.
     """
     if config.kind == "byte":
         return ByteVocabulary()
@@ -236,11 +241,11 @@ def _train_subwords(config: ml_collections.ConfigDict, texts: Iterable[str]) -> 
             eos_id=EOS,
             unk_id=UNK,
             byte_fallback=True,
-            # Some pieces occur in no segmentation of a small text; then there are fewer than asked for.
+            # A small text may not have enough subwords; the vocabulary is then smaller.
             hard_vocab_limit=False,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            # Line ends, which the trainer never sees, are pieces of their own.
+            # The trainer never sees line ends, so they get a token here.
             user_defined_symbols=["\n"],
             max_sentence_length=1_000_000,
             # The result depends on the number of threads.
