@@ -35,8 +35,8 @@ def main() -> None:
                 pictures[path] = run.picture(path)
             except BadInput as error:
                 problems.append(str(error))
-        for path, found in zip(pictures, run.classify(pictures.values()), strict=True):
-            print(f"{path}\t{found.label}\t{found.probability:.4f}")
+        for path, result in zip(pictures, run.classify(pictures.values()), strict=True):
+            print(f"{path}\t{result.label}\t{result.probability:.4f}")
     if problems:
         raise BadInput(f"--images {'; '.join(problems)}")
 

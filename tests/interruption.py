@@ -1,4 +1,4 @@
-"""A run that is stopped in its midst, for the tests of every task."""
+"""A run that is interrupted and resumed, for the tests of every task."""
 
 import pytest
 
@@ -7,12 +7,12 @@ from sigmarep.training.metrics import read_metrics
 
 
 class Crash(Exception):
-    """What stops the run."""
+    """Interrupts the run."""
 
 
 def run_whole_and_in_parts(config, folder, *, crash_at):
-    """The metrics of two runs of `config`, without the speeds: one left alone, and one that broke off when it was about
-    to log step `crash_at` and was started again.
+    """Metrics, without speeds, of two runs of `config`: one uninterrupted, and one that crashed when it was about to log
+    step `crash_at` and was started again.
     """
     train_and_evaluate(config, str(folder / "whole"))
     log = loop._Run.log

@@ -1,4 +1,4 @@
-"""What a sweep would write and run on a cluster."""
+"""Files and commands of a sweep on a cluster."""
 
 import json
 import os

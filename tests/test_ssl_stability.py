@@ -1,4 +1,4 @@
-"""What the stability command calls a loss spike."""
+"""Loss spikes as scripts/ssl_stability.py counts them."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What happens when attention is made sharp in mid-training: its temperature is lowered at a step, on the digits.
+"""Sharpens attention in mid-training by lowering its temperature at one step, on the digits.
 
     python scripts/train.py --config configs/stability/intervention.py:arm=pre_ln --workdir runs/intervention_pre_ln
     python scripts/intervention.py --workdir runs/intervention      # both arms, three seeds, the table and the plot

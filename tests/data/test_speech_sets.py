@@ -107,7 +107,7 @@ DESCRIPTIONS = {
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """What the package unpacks: 45 pictures, each described twice over in Spanish."""
+    """Files of the unpacked package: 45 pictures, each described twice over in Spanish."""
     top = tmp_path_factory.mktemp("package")
     root = top / "usr/share/tuxpaint/stamps/animals"
     root.mkdir(parents=True)

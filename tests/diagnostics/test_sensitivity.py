@@ -1,4 +1,4 @@
-"""What is said of a sweep, on sweeps whose answer is known."""
+"""Sensitivity to the learning rate, on sweeps with known results."""
 
 import json
 import math

@@ -18,7 +18,7 @@ def log_softmax(logits):
 
 
 def heard(path):
-    """What an alignment stands for, by the definition: first merge, then remove blanks."""
+    """Labels of an alignment by the definition: first merge repeats, then remove blanks."""
     return tuple(label for label, _ in itertools.groupby(path) if label != 0)
 
 

@@ -174,7 +174,7 @@ def assert_trees_equal(first, second, **options):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_two_views_cost_one_power_step(scan):
-    """Of one apply to both views and of one apply to each: the same u. Unrolled, of two calls in one apply as well."""
+    """One apply to both views stores the same u as an apply to one; so do, unrolled, two calls in one apply."""
     both, one = pictures(8), pictures(8)[::2]
     net = model(scan=scan)
     variables = net.init(jax.random.key(0), both)

@@ -1,4 +1,4 @@
-"""What the panel says of layers, against NumPy, for every kind of layer, stacked and not."""
+"""Layer statistics of the panel against NumPy, for every kind of layer, stacked and not."""
 
 import functools
 

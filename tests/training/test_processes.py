@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def a_mesh(count, sizes):
-    """What `input_share` looks at of eight devices of `count` processes."""
+    """Stands in for a mesh of eight devices of `count` processes, as far as `input_share` reads it."""
     devices = [types.SimpleNamespace(process_index=i * count // 8) for i in range(8)]
     grid = np.array(devices, dtype=object).reshape(sizes)
     return types.SimpleNamespace(devices=grid, shape=dict(zip(meshes.AXES, sizes, strict=True)))

@@ -55,7 +55,7 @@ json.dump(
 
 
 def run(folder, method, count):
-    """What each of `count` processes reports after four steps."""
+    """Runs `count` processes for four steps and returns the report of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
