@@ -125,8 +125,25 @@ VALUES = {
     float: (-1.0, -0.02, 1.5, 0.0, 1e30, float("nan"), float("inf"), -float("inf"), "much", None),
     str: ("no such word", "", 3, None, 1.5, True, ("a",)),
     tuple: (
-        ((), (None,), ("(",), (9, 3, 1), (0.9, 0.1), (float("nan"),), (-1.0,), ("gama$", "bias$"), "text", 3, None)
-        + (("test", "test"), (0.5, 0.5, 0.5), (True, "a"), ([],), (1e300, 1e301), (0.0,))
+        (
+            (),
+            (None,),
+            ("(",),
+            (9, 3, 1),
+            (0.9, 0.1),
+            (float("nan"),),
+            (-1.0,),
+            ("gama$", "bias$"),
+            "text",
+            3,
+            None,
+            ("test", "test"),
+            (0.5, 0.5, 0.5),
+            (True, "a"),
+            ([],),
+            (1e300, 1e301),
+            (0.0,),
+        )
     ),
 }
 
