@@ -26,6 +26,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "optimizer.name": ("optax",),
     "optimizer.schedule": ("optax",),
     "data.name": ("sigmarep.data.datasets",),
+    "model.activation": ("flax.linen", "jax.nn"),
+    "model.norm_type": ("flax.linen",),
+    "model.kernel_init": (),
+    "model.qk_norm": ("flax.linen",),
+    "model.attention_weights": (),
+    "model.attention_implementation": (),
+    "model.process_heads": (),
     "writers.extra": (),
     "callbacks": (),
 }

@@ -104,16 +104,22 @@ def _sigmoid_bias(count: jax.Array) -> jax.Array:
 
 
 def statistics_of_logits(
-    logits: jax.Array, visible: jax.Array | None = None, *, sigmoid: bool = False
+    logits: jax.Array,
+    visible: jax.Array | None = None,
+    *,
+    sigmoid: bool = False,
+    weights: jax.Array | None = None,
 ) -> AttentionStatistics:
-    """What `attention_statistics` says, where attention has formed its logits anyway.
+    """The statistics of `attention_statistics`, where attention has formed its logits anyway.
 
     Args:
       logits: float32 (B, N, T, S), soft-capped if the model's are.
       visible: bool, broadcastable to it, True where a key is visible; all are if None.
       sigmoid: see `attention_statistics`.
+      weights: the weights themselves, (B, N, T, S) and not negative, where they are neither softmax nor sigmoid; entropy
+        is that of the weights divided by their sum.
     """
-    scores = logits
+    scores = logits if weights is None else jnp.log(weights.astype(jnp.float32))
     if sigmoid:
         seen = jnp.ones((1, 1, 1, logits.shape[-1]), bool) if visible is None else visible
         scores = jax.nn.log_sigmoid(logits + _sigmoid_bias(_count(seen, logits)))

@@ -3,6 +3,8 @@
 Shapes: B batch, T queries, S keys, N heads, H head_dim, D width.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sigmarep import doors, fields
 from sigmarep.core import entropy
+from sigmarep.fields import attribute
 from sigmarep.nn import attention_statistics, key_value_cache
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports
@@ -20,9 +24,21 @@ from sigmarep.nn.visibility import FULL, Visibility
 
 QKV = ("separate", "fused", "qk_v")
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
-QK_NORMS = ("none", "layer", "rms")
+QK_NORMS: dict[str, Any] = {
+    "none": None,
+    "layer": functools.partial(nn.LayerNorm, use_bias=False),
+    "rms": nn.RMSNorm,
+}
 WEIGHTS = ("softmax", "sigmoid")
 DEFAULT_KERNEL_INIT = nn.initializers.lecun_normal()
+# Fields that `config.model` calls otherwise.
+MODEL_NAMES = {
+    "dropout": "attention_dropout",
+    "implementation": "attention_implementation",
+    "temperature": "attention_temperature",
+    "weights": "attention_weights",
+}
+PIECE: dict[str, Any] = {"also": doors.is_dotted, "also_doc": "or a dotted Python name"}
 
 # Gives the statistics of every query of a call; called only if the call records them.
 Statistics = Callable[[], entropy.AttentionStatistics]
@@ -47,44 +63,71 @@ class MultiHeadAttention(nn.Module):
     `bound` (N,), the mean over queries of the least entropy that Theorem 3.1 allows these inputs. They are taken before
     dropout, and cost nothing when not asked for.
 
+    The fields made by `attribute` are declared with their meaning, and are fields of `config.model` as well
+    (`AttentionConfig`). Where they take a dotted Python name they take the object itself too.
+
     Attributes:
       num_heads: N.
       head_dim: H; D / N if None.
-      qkv: "separate" projections with a γ each; "fused", one projection and one γ; "qk_v", one of queries and keys and
-        one of values.
-      implementation: "xla" forms the attention matrix, and the statistics are of its logits; "cudnn" is the fused kernel of
-        `jax.nn.dot_product_attention`, beside which the statistics are taken by blocks of keys; "auto" is cuDNN's in half
-        precision on a GPU without mask, attention dropout, soft-cap and sigmoid weights, else "xla".
-      weights: "softmax", or "sigmoid" (`sigmarep.core.entropy.sigmoid_weights`), whose entropy is that of the weights
-        divided by their sum.
-      qk_norm: normalizes queries and keys over H before their product ("layer" without bias, or "rms").
-      logit_cap: soft-cap of the logits, off at 0.
-      temperature: τ; the logits are divided by it, before the soft-cap.
-      entropy_target: not 0, the share of the largest possible entropy, from 0 to 1, to which a learned factor on the logits
-        drives the mean over queries and heads: the parameter `log_scale` () is that factor's logarithm, and receives no
-        gradient but that of (entropy/ln(visible keys) − entropy_target)², sown in the collection `losses`. The
-        temperature of maximum-entropy reinforcement learning (Haarnoja et al., 2018), one for each layer.
-      rotary_base: base of rotary positions (10000 usually), which self-attention then has; off at 0.
-      process_heads: a function or module that changes queries, keys and values after their normalization and rotation:
-        (query, key, value, positions) to (query, key, value), each (B, T, N, H) or, keys and values of a context,
-        (B, S, N, H); positions are None in attention to a context.
-      dropout: rate on the attention weights.
+      use_bias: biases in all projections.
       value_scale: factor on the initial value and output kernels (DeepNorm's β).
+      reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.ReparametrizedLayer`.
+      kernel_init, bias_init, dtype: as in `flax.linen.Dense`.
     """
 
     num_heads: int
     head_dim: int | None = None
-    qkv: str = "separate"
+    qkv: str = attribute(
+        "separate",
+        "Projections: separate, with a γ each; fused, one projection with one γ; qk_v, one of queries and keys and one of "
+        "values. Attention to a context always projects separately.",
+        choices=QKV,
+    )
     use_bias: bool = True
-    dropout: float = 0.0
-    implementation: str = "auto"
-    weights: str = "softmax"
-    qk_norm: str = "none"
-    logit_cap: float = 0.0
-    temperature: float = 1.0
-    entropy_target: float = 0.0
-    rotary_base: float = 0.0
-    process_heads: Callable | None = None
+    dropout: float = attribute(0.0, "Rate of dropout on the attention weights.", at_least=0, below=1)
+    implementation: str | Callable = attribute(
+        "auto",
+        "xla forms the attention matrix, and the statistics are of its logits; cudnn is the fused kernel of "
+        "jax.nn.dot_product_attention, beside which the statistics are taken by blocks of keys; auto is cuDNN's in half "
+        "precision on a GPU without mask, attention dropout, soft-cap and other weights than softmax, else xla. A Python "
+        "name: a fused kernel, (query, key, value, mask=, is_causal=) to (B, T, N, H).",
+        choices=IMPLEMENTATIONS,
+        **PIECE,
+    )
+    weights: str | Callable = attribute(
+        "softmax",
+        "Attention weights of the logits: softmax, or sigmoid (Ramapuram et al., 2024), whose entropy is that of the "
+        "weights divided by their sum. A Python name: a function of logits and mask, (B, N, T, S), to weights.",
+        choices=WEIGHTS,
+        **PIECE,
+    )
+    qk_norm: str | Callable = attribute(
+        "none",
+        "Normalization of queries and keys over the features of a head: layer (without bias) or rms. A Python name: a "
+        "Flax module's class, called with dtype and name.",
+        choices=QK_NORMS,
+        **PIECE,
+    )
+    logit_cap: float = attribute(0.0, "Soft-cap of the logits; 0 is off.", at_least=0)
+    temperature: float = attribute(1.0, "Divides the logits, before the soft-cap.", above=0)
+    entropy_target: float = attribute(
+        0.0,
+        "Share of the largest possible entropy to which a learned factor on the logits of each layer drives its mean over "
+        "queries and heads; 0 is off. Only (entropy/ln(visible keys) - entropy_target)² moves the factor, as the "
+        "temperature of maximum-entropy reinforcement learning (Haarnoja et al., 2018).",
+        at_least=0,
+        at_most=1,
+    )
+    rotary_base: float = attribute(
+        0.0, "Base of rotary positions in self-attention, usually 10000; 0 is off.", at_least=0
+    )
+    process_heads: str | Callable = attribute(
+        "none",
+        "A Python name: a function that changes queries, keys and values after their normalization and rotation, (query, "
+        "key, value, positions) to (query, key, value), each (B, T, N, H); positions are None in attention to a context.",
+        choices=("none",),
+        **PIECE,
+    )
     value_scale: float = 1.0
     reparam: str = "sigma"
     gamma_init: str | float = "one"
@@ -135,14 +178,22 @@ class MultiHeadAttention(nn.Module):
     def _check(self, width: int, deterministic: bool) -> None:
         if self.head_dim is None and width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide the width {width}")
-        named = {"qkv": QKV, "implementation": IMPLEMENTATIONS, "qk_norm": QK_NORMS, "weights": WEIGHTS}
-        for name, words in named.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(words)}")
-        if self.implementation == "cudnn" and self._needs_matrix(deterministic):
+        for name, declared in fields.of_dataclass(type(self)).items():
+            value = getattr(self, name)
+            if not callable(value) and (expected := declared.problem(value)):
+                raise ValueError(f"{name} = {value!r}: expected {expected}")
+        if self.implementation not in ("auto", "xla") and self._needs_matrix(deterministic):
             raise ValueError(
-                "implementation = 'cudnn': attention dropout, logit_cap and sigmoid weights need 'xla' or 'auto'"
+                f"implementation = {self.implementation!r}: attention dropout, logit_cap and {self.weights} weights need "
+                "'xla' or 'auto'"
             )
+        if self.entropy_target and self.weights not in WEIGHTS:
+            raise ValueError(f"entropy_target = {self.entropy_target}: needs weights of {' or '.join(WEIGHTS)}")
+
+    def _piece(self, name: str) -> Any:
+        """The word or the object of a field that may have a dotted Python name."""
+        value = getattr(self, name)
+        return doors.load(value, field=MODEL_NAMES.get(name, name)) if doors.is_dotted(value) else value
 
     def _dense(self, features, name: str, **options):
         return SigmaDenseGeneral(
@@ -187,10 +238,9 @@ class MultiHeadAttention(nn.Module):
     def _normalize(self, query, key):
         if self.qk_norm == "none":
             return query, key
-        norm = nn.LayerNorm if self.qk_norm == "layer" else nn.RMSNorm
-        options: dict[str, Any] = {"use_bias": False} if self.qk_norm == "layer" else {}
-        query = norm(name="query_norm", dtype=self.dtype, **options)(query)
-        return query, norm(name="key_norm", dtype=self.dtype, **options)(key)
+        norm = QK_NORMS.get(self.qk_norm) or self._piece("qk_norm")
+        query = norm(name="query_norm", dtype=self.dtype)(query)
+        return query, norm(name="key_norm", dtype=self.dtype)(key)
 
     def _process(self, query, key, value, positions, context):
         """Queries, keys and values after rotation and after the hook of the caller."""
@@ -198,8 +248,9 @@ class MultiHeadAttention(nn.Module):
         if self.rotary_base and self_attention:
             positions = jnp.arange(query.shape[1])[None] if positions is None else positions
             query, key, value = Rotary(self.rotary_base)(query, key, value, positions)
-        if self.process_heads is not None:
-            query, key, value = self.process_heads(query, key, value, positions if self_attention else None)
+        if self.process_heads != "none":
+            process = self._piece("process_heads")
+            query, key, value = process(query, key, value, positions if self_attention else None)
         return query, key, value
 
     def _scale(self, query, key, visibility, real):
@@ -227,23 +278,29 @@ class MultiHeadAttention(nn.Module):
         """Averages of the values by the attention weights, (B, T, N, H), and what gives the statistics of every query."""
         queries, keys = query.shape[1], key.shape[1]
         mask, is_causal = visibility.for_kernel(queries, keys)
-        if self._takes_cudnn(query, mask, deterministic):
-            attended = cudnn_attention(query, key, value, mask=mask, is_causal=is_causal)
+        kernel = self._kernel(query, mask, deterministic)
+        if kernel is not None:
+            attended = kernel(query, key, value, mask=mask, is_causal=is_causal)
             inputs = jax.lax.stop_gradient((query, key))
             return attended, lambda: self._statistics_by_blocks(*inputs, visibility)
         mask, logits = visibility.matrix(queries, keys), self._logits(query, key)
-        weights = nn.Dropout(self.dropout)(self._weights(logits, mask), deterministic=deterministic)
-        attended = jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
-        return attended, lambda: self._statistics_of_matrix(logits, mask)
+        weights = self._weights(logits, mask)
+        dropped = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
+        attended = jnp.einsum("bnts,bsnh->btnh", dropped.astype(value.dtype), value)
+        return attended, lambda: self._statistics_of_matrix(logits, mask, weights)
 
     def _needs_matrix(self, deterministic: bool) -> bool:
-        return bool(self.logit_cap or self.weights == "sigmoid" or (self.dropout and not deterministic))
+        return bool(self.logit_cap or self.weights != "softmax" or (self.dropout and not deterministic))
 
-    def _takes_cudnn(self, query, mask, deterministic: bool) -> bool:
-        if self.implementation != "auto":
-            return self.implementation == "cudnn"
-        # It would be given a mask as an array (B, N or 1, T, S).
-        return mask is None and not self._needs_matrix(deterministic) and cudnn_supports(query)
+    def _kernel(self, query, mask, deterministic: bool) -> Callable | None:
+        """The fused kernel that attends, or None if the attention matrix is formed."""
+        if self.implementation == "auto":
+            # cuDNN would be given a mask as an array (B, N or 1, T, S).
+            fits = mask is None and not self._needs_matrix(deterministic) and cudnn_supports(query)
+            return cudnn_attention if fits else None
+        if self.implementation in IMPLEMENTATIONS:
+            return cudnn_attention if self.implementation == "cudnn" else None
+        return self._piece("implementation")
 
     def _logits(self, query, key):
         """The logits (B, N, T, S) in float32, soft-capped."""
@@ -255,14 +312,18 @@ class MultiHeadAttention(nn.Module):
     def _weights(self, logits, mask):
         if self.weights == "sigmoid":
             return entropy.sigmoid_weights(logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask)
+        if self.weights != "softmax":
+            return self._piece("weights")(logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask)
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
         return jax.nn.softmax(logits, axis=-1)
 
-    def _statistics_of_matrix(self, logits, mask):
+    def _statistics_of_matrix(self, logits, mask, weights):
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        return entropy.statistics_of_logits(jax.lax.stop_gradient(logits), mask, sigmoid=self.weights == "sigmoid")
+        weights = None if self.weights in WEIGHTS else jax.lax.stop_gradient(weights)
+        logits = jax.lax.stop_gradient(logits)
+        return entropy.statistics_of_logits(logits, mask, sigmoid=self.weights == "sigmoid", weights=weights)
 
     def _statistics_by_blocks(self, query, key, visibility):
         return entropy.attention_statistics(
@@ -281,7 +342,7 @@ class MultiHeadAttention(nn.Module):
         )
         plain, biased = projections.norms()
         # The theorem's inputs: x where queries and keys are linear in it, else these themselves, with W = I.
-        if self.qk_norm == "none" and self.process_heads is None and not (self.rotary_base and context is None):
+        if self.qk_norm == "none" and self.process_heads == "none" and not (self.rotary_base and context is None):
             inputs = attention_statistics.norms_of_inputs(x, x if context is None else context, *real)
             sigma = inputs[:, None] * biased * factor
         else:
@@ -293,3 +354,25 @@ class MultiHeadAttention(nn.Module):
 
     def _store(self, collection: str, name: str, value: jax.Array) -> None:
         self.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+_DECLARED = {each.name: each for each in dataclasses.fields(MultiHeadAttention) if "declared" in each.metadata}
+AttentionConfig: Any = dataclasses.make_dataclass(
+    "AttentionConfig",
+    [
+        (MODEL_NAMES.get(name, name), each.type, dataclasses.field(default=each.default, metadata=each.metadata))
+        for name, each in _DECLARED.items()
+    ],
+    frozen=True,
+    kw_only=True,
+    namespace={
+        "__doc__": "The declared fields of `MultiHeadAttention`, by their names in `config.model`.",
+        "__module__": __name__,
+    },
+)
+
+
+def create_attention(config: Any, num_heads: int, **others: Any) -> MultiHeadAttention:
+    """The layer that an `AttentionConfig` describes, such as a `TransformerConfig`; `others` are its remaining fields."""
+    declared = {name: getattr(config, MODEL_NAMES.get(name, name)) for name in _DECLARED}
+    return MultiHeadAttention(num_heads, **declared, **others)

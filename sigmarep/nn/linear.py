@@ -108,9 +108,10 @@ class ReparametrizedLayer(nn.Module):
         def init(_):
             if self.gamma_init == "sigma":
                 return of_kernel
-            if isinstance(self.gamma_init, str) and self.gamma_init != "one":
-                raise ValueError(f"gamma_init = {self.gamma_init!r}: expected 'one', 'sigma' or a number")
-            value = 1.0 if self.gamma_init == "one" else float(self.gamma_init)
+            try:
+                value = 1.0 if self.gamma_init == "one" else float(self.gamma_init)
+            except ValueError:
+                raise ValueError(f"gamma_init = {self.gamma_init!r}: expected 'one', 'sigma' or a number") from None
             return jnp.full(of_kernel.shape, value, jnp.float32)
 
         gamma = super().param("gamma", init)

@@ -1,7 +1,8 @@
-"""Transformer blocks and stacks of them: one dataclass says everything about a block."""
+"""Transformer blocks and stacks of them, described by one dataclass."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sigmarep.nn.attention import IMPLEMENTATIONS, QK_NORMS, QKV, WEIGHTS, MultiHeadAttention
+from sigmarep import doors, fields
+from sigmarep.fields import attribute
+from sigmarep.nn.attention import PIECE, AttentionConfig, MultiHeadAttention, create_attention
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTanh
@@ -32,113 +35,139 @@ REMATS: dict[str, Any] = {
 KERNEL_INITS = ("trunc_normal", "normal", "xavier_uniform", "lecun_normal", "fan_in_uniform")
 
 
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """What a stack of Transformer blocks is made of; `config.model` uses the same names.
+GAMMA_INITS = ("one", "sigma")
 
-    Attributes:
-      depth, width, num_heads, mlp_dim: blocks; D; attention heads; hidden units of the MLP.
-      norm: "none"; "pre", LayerNorm before each branch and after the last block; "post", after each addition;
-        "deepnorm", post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).
-      norm_type: what those norms are: "layer", "rms" or "dyt" (`sigmarep.nn.norms.DynamicTanh`).
-      norm_epsilon, norm_bias: of the norms that have one.
-      branch_scale, layer_scale_init: see `sigmarep.nn.norms.BranchScale`.
-      reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.ReparametrizedLayer`.
-      qkv, qk_norm, logit_cap, entropy_target, attention_implementation: see `sigmarep.nn.attention.MultiHeadAttention`,
-        whose `temperature` is attention_temperature and whose `weights` are attention_weights.
-      seq_vcr: weight of the penalty of `sigmarep.nn.seq_vcr` on what the last block gives, sown in the collection `losses`;
-        off at 0.
-      rotary_base: rotary positions in self-attention, off at 0.
-      activation: of the MLP, one of `ACTIVATIONS`.
-      dropout: rate after the MLP's activation and, with branch_dropout, on each branch; attention_dropout: on the
-        attention weights.
-      drop_path: stochastic depth, the rate of the last block; it rises linearly from 0. Drops a branch per example and
-        divides the others by 1 − rate.
-      layer_drop: the rate at which a whole block is left out for the whole batch, without rescaling (the paper's speech
-        model).
-      attention_shift: adds one learned number, 0 at the start, to the input of each self-attention (the paper's speech
-        model).
-      kernel_init: one of `KERNEL_INITS`; init_std is the standard deviation of the normal ones. "fan_in_uniform" is
-        U(±1/√inputs).
-      scan: stack the parameters of all blocks and compile one block.
-      remat: "none"; "full" recomputes each block in the backward pass; "dots" keeps the results of its matrix products.
-      residual_scale, branch_init_scale: DeepNorm's α and β where its rule for an encoder alone, (2·depth)^¼ and
-        (8·depth)^−¼, does not hold; None for that rule.
-      dtype: of the computation; parameters and spectral vectors stay float32.
+
+def _required(doc: str, **options: Any) -> Any:
+    """Declares a whole number of at least 1 without a default."""
+    return dataclasses.field(metadata=fields.metadata(fields.field(1, doc, at_least=1, **options)))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(AttentionConfig):
+    """The parts of a stack of Transformer blocks; `config.model` has these fields and those of `AttentionConfig`.
+
+    Raises:
+      ValueError: a value is not accepted; the message begins with the field's name.
     """
 
-    depth: int
-    width: int
-    num_heads: int
-    mlp_dim: int
-    norm: str = "pre"
-    norm_type: str = "layer"
-    norm_epsilon: float = 1e-6
-    norm_bias: bool = True
-    branch_scale: str = "none"
-    layer_scale_init: float = 1e-4
-    reparam: str = "none"
-    gamma_init: str | float = "one"
-    gamma_trainable: bool = True
-    power_vectors: int = 1
-    qkv: str = "separate"
-    qk_norm: str = "none"
-    logit_cap: float = 0.0
-    attention_temperature: float = 1.0
-    attention_weights: str = "softmax"
-    entropy_target: float = 0.0
-    seq_vcr: float = 0.0
-    rotary_base: float = 0.0
-    attention_implementation: str = "auto"
-    use_bias: bool = True
-    activation: str = "gelu"
-    dropout: float = 0.0
-    branch_dropout: bool = True
-    attention_dropout: float = 0.0
-    drop_path: float = 0.0
-    layer_drop: float = 0.0
-    attention_shift: bool = False
-    kernel_init: str = "trunc_normal"
-    init_std: float = 0.02
-    scan: bool = True
-    remat: str = "none"
-    residual_scale: float | None = None
-    branch_init_scale: float | None = None
+    depth: int = _required("Number of blocks.", at_most=2**16)
+    width: int = _required("Features of a token, D.", at_most=2**20)
+    num_heads: int = _required("Attention heads; a divisor of the width.", at_most=2**20)
+    mlp_dim: int = _required("Hidden units of the MLP.", at_most=2**24)
+    norm: str = attribute(
+        "pre",
+        "Place of the norms: none; pre, before each branch and after the last block; post, after each addition; deepnorm, "
+        "post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).",
+        choices=NORMS,
+    )
+    norm_type: str = attribute(
+        "layer",
+        "Kind of those norms: LayerNorm, RMSNorm, or dyt, tanh in place of a norm (sigmarep.nn.norms.DynamicTanh). A "
+        "Python name: a Flax module's class, called with dtype and name.",
+        choices=NORM_TYPES,
+        **PIECE,
+    )
+    norm_epsilon: float = attribute(1e-6, "Added to the variance that layer and rms divide by.", above=0)
+    norm_bias: bool = attribute(True, "Biases in norms of type layer and dyt.")
+    branch_scale: str = attribute(
+        "none",
+        "Learned scale of each residual branch: layer_scale, one number per feature (Touvron et al., 2021), or rezero, one "
+        "number, 0 at first (Bachlechner et al., 2021).",
+        choices=BRANCH_SCALES,
+    )
+    layer_scale_init: float = attribute(1e-4, "Initial value of layer_scale.", at_least=0)
+    reparam: str = attribute(
+        "none",
+        "Reparametrization of the linear layers: sigma, (γ/σ)W with a learned γ; spectral, the same with γ = 1; weight, "
+        "one gain per output.",
+        choices=REPARAMS,
+    )
+    gamma_init: str | float = attribute(
+        "one",
+        "Initial γ: one, a number, or sigma for σ(W₀), so that the network at the start is the plain one.",
+        choices=GAMMA_INITS,
+        also=_is_number,
+        also_doc="or a number",
+    )
+    gamma_trainable: bool = attribute(True, "False freezes γ at its initial value.")
+    power_vectors: int = attribute(
+        1,
+        "Vectors of the power iteration; 4 follow fast training more closely than the paper's 1.",
+        at_least=1,
+        at_most=2**10,
+    )
+    seq_vcr: float = attribute(
+        0.0, "Weight of the penalty of sigmarep.nn.seq_vcr on the output of the last block; 0 is off.", at_least=0
+    )
+    use_bias: bool = attribute(True, "Biases in attention and the MLP.")
+    activation: str = attribute(
+        "gelu",
+        "Activation of the MLP. A Python name: a function of an array, as jax.nn.elu.",
+        choices=ACTIVATIONS,
+        **PIECE,
+    )
+    dropout: float = attribute(
+        0.0, "Rate of dropout after the MLP's activation and, with branch_dropout, on each branch.", at_least=0, below=1
+    )
+    branch_dropout: bool = attribute(True, "Dropout on each residual branch.")
+    drop_path: float = attribute(
+        0.0,
+        "Rate of stochastic depth in the last block, rising linearly from 0: drops a branch for an example and divides the "
+        "others by 1 - rate.",
+        at_least=0,
+        below=1,
+    )
+    layer_drop: float = attribute(
+        0.0, "Rate at which a whole block is left out for the whole batch, without rescaling.", at_least=0, below=1
+    )
+    attention_shift: bool = attribute(
+        False, "Adds one learned number, 0 at first, to the input of each self-attention (the paper's speech model)."
+    )
+    kernel_init: str = attribute(
+        "trunc_normal",
+        "Initializer of the kernels; fan_in_uniform is U(±1/√inputs). A Python name: a function (key, shape, dtype) to an "
+        "array.",
+        choices=KERNEL_INITS,
+        **PIECE,
+    )
+    init_std: float = attribute(0.02, "Standard deviation of trunc_normal and normal.", above=0)
+    scan: bool = attribute(True, "Stacks the parameters of all blocks and compiles one block.")
+    remat: str = attribute(
+        "none",
+        "Recomputation in the backward pass: full, of each block; dots, of all but its matrix products.",
+        choices=REMATS,
+    )
+    residual_scale: float | None = attribute(
+        None, "DeepNorm's α; None for (2·depth)^¼, the rule for an encoder alone.", kind=float, optional=True, above=0
+    )
+    branch_init_scale: float | None = attribute(
+        None, "DeepNorm's β; None for (8·depth)^-¼, the rule for an encoder alone.", kind=float, optional=True, above=0
+    )
+    # Of the computation; parameters and spectral vectors stay float32.
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        words = {
-            "norm": NORMS,
-            "norm_type": NORM_TYPES,
-            "branch_scale": BRANCH_SCALES,
-            "reparam": REPARAMS,
-            "qkv": QKV,
-            "qk_norm": QK_NORMS,
-            "attention_weights": WEIGHTS,
-            "attention_implementation": IMPLEMENTATIONS,
-            "activation": ACTIVATIONS,
-            "remat": REMATS,
-            "kernel_init": KERNEL_INITS,
-        }
-        for name, accepted in words.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(accepted)}")
-        for name in ("depth", "width", "num_heads", "mlp_dim", "power_vectors"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
-        for name in ("dropout", "attention_dropout", "drop_path", "layer_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected a rate from 0 to below 1")
-        if not 0 <= self.entropy_target <= 1:
-            raise ValueError(f"entropy_target = {self.entropy_target}: expected a share from 0 (off) to 1")
-        if not self.seq_vcr >= 0:
-            raise ValueError(f"seq_vcr = {self.seq_vcr}: expected a weight of at least 0")
-        if not self.attention_temperature > 0:
-            raise ValueError(f"attention_temperature = {self.attention_temperature}: expected a number above 0")
+        # As the command line gives it.
+        object.__setattr__(self, "gamma_init", str(self.gamma_init))
+        fields.check_attributes(self)
+        for name in fields.of_dataclass(type(self)):
+            if doors.is_dotted(word := getattr(self, name)):
+                doors.load(word, field=name)
         if self.width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide width = {self.width}")
-        if not (self.gamma_init in ("one", "sigma") or isinstance(self.gamma_init, int | float)):
-            raise ValueError(f"gamma_init = {self.gamma_init!r}: expected 'one', 'sigma' or a number")
+        if self.rotary_base and self.width // self.num_heads % 2:
+            raise ValueError(
+                f"num_heads = {self.num_heads}: rotary positions need an even number of features a head, not "
+                f"{self.width // self.num_heads}"
+            )
 
     @property
     def alpha(self) -> float:
@@ -166,7 +195,10 @@ class TransformerConfig:
             return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
         if self.kernel_init == "fan_in_uniform":
             return nn.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform")
-        return nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
+        if self.kernel_init == "lecun_normal":
+            return nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
+        init = doors.load(self.kernel_init, field="kernel_init")
+        return lambda key, shape, dtype=jnp.float32: gain * init(key, shape, dtype)
 
     def norm_layer(self, name: str) -> nn.Module:
         """One of the norms."""
@@ -174,22 +206,21 @@ class TransformerConfig:
             return DynamicTanh(use_bias=self.norm_bias, dtype=self.dtype, name=name)
         if self.norm_type == "rms":
             return nn.RMSNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
-        return nn.LayerNorm(epsilon=self.norm_epsilon, use_bias=self.norm_bias, dtype=self.dtype, name=name)
+        if self.norm_type == "layer":
+            return nn.LayerNorm(epsilon=self.norm_epsilon, use_bias=self.norm_bias, dtype=self.dtype, name=name)
+        return doors.load(self.norm_type, field="norm_type")(dtype=self.dtype, name=name)
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """The MLP's activation of x."""
+        function = ACTIVATIONS.get(self.activation) or doors.load(self.activation, field="activation")
+        return function(x)
 
     def attention(self, name: str) -> MultiHeadAttention:
         """The attention layer of a block."""
-        return MultiHeadAttention(
+        return create_attention(
+            self,
             self.num_heads,
-            qkv=self.qkv,
             use_bias=self.use_bias,
-            dropout=self.attention_dropout,
-            implementation=self.attention_implementation,
-            qk_norm=self.qk_norm,
-            logit_cap=self.logit_cap,
-            temperature=self.attention_temperature,
-            weights=self.attention_weights,
-            entropy_target=self.entropy_target,
-            rotary_base=self.rotary_base,
             value_scale=self.beta,
             kernel_init=self.initializer(),
             name=name,
@@ -220,7 +251,7 @@ class Mlp(nn.Module):
             "use_bias": c.use_bias,
         }
         hidden = with_axes(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
-        hidden = ACTIVATIONS[c.activation](hidden)
+        hidden = c.activate(hidden)
         hidden = nn.Dropout(c.dropout)(hidden, deterministic=deterministic)
         return SigmaDense(x.shape[-1], name="down", **options)(hidden)
 

@@ -1,6 +1,5 @@
 """`config.model`'s part that every Transformer shares, and what it makes."""
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -14,16 +13,14 @@ from sigmarep.nn.positions import TOKEN_POSITIONS
 
 # Position embeddings of models of tokens.
 TEXT_POSITIONS = (*TOKEN_POSITIONS, "rotary")
-# Decided elsewhere: by config.compute_dtype, by the kind of positions, and by the model that the blocks stand in.
-NOT_CONFIGURED = ("dtype", "rotary_base", "residual_scale", "branch_init_scale")
+# Decided elsewhere: by the kind of positions, and by the model that the blocks stand in.
+NOT_CONFIGURED = ("rotary_base", "residual_scale", "branch_init_scale")
 
 
 def transformer_fields(**changed: Any) -> dict[str, fields.Field]:
     """The fields of `TransformerConfig` that a configuration sets, with their defaults but for `changed`."""
-    defaults = dataclasses.asdict(TransformerConfig(depth=1, width=1, num_heads=1, mlp_dim=1))
-    known = fields.inferred(defaults) | fields.of_dataclass(TransformerConfig)
-    declared = {name: each for name, each in known.items() if name not in NOT_CONFIGURED}
-    return fields.with_defaults(declared, **changed)
+    declared = fields.of_dataclass(TransformerConfig).items()
+    return fields.with_defaults({name: each for name, each in declared if name not in NOT_CONFIGURED}, **changed)
 
 
 def create_transformer(config: ml_collections.ConfigDict, **changed: Any) -> TransformerConfig:
@@ -37,9 +34,6 @@ def create_transformer(config: ml_collections.ConfigDict, **changed: Any) -> Tra
     """
     names = {each.name for each in dataclasses.fields(TransformerConfig)}
     values = {name: value for name, value in dict(config.model).items() if name in names}
-    # The command line gives a number as text, because the field takes words too.
-    with contextlib.suppress(ValueError):
-        values["gamma_init"] = float(values["gamma_init"])
     try:
         return TransformerConfig(**(values | changed), dtype=jnp.dtype(config.compute_dtype))
     except ValueError as error:

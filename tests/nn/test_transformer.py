@@ -186,14 +186,28 @@ def test_layer_drop_draws_for_every_block_anew(scan):
         ("qk_norm", "l2", "expected one of none, layer, rms"),
         ("attention_implementation", "flash", "expected one of auto, xla, cudnn"),
         ("kernel_init", "zeros", "expected one of trunc_normal, normal"),
-        ("drop_path", -0.1, "from 0 to below 1"),
-        ("dropout", 1.0, "from 0 to below 1"),
-        ("gamma_init", "two", "'one', 'sigma' or a number"),
+        ("drop_path", -0.1, "a number of at least 0 and below 1"),
+        ("dropout", 1.0, "a number of at least 0 and below 1"),
+        ("gamma_init", "two", "expected one of one, sigma, or a number"),
+        ("gamma_init", float("nan"), "or a number"),
+        ("init_std", 0.0, "a number above 0"),
+        ("norm_epsilon", -1.0, "a number above 0"),
+        ("entropy_target", 1.5, "at most 1"),
+        ("rotary_base", -1.0, "at least 0"),
+        ("activation", "jax.nn.gelo", "jax.nn has no attribute gelo"),
+        ("norm_type", "no_such_package.Norm", "there is no module no_such_package"),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(field, value, message):
     with pytest.raises(ValueError, match=f"{field} = .*{message}"):
         dataclasses.replace(SMALL, **{field: value})
+
+
+def test_rotary_positions_refuse_an_odd_number_of_features_a_head():
+    with pytest.raises(
+        ValueError, match="num_heads = 16: rotary positions need an even number of features a head, not 1"
+    ):
+        dataclasses.replace(SMALL, num_heads=16, rotary_base=100.0)
 
 
 def test_a_block_of_power_vectors_is_the_same_scanned_unrolled_and_folded():
