@@ -110,6 +110,9 @@ class MultiHeadAttention(nn.Module):
     )
     logit_cap: float = attribute(0.0, "Soft-cap of the logits; 0 is off.", at_least=0)
     temperature: float = attribute(1.0, "Divides the logits, before the soft-cap.", above=0)
+    head_temperature: bool = attribute(
+        False, "Multiplies the logits of each head, before the soft-cap, by a learned exp(head_log_scale), 1 at first."
+    )
     entropy_target: float = attribute(
         0.0,
         "Share of the largest possible entropy to which a learned factor on the logits of each layer drives its mean over "
@@ -254,10 +257,14 @@ class MultiHeadAttention(nn.Module):
         return query, key, value
 
     def _scale(self, query, key, visibility, real):
-        """Queries multiplied by the factors on the logits other than 1/√H, and the product of these factors, ()."""
+        """Queries multiplied by the factors on the logits other than 1/√H, and the product of these, () or (N,)."""
         if self.temperature != 1.0:
             query = query / jnp.asarray(self.temperature, query.dtype)
         factor = jnp.float32(1.0 / self.temperature)
+        if self.head_temperature:
+            zeros = nn.initializers.zeros_init()
+            scale = jnp.exp(self.param("head_log_scale", zeros, (self.num_heads,), jnp.float32))
+            query, factor = query * scale[:, None].astype(query.dtype), factor * jax.lax.stop_gradient(scale)
         if self.entropy_target:
             learned = self._learned_factor(query, key, visibility, real)
             query, factor = query * learned.astype(query.dtype), factor * learned

@@ -130,6 +130,51 @@ def test_sigmoid_attention_needs_no_padding_to_be_the_same():
         layer.clone(implementation="cudnn").apply(variables, X)
 
 
+def attention_by_numpy(params, x, scale=1.0):
+    """Attended values (B, N, T, H), weights and logits (B, N, T, S) in float64, the logits of head n times scale[n]."""
+    query, key, value = (
+        np.einsum("btd,dnh->bnth", np.asarray(x, np.float64), np.asarray(params[name]["kernel"], np.float64))
+        + np.asarray(params[name]["bias"], np.float64)[:, None]
+        for name in ("query", "key", "value")
+    )
+    logits = np.reshape(scale, (-1, 1, 1)) * (query @ np.swapaxes(key, 2, 3)) / np.sqrt(query.shape[-1])
+    weights = np.exp(logits)
+    weights = weights / weights.sum(-1, keepdims=True)
+    return weights @ value, weights, logits
+
+
+def test_a_temperature_of_each_head_is_learned_from_a_start_that_changes_nothing():
+    plain = MultiHeadAttention(2, reparam="none", bias_init=jax.nn.initializers.normal(0.3))
+    layer = plain.clone(head_temperature=True)
+    variables, expected = layer.init(jax.random.key(2), X), plain.init(jax.random.key(2), X)
+    params = variables["params"]
+    assert set(params) == {*expected["params"], "head_log_scale"}
+    np.testing.assert_array_equal(params["head_log_scale"], np.zeros(2))
+    np.testing.assert_array_equal(layer.apply(variables, X), plain.apply(expected, X))
+
+    params = params | {"head_log_scale": jnp.log(jnp.asarray([3.0, 0.25]))}
+    output, changed = layer.apply({"params": params}, X, mutable=["attention"])
+    attended, weights, logits = attention_by_numpy(params, X, scale=[3.0, 0.25])
+    out = np.einsum("bnth,nhd->btd", attended, params["out"]["kernel"]) + np.asarray(params["out"]["bias"])
+    np.testing.assert_allclose(output, out, rtol=1e-4, atol=1e-5)
+    recorded = changed["attention"]
+    np.testing.assert_allclose(recorded["entropy"], -(weights * np.log(weights)).sum(-1).mean((0, 2)), rtol=1e-4)
+    np.testing.assert_allclose(recorded["max_logit"], logits.max((0, 2, 3)), rtol=1e-4)
+    assert np.all(recorded["bound"] <= recorded["entropy"])
+    # The bound is that of logits of the same size: those of queries whose kernel and bias have the factor.
+    scaled = {
+        **{name: each for name, each in params.items() if name != "head_log_scale"},
+        "query": {
+            "kernel": params["query"]["kernel"] * jnp.asarray([3.0, 0.25])[:, None],
+            "bias": params["query"]["bias"] * jnp.asarray([3.0, 0.25])[:, None],
+        },
+    }
+    same = plain.apply({"params": scaled}, X, mutable=["attention"])[1]["attention"]
+    np.testing.assert_allclose(recorded["bound"], same["bound"], rtol=1e-4)
+    gradient = jax.grad(lambda params: jnp.sum(layer.apply({"params": params}, X) ** 2))(params)
+    assert np.all(gradient["head_log_scale"] != 0)
+
+
 def driven(scan, **fields):
     config = dataclasses.replace(CONFIG, entropy_target=0.5, reparam="none", init_std=1.0, scan=scan, **fields)
     stack = TransformerStack(config)
