@@ -36,6 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "qk_clip": PLAIN | {"optimizer.qk_clip": 10.0},
     "sigmoid": PLAIN | {"model.attention_weights": "sigmoid"},
     "head_temperature": PLAIN | {"model.head_temperature": True},
+    "gated": PLAIN | {"model.attention_gate": "elementwise"},
     "target_entropy": PLAIN | {"model.entropy_target": 0.8},
     "seq_vcr": PLAIN | {"model.seq_vcr": 0.1},
     "deepnorm": {"model.norm": "deepnorm", "model.reparam": "none"},

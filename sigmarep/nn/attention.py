@@ -30,6 +30,7 @@ QK_NORMS: dict[str, Any] = {
     "rms": nn.RMSNorm,
 }
 WEIGHTS = ("softmax", "sigmoid")
+GATES = ("none", "headwise", "elementwise")
 DEFAULT_KERNEL_INIT = nn.initializers.lecun_normal()
 # Fields that `config.model` calls otherwise.
 MODEL_NAMES = {
@@ -121,6 +122,12 @@ class MultiHeadAttention(nn.Module):
         at_least=0,
         at_most=1,
     )
+    attention_gate: str = attribute(
+        "none",
+        "Sigmoid gate on the attended values, projected from the layer's input (Qiu et al., 2025, arXiv 2505.06708): "
+        "headwise, one number for each head, or elementwise, one for each of its features.",
+        choices=GATES,
+    )
     rotary_base: float = attribute(
         0.0, "Base of rotary positions in self-attention, usually 10000; 0 is off.", at_least=0
     )
@@ -175,7 +182,7 @@ class MultiHeadAttention(nn.Module):
         attended, statistics = self._attend(query, key, value, visibility, deterministic)
         if self.is_mutable_collection("attention") and not (self.is_initializing() or appending):
             self._record(statistics(), query, key, x, context, real, factor)
-        attended = with_axes(attended, "batch", "length", "heads", "head_dim")
+        attended = with_axes(self._gated(attended, x), "batch", "length", "heads", "head_dim")
         return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
 
     def _check(self, width: int, deterministic: bool) -> None:
@@ -340,6 +347,12 @@ class MultiHeadAttention(nn.Module):
             logit_cap=self.logit_cap or None,
             sigmoid=self.weights == "sigmoid",
         )
+
+    def _gated(self, attended, x):
+        if self.attention_gate == "none":
+            return attended
+        features = attended.shape[-1] if self.attention_gate == "elementwise" else 1
+        return attended * nn.sigmoid(self._dense((self.num_heads, features), "gate", kernel_init=self.kernel_init)(x))
 
     def _record(self, statistics, query, key, x, context, real, factor):
         """Stores the statistics of this call in the collection `attention`."""

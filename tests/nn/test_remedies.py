@@ -175,6 +175,21 @@ def test_a_temperature_of_each_head_is_learned_from_a_start_that_changes_nothing
     assert np.all(gradient["head_log_scale"] != 0)
 
 
+@pytest.mark.parametrize(("gate", "features"), [("headwise", 1), ("elementwise", 4)])
+def test_gated_attention_is_its_formula(gate, features):
+    layer = MultiHeadAttention(2, reparam="none", attention_gate=gate, bias_init=jax.nn.initializers.normal(0.3))
+    params = layer.init(jax.random.key(2), X)["params"]
+    assert params["gate"]["kernel"].shape == (8, 2, features)
+    attended, weights, _ = attention_by_numpy(params, X)
+    gates = np.einsum("btd,dnh->bnth", X, params["gate"]["kernel"]) + np.asarray(params["gate"]["bias"])[:, None]
+    attended = attended / (1 + np.exp(-gates))
+    expected = np.einsum("bnth,nhd->btd", attended, params["out"]["kernel"]) + np.asarray(params["out"]["bias"])
+    output, changed = layer.apply({"params": params}, X, mutable=["attention"])
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    entropies = -(weights * np.log(weights)).sum(-1).mean((0, 2))
+    np.testing.assert_allclose(changed["attention"]["entropy"], entropies, rtol=1e-4)
+
+
 def driven(scan, **fields):
     config = dataclasses.replace(CONFIG, entropy_target=0.5, reparam="none", init_std=1.0, scan=scan, **fields)
     stack = TransformerStack(config)
