@@ -94,7 +94,7 @@ def sigmoid_weights(logits: jax.Array, visible: jax.Array) -> jax.Array:
 
 
 def _count(visible: jax.Array, logits: jax.Array) -> jax.Array:
-    """How many keys a query sees, of a mask whose last axis may be one for all keys."""
+    """Number of keys that a query sees; the last axis of the mask may be one for all keys."""
     return jnp.sum(jnp.broadcast_to(visible, (*visible.shape[:-1], logits.shape[-1])), axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""What an attention layer records of one call: per head, averaged over its queries.
+"""Statistics that an attention layer records of one call: per head, averaged over its queries.
 
 Shapes: B batch, T queries, S keys, N heads, H head_dim, D width.
 """

@@ -1,4 +1,4 @@
-"""Which keys each query of attention sees, in one object that a model makes once and hands down.
+"""The keys that each query of attention sees, in one object that a model makes once and hands down.
 
 Shapes: B batch, T queries, S keys, N heads.
 """

@@ -18,7 +18,7 @@ def mesh():
 
 
 def on_device(shape, mesh):
-    """Of an array that the constraint places, the part on one device."""
+    """Shape of the part on one device of an array that is placed by its axes."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         placed = jax.jit(lambda x: with_axes(x, *NAMES))(jnp.ones(shape))
     return placed.addressable_shards[0].data.shape

@@ -1,4 +1,4 @@
-"""What is given to cuDNN's kernel, computed by XLA: that needs no GPU and takes any length."""
+"""The arguments of cuDNN's kernel, given to XLA, which needs no GPU and takes any length."""
 
 import jax
 import jax.numpy as jnp
