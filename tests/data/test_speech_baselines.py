@@ -40,7 +40,7 @@ def test_the_nearest_is_that_of_a_slow_search():
 
     texts = [str(i) for i in range(len(train))]
     expected = [texts[int(np.argmin([np.sum((parts(q) - parts(t)) ** 2) for t in train]))] for q in queries]
-    assert baselines.nearest_neighbour(train, texts, queries) == expected
+    assert baselines.nearest_neighbor(train, texts, queries) == expected
 
 
 @pytest.mark.parametrize(
@@ -50,27 +50,27 @@ def test_the_nearest_is_that_of_a_slow_search():
 )
 def test_an_utterance_is_found_again_however_loud_or_fast(changed):
     train = utterances([64, 80, 96, 73, 101], seed=2)
-    found = baselines.nearest_neighbour(train, list("abcde"), [changed(each) for each in train])
+    found = baselines.nearest_neighbor(train, list("abcde"), [changed(each) for each in train])
     assert found == list("abcde")
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 15, 17])
 def test_utterances_of_few_frames_have_a_neighbour(length):
     train = utterances([length, 40, 3], seed=3)
-    assert baselines.nearest_neighbour(train, list("abc"), train[:1]) == ["a"]
+    assert baselines.nearest_neighbor(train, list("abc"), train[:1]) == ["a"]
 
 
 def test_silence_has_a_neighbour():
     train = [np.zeros((20, FILTERS), np.float32), *utterances([30], seed=4)]
-    assert baselines.nearest_neighbour(train, ["silence", "speech"], [np.full((9, FILTERS), -3.0)]) == ["silence"]
+    assert baselines.nearest_neighbor(train, ["silence", "speech"], [np.full((9, FILTERS), -3.0)]) == ["silence"]
 
 
 def test_of_equally_near_ones_the_earlier():
     one, other = utterances([40, 50], seed=5)
     train = [other, *[one] * 37]
     texts = [str(i) for i in range(len(train))]
-    assert baselines.nearest_neighbour(train, texts, [one, one]) == ["1", "1"]
+    assert baselines.nearest_neighbor(train, texts, [one, one]) == ["1", "1"]
 
 
 def test_without_queries_nothing_is_found():
-    assert baselines.nearest_neighbour(utterances([20], seed=6), ["a"], []) == []
+    assert baselines.nearest_neighbor(utterances([20], seed=6), ["a"], []) == []

@@ -219,7 +219,7 @@ def test_gzip_bits_a_byte():
 
 
 def test_the_nearest_neighbour_is_the_most_similar_sentence():
-    found = baselines.nearest_neighbour(
+    found = baselines.nearest_neighbor(
         ["save the file", "open a window", "delete the file"], ["S", "O", "D"], ["saves this file", "an open window"]
     )
     assert found == ["S", "O"]

@@ -12,7 +12,7 @@ def most_frequent(texts: Sequence[str]) -> str:
     return max(counts, key=lambda text: counts[text])
 
 
-def nearest_neighbour(
+def nearest_neighbor(
     train_features: Sequence[np.ndarray],
     train_texts: Sequence[str],
     features: Sequence[np.ndarray],

@@ -16,11 +16,11 @@ SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 def read(path: str | os.PathLike, channels: int) -> np.ndarray:
     """The picture of a file, uint8 (height, width, channels).
 
-    Turned as its EXIF data say. Palettes become the colours they stand for, transparent pixels are laid over white, values
+    Turned as its EXIF data say. Palettes become the colors they stand for, transparent pixels are laid over white, values
     of 16 bits are divided by 257, CMYK and the like become RGB, and of an animation the first picture is taken.
 
     Args:
-      channels: 1 (grey) or 3 (red, green, blue).
+      channels: 1 (gray) or 3 (red, green, blue).
 
     Raises:
       BadInput: the file cannot be read, or holds values of which nobody knows the range.
@@ -46,7 +46,7 @@ def convert(picture: Image.Image, channels: int) -> np.ndarray:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    # By way of RGB: not every mode can become grey.
+    # By way of RGB: not every mode can become gray.
     direct = channels == 1 and picture.mode in ("1", "L")
     picture = picture if direct else picture.convert("RGB")
     pixels = np.asarray(picture.convert("L") if channels == 1 else picture)

@@ -50,7 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def imagenet_2012(data: ml_collections.ConfigDict) -> None:
-    """Sets `config.data` to ImageNet-1k at 224 pixels with SimCLR's augmentations at full colour strength."""
+    """Sets `config.data` to ImageNet-1k at 224 pixels with SimCLR's augmentations at full color strength."""
     data.name = "imagenet2012"
     data.eval_splits = ("validation",)
     data.image_size = 224

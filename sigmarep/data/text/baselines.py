@@ -25,7 +25,7 @@ def gzip_bits_per_byte(texts: Iterable[str]) -> float:
     return 8 * len(gzip.compress(content, compresslevel=9, mtime=0)) / len(content)
 
 
-def nearest_neighbour(train_sources: Sequence[str], train_targets: Sequence[str], sources: Sequence[str]) -> list[str]:
+def nearest_neighbor(train_sources: Sequence[str], train_targets: Sequence[str], sources: Sequence[str]) -> list[str]:
     """Translates each source by the translation of the most similar training source.
 
     Similarity is the cosine of TF-IDF vectors of words and of 2- to 4-grams of characters within words. The earliest

@@ -117,7 +117,7 @@ class SpeechRecognitionData(TaskData):
     def _baselines(self, corpus) -> dict[str, float]:
         train = self.corpus
         most = baselines.most_frequent(train.texts)
-        nearest = baselines.nearest_neighbour(
+        nearest = baselines.nearest_neighbor(
             [train.features(i) for i in range(len(train))],
             train.texts,
             [corpus.features(i) for i in range(len(corpus))],

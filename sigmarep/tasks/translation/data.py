@@ -68,7 +68,7 @@ class TranslationData(TaskData):
                 return {}
             train = [self.corpus.texts(i) for i in range(len(self.corpus))]
             sources, references = zip(*(corpus.texts(i) for i in range(len(corpus))), strict=True)
-            nearest = baselines.nearest_neighbour([s for s, _ in train], [t for _, t in train], sources)
+            nearest = baselines.nearest_neighbor([s for s, _ in train], [t for _, t in train], sources)
             return {
                 "copy_bleu": bleu(sources, references)[0],
                 "nearest_neighbour_bleu": bleu(nearest, references)[0],
