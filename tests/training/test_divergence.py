@@ -22,7 +22,6 @@ def diverging(folder, data_dir, fields):
     """Trains a small ViT until it diverges; the message, diagnosis.json, the report's run and its facts."""
     config = default_config("image_classification")
     config.total_steps, config.log_every_steps, config.batch_size = 20, 1, 16
-    config.mesh.data = 1
     config.writers.progress = "off"
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 2, 16, 2, 16
     config.model.reparam, config.model.norm = "none", "pre"

@@ -82,12 +82,12 @@ def test_norms_of_layers_that_have_no_kernel_are_left_out():
 
 def test_a_nan_in_a_kernel_stays_in_its_own_layers_metrics():
     for reparam in ("none", "sigma", "weight"):
-        params, gradients, updates, state = trees(reparam, False)
+        params, gradients, updates, state, layers = trees(reparam, False)
         kernel = params["block_0"]["mlp"]["up"]["kernel"]
         params["block_0"]["mlp"]["up"]["kernel"] = kernel.at[0, 0].set(jnp.nan)
         # A stored σ is that of the step, made of the kernel elsewhere.
         state = {} if reparam == "sigma" else state
-        values = metrics(params, gradients, updates, state)
+        values = metrics(params, gradients, updates, state, layers)
         broken = {name for name, value in values.items() if np.isnan(value)}
         effective = {"spectral/norm/block_0/mlp/up"} if reparam == "weight" else set()
         assert broken - effective == {
@@ -102,7 +102,7 @@ def test_the_lowest_entropy_is_nan_where_any_layers_is(order):
         return {"attention": {name: np.asarray(heads, np.float32) for name in names}}
 
     layers = {order[0]: layer(1.0, 2.0), order[1]: layer(0.5, np.nan)}
-    values = panel_metrics({"attention": layers, "nonfinite": {"image": np.int32(2), "mask": np.int32(0)}})
+    values = panel_metrics({"attention": layers, "nonfinite": {"image": np.int32(2), "mask": np.int32(0)}}, {})
     assert np.isnan(values["attention/entropy_min"])
     assert np.isnan(values["attention/entropy_head_min"])
     assert np.isnan(values[f"attention/max_logit/{order[1]}"])
