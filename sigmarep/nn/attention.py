@@ -248,7 +248,7 @@ class MultiHeadAttention(nn.Module):
     def _normalize(self, query, key):
         if self.qk_norm == "none":
             return query, key
-        norm = QK_NORMS.get(self.qk_norm) or self._piece("qk_norm")
+        norm = QK_NORMS.get(str(self.qk_norm)) or self._piece("qk_norm")
         query = norm(name="query_norm", dtype=self.dtype)(query)
         return query, norm(name="key_norm", dtype=self.dtype)(key)
 
