@@ -101,8 +101,7 @@ def check(config: Any, section: fields.Section, *, prefix: str = "config.", reme
         if name not in given:
             raise BadInput(f"{prefix}{name}: is missing; {remedy}".removesuffix("; "))
         if expected := declared.problem(given[name]):
-            value = tuple(given[name]) if isinstance(given[name], list) else given[name]
-            raise BadInput(f"{prefix}{name} = {value!r}: expected {expected}")
+            raise BadInput(f"{prefix}{name} = {fields.shown(given[name])}: expected {expected}")
 
 
 def unknown(name: str, known: Iterable[str], *, prefix: str = "config.") -> str:

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,6 @@ UNITS = ("steps", "epochs", "examples")
 # The step counter, array dimensions and file formats are 32-bit.
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38
-ORDERS = ("", "rising", "not falling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Field:
     order: str = ""
     pattern: bool = False
     dotted: bool = False
+    whole: bool = False
 
     def accepted(self) -> str:
         """Description of the accepted values, for messages and `--describe`."""
@@ -81,7 +82,7 @@ class Field:
             return "True or False" if kind is bool else "a value"
         if kind is str:
             return "a dotted Python name, as my_package.my_name" if self.dotted else "a string"
-        return f"a {'whole ' if kind is int else ''}number{self._range()}"
+        return f"a {'whole ' if kind is int or self.whole else ''}number{self._range()}"
 
     def _accepted_tuple(self) -> str:
         if self.element is str:
@@ -115,6 +116,8 @@ class Field:
             return False
         if (self.nonempty and not value) or (self.lengths and len(value) not in self.lengths):
             return False
+        if self.order == "each once":
+            return len(set(value)) == len(value)
         pairs = list(itertools.pairwise(value))
         if self.order == "rising":
             return all(a < b for a, b in pairs)
@@ -143,6 +146,8 @@ class Field:
         # Python compares integers of any size with floats exactly.
         if isinstance(value, float) and not math.isfinite(value):
             return False
+        if self.whole and value != int(value):
+            return False
         if abs(value) > (LARGEST_INT if isinstance(value, int) and self.at_most is None else LARGEST_FLOAT):
             return False
         return (
@@ -170,6 +175,7 @@ class Duration:
                 optional=True,
                 at_least=0,
                 at_most=LARGEST_INT if unit == "steps" else 1e15,
+                whole=unit == "steps",
             )
             for unit in UNITS
         }
@@ -222,7 +228,7 @@ def field(
       at_least, above, at_most, below: the range of a number or of every element of a tuple.
       lengths: accepted numbers of a tuple's elements.
       nonempty: an empty tuple is refused.
-      order: "rising" or "not falling", of a tuple's elements.
+      order: "rising", "not falling" or "each once", of a tuple's elements.
       pattern: strings are regular expressions.
       dotted: strings are dotted Python names.
 
@@ -298,7 +304,7 @@ def check_attributes(instance: Any) -> None:
     """
     for name, declared in of_dataclass(type(instance)).items():
         if expected := declared.problem(getattr(instance, name)):
-            raise ValueError(f"{name} = {getattr(instance, name)!r}: expected {expected}")
+            raise ValueError(f"{name} = {shown(getattr(instance, name))}: expected {expected}")
 
 
 def flatten(section: Section, prefix: str = "") -> Iterator[tuple[str, Field | Free]]:
@@ -310,6 +316,12 @@ def flatten(section: Section, prefix: str = "") -> Iterator[tuple[str, Field | F
             yield from flatten(declared, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", declared
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: lists as the tuples that configurations have, very long ones shortened."""
+    text = repr(tuple(value) if isinstance(value, list) else value)
+    return text if len(text) <= 200 else reprlib.repr(value)
 
 
 def inferred(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,16 @@ def _matcher(rules: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
+def _check_matches(field_name: str, rules: Sequence[str], params: Any) -> None:
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for rule in rules:
+        if rule not in FIELDS[field_name].default and not any(re.search(rule, name) for name in names):
+            raise BadInput(
+                f"config.optimizer.{field_name} = {tuple(rules)!r}: {rule!r} finds none of the parameters, which are named "
+                f"as {names[0]}"
+            )
+
+
 def hidden_matrices(config: Any, layers: Layers) -> dict[str, Layer]:
     """The hidden matrices of a model (module docstring) by their paths."""
     excluded = _matcher(config.non_matrices)
@@ -125,7 +135,12 @@ def create_optimizer(
       schedule: learning rate by update.
       params: parameters, or their shapes.
       layers: of the model that has these parameters.
+
+    Raises:
+      BadInput: a regular expression finds no parameter; those of the defaults may, which serve all models.
     """
+    for field_name in ("no_decay", "scale_parameters", "non_matrices"):
+        _check_matches(field_name, config[field_name], params)
     mask = decay_mask(params, config.no_decay)
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
     bound = (

@@ -283,6 +283,13 @@ def test_a_rule_that_is_no_expression_is_refused(field):
         validate(whole)
 
 
+@pytest.mark.parametrize("field", ["no_decay", "scale_parameters", "non_matrices"])
+def test_a_rule_that_finds_no_parameter_is_refused(field):
+    made = config("adamw", **{field: ("kernel$", "gama$")})
+    with pytest.raises(BadInput, match=rf"config\.optimizer\.{field} = .*: 'gama\$' finds none of the parameters"):
+        create_optimizer(made, schedule=lambda _: 1.0, params=tree(), layers=described(tree()))
+
+
 def schedule_of(name, warmup, total=100, **fields):
     made = config("sgd", learning_rate=2.0, schedule=name, **fields)
     schedule = create_schedule(made, total_steps=total, warmup_steps=warmup)

@@ -39,7 +39,7 @@ FIELDS: dict[str, Any] = {
     ),
     "folder": field("", "Recordings of the data set speech_folder."),
     "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
     "audio_feature": field("audio", "Feature of the data set that holds the samples."),
     "text_feature": field("text", "Feature that holds the transcript."),
     "ignored_texts": field(

@@ -27,7 +27,7 @@ FIELDS: dict[str, Any] = {
         optional=True,
     ),
     "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
     "image_size": field(8, "Height and width of the model's pictures in pixels.", at_least=1, at_most=2**14),
     "mean": field(
         (0.5,), "Mean of each channel on a scale of 0 to 1; 1 or 3 values, as many as channels.", lengths=(1, 3)

@@ -32,7 +32,7 @@ FIELDS: dict[str, Any] = {
     ),
     "folder": field("", "Files of the data set text_folder."),
     "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
     "text_feature": field("text", "Feature of the data set that holds the text."),
     "sequence_length": field(256, "Tokens of a window.", at_least=1, at_most=2**24),
     "packing": field(

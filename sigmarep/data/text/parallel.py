@@ -31,7 +31,7 @@ FIELDS: dict[str, Any] = {
     ),
     "folder": field("", "Files of the data set text_folder."),
     "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
     "source_feature": field("en", "Feature of the data set that holds a sentence."),
     "target_feature": field("de", "Feature of the data set that holds its translation."),
     "max_source_length": field(
