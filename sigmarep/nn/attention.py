@@ -194,8 +194,8 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError(f"{name} = {value!r}: expected {expected}")
         if self.implementation not in ("auto", "xla") and self._needs_matrix(deterministic):
             raise ValueError(
-                f"implementation = {self.implementation!r}: attention dropout, logit_cap and {self.weights} weights need "
-                "'xla' or 'auto'"
+                f"implementation = {self.implementation!r}: attention dropout, logit_cap and weights other than softmax "
+                "need 'xla' or 'auto'"
             )
         if self.entropy_target and self.weights not in WEIGHTS:
             raise ValueError(f"entropy_target = {self.entropy_target}: needs weights of {' or '.join(WEIGHTS)}")
@@ -254,13 +254,15 @@ class MultiHeadAttention(nn.Module):
 
     def _process(self, query, key, value, positions, context):
         """Queries, keys and values after rotation and after the hook of the caller."""
-        self_attention = context is None
-        if self.rotary_base and self_attention:
-            positions = jnp.arange(query.shape[1])[None] if positions is None else positions
-            query, key, value = Rotary(self.rotary_base)(query, key, value, positions)
+        processes = [Rotary(self.rotary_base)] if self.rotary_base and context is None else []
         if self.process_heads != "none":
-            process = self._piece("process_heads")
-            query, key, value = process(query, key, value, positions if self_attention else None)
+            processes.append(self._piece("process_heads"))
+        if context is not None:
+            positions = None
+        elif processes and positions is None:
+            positions = jnp.arange(query.shape[1])[None]
+        for process in processes:
+            query, key, value = process(query, key, value, positions)
         return query, key, value
 
     def _scale(self, query, key, visibility, real):
@@ -324,10 +326,9 @@ class MultiHeadAttention(nn.Module):
         return entropy.soft_capped(logits * query.shape[-1] ** -0.5, self.logit_cap)
 
     def _weights(self, logits, mask):
-        if self.weights == "sigmoid":
-            return entropy.sigmoid_weights(logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask)
         if self.weights != "softmax":
-            return self._piece("weights")(logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask)
+            function = entropy.sigmoid_weights if self.weights == "sigmoid" else self._piece("weights")
+            return function(logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask)
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
         return jax.nn.softmax(logits, axis=-1)

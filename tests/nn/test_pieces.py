@@ -66,11 +66,11 @@ def test_norms_by_their_name():
 @pytest.mark.parametrize("named", [True, False])
 def test_weights_from_outside_attend_and_their_entropy_is_recorded(named):
     attention, variables = layer(weights="tests.nn.pieces.softplus_weights" if named else pieces.softplus_weights)
-    found, changed = attention.apply(variables, X, visibility=CAUSAL, mutable=["attention"])
+    attended, changed = attention.apply(variables, X, visibility=CAUSAL, mutable=["attention"])
     query, key, value = heads(variables["params"], X, X)
     logits = query @ np.swapaxes(key, 2, 3) / 2
     weights = np.where(np.tri(5, dtype=bool), np.log1p(np.exp(logits)), 0) / 5
-    np.testing.assert_allclose(found, output(variables["params"], weights @ value), atol=1e-5)
+    np.testing.assert_allclose(attended, output(variables["params"], weights @ value), atol=1e-5)
     share = weights / weights.sum(-1, keepdims=True)
     rows = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0).sum(-1)
     np.testing.assert_allclose(changed["attention"]["entropy"], rows.mean((0, 2)), rtol=1e-4)
@@ -86,7 +86,7 @@ def test_a_kernel_from_outside_attends_and_the_statistics_are_the_same():
     other = kernel.apply(variables, X, visibility=visibility, mutable=["attention"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, plain)
     with pytest.raises(
-        ValueError, match=r"by_jax': attention dropout, logit_cap and softmax weights need 'xla' or 'auto'"
+        ValueError, match=r"by_jax': attention dropout, logit_cap and weights other than softmax need 'xla' or 'auto'"
     ):
         kernel.clone(logit_cap=3.0).apply(variables, X)
 
@@ -94,9 +94,10 @@ def test_a_kernel_from_outside_attends_and_the_statistics_are_the_same():
 def test_heads_are_processed_in_self_attention_and_in_attention_to_a_context():
     attention, variables = layer(process_heads="tests.nn.pieces.reversed_positions")
     params = variables["params"]
-    positions = np.array([[3, 1, 4, 1, 5]])
-    for context, given in ((X, None), (CONTEXT, CONTEXT)):
-        found, changed = attention.apply(variables, X, given, positions=jnp.asarray(positions), mutable=["attention"])
+    for context, given, positions in ((X, None, [[3, 1, 4, 1, 5]]), (X, None, None), (CONTEXT, CONTEXT, None)):
+        where = None if positions is None else jnp.asarray(positions)
+        attended, changed = attention.apply(variables, X, given, positions=where, mutable=["attention"])
+        positions = np.arange(5)[None] if positions is None else np.asarray(positions)
         query, key, value = heads(params, X, context)
         if given is None:
             query, key = (each - positions[:, None, :, None] for each in (query, key))
@@ -104,7 +105,7 @@ def test_heads_are_processed_in_self_attention_and_in_attention_to_a_context():
             value = 2 * value
         weights = np.exp(query @ np.swapaxes(key, 2, 3) / 2)
         weights = weights / weights.sum(-1, keepdims=True)
-        np.testing.assert_allclose(found, output(params, weights @ value), atol=1e-4)
+        np.testing.assert_allclose(attended, output(params, weights @ value), atol=1e-4)
         rows = -(weights * np.log(weights)).sum(-1)
         np.testing.assert_allclose(changed["attention"]["entropy"], rows.mean((0, 2)), rtol=1e-3)
         assert np.all(changed["attention"]["bound"] <= changed["attention"]["entropy"])

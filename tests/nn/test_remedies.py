@@ -126,7 +126,7 @@ def test_sigmoid_attention_needs_no_padding_to_be_the_same():
     variables = layer.init(jax.random.key(2), X)
     padded = layer.apply(variables, X, visibility=Visibility(key_mask=jnp.arange(5)[None] < jnp.asarray([[3]] * 3)))
     np.testing.assert_allclose(padded[:, :3], layer.apply(variables, X[:, :3]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="sigmoid weights need 'xla' or 'auto'"):
+    with pytest.raises(ValueError, match="weights other than softmax need 'xla' or 'auto'"):
         layer.clone(implementation="cudnn").apply(variables, X)
 
 
