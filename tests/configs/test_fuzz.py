@@ -15,10 +15,11 @@ import jax
 import pytest
 
 from sigmarep import tasks
+from sigmarep.configuration import flatten
 from sigmarep.errors import BadInput
 from sigmarep.nn import layers
 from sigmarep.training import durations
-from sigmarep.training.config import default_config, flatten, validate
+from sigmarep.training.config import default_config, validate
 from sigmarep.training.mesh import create_mesh
 from sigmarep.training.optimizers import create_optimizer
 from sigmarep.training.schedules import create_schedule
@@ -52,7 +53,7 @@ class Numbers:
     open_high: bool = False
 
     def __contains__(self, value):
-        if isinstance(value, bool | str) or value is None or not -1e300 < value < 1e300:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
             return False
         return (self.low < value or (value == self.low and not self.open_low)) and (
             value < self.high or (value == self.high and not self.open_high)
@@ -118,7 +119,7 @@ SENSE = {
     r"(knn\.)?temperature|intervention\.attention_temperature": POSITIVE,
     r"decoding\.ngram_order": SIZE,
     r"divergence_factor|intervention\.learning_rate_factor": NOT_NEGATIVE,
-    r"mesh\.\w+": lambda value: value == -1 or value in SIZE,
+    r"mesh\.(data|fsdp|tensor)": lambda value: value == -1 or value in SIZE,
     r"optimizer\.step_at": rising(FRACTION, lengths=range(1000), equal=True),
     r"optimizer\.(no_decay|scale_parameters|non_matrices)": patterns,
     r"optimizer\.(?!warmup)\w+": NOT_NEGATIVE,
@@ -138,25 +139,8 @@ VALUES = {
     float: (-1.0, -0.02, 1.5, 0.0, 1e30, float("nan"), float("inf"), -float("inf"), "much", None),
     str: ("no such word", "", 3, None, 1.5, True, ("a",)),
     tuple: (
-        (
-            (),
-            (None,),
-            ("(",),
-            (9, 3, 1),
-            (0.9, 0.1),
-            (float("nan"),),
-            (-1.0,),
-            ("gama$", "bias$"),
-            "text",
-            3,
-            None,
-            ("test", "test"),
-            (0.5, 0.5, 0.5),
-            (True, "a"),
-            ([],),
-            (1e300, 1e301),
-            (0.0,),
-        )
+        *((), (None,), ("(",), (9, 3, 1), (0.9, 0.1), (float("nan"),), (-1.0,), ("gama$", "bias$"), "text", 3, None),
+        *(("test", "test"), (0.5, 0.5, 0.5), (True, "a"), ([],), (1e300, 1e301), (0.0,)),
     ),
 }
 
