@@ -1,4 +1,4 @@
-"""What the commands share: the --config flag with its overrides, --import, one-line errors, exit statuses.
+"""Parts that the commands share: the --config flag with its overrides, --import, one-line errors, exit statuses.
 
 Modules of the user's are found by `config.task = "my_package.my_task"` and its like where Python finds them, and in the
 folder of the configuration file (of the outermost package that it is in). `--import` imports a package, by its name or the

@@ -41,7 +41,7 @@ _trusted: set[str] = set()
 
 
 def is_dotted(word: Any) -> bool:
-    """Whether `word` is spelled like a Python object's name, "package.module.attribute" or "package.module:attribute"."""
+    """True if `word` is spelled like a Python object's name, "package.module.attribute" or "package.module:attribute"."""
     return isinstance(word, str) and DOTTED.fullmatch(word) is not None
 
 
@@ -140,7 +140,7 @@ def check_stored(
 
 
 def is_trusted(word: str, safe: tuple[str, ...] = ()) -> bool:
-    """Whether a stored configuration may name this object: one of the packages `safe`, or of one that the user named."""
+    """True if a stored configuration may name this object: one of the packages `safe`, or of one that the user named."""
     path = word.replace(":", ".")
     if any(f"{path}.".startswith(f"{package}.") for package in (*safe, *_trusted)):
         return True
@@ -150,7 +150,7 @@ def is_trusted(word: str, safe: tuple[str, ...] = ()) -> bool:
 
 
 def _is_library(module: ModuleType) -> bool:
-    """Whether a module is part of Python or of an installed package."""
+    """True if a module is part of Python or of an installed package."""
     places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
     files = [os.path.realpath(place) for place in places if place]
     python = {os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")}

@@ -74,7 +74,7 @@ class Field:
         return None if valid else self.accepted()
 
     def takes_dotted(self) -> bool:
-        """Whether a dotted Python name is accepted, alone or beside words of the field's own."""
+        """True if a dotted Python name is accepted, alone or beside words of the field's own."""
         return self.dotted or (self.also is not None and self.also("package.name"))
 
     def _accepted_one(self, kind: type) -> str:

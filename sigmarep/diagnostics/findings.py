@@ -1,4 +1,4 @@
-"""What happened in a run, as facts and in plain words."""
+"""The story of a run, as facts and in plain words."""
 
 import collections
 import json

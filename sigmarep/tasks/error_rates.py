@@ -32,7 +32,7 @@ def check_installed() -> None:
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
-    """Of words between white space.
+    """Errors of words between white space.
 
     Raises:
       BadInput: jiwer is not installed.
@@ -41,7 +41,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRa
 
 
 def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
-    """Of characters, single spaces among them.
+    """Errors of characters, single spaces included.
 
     Raises:
       BadInput: jiwer is not installed.

@@ -1,4 +1,4 @@
-"""What frozen features are worth: nearest neighbours, a linear probe, alignment and uniformity.
+"""Measures of frozen features: nearest neighbours, a linear probe, alignment and uniformity.
 
 All take features (N, D) of whole splits as NumPy arrays, compute in float32 on this process's first device, and are
 deterministic.

@@ -39,7 +39,7 @@ AXIS = "devices"
 
 
 class LossOutput(NamedTuple):
-    """Of one microbatch: `loss` and every one of `metrics` as a sum with its weight; the changed non-parameter
+    """Loss and state of one microbatch: `loss` and every one of `metrics` as a sum with its weight; the changed non-parameter
     collections `model_state`; and `attention`, the statistics of `sigmarep.nn.MultiHeadAttention`, if asked for."""
 
     loss: Sum
@@ -49,7 +49,7 @@ class LossOutput(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a model made of a split: `files` by name, kept in the workdir; `samples`, lines for whoever watches."""
+    """Outputs of a model for a split: `files` by name, kept in the workdir; `samples`, lines for whoever watches."""
 
     files: dict[str, str]
     samples: list[str]

@@ -1,4 +1,4 @@
-"""What was heard of a split, written out: every transcript, the worst, and tables by speaker and by duration."""
+"""Transcripts of a split as files: every transcript, the worst, and tables by speaker and by duration."""
 
 import json
 from collections.abc import Sequence

@@ -49,7 +49,7 @@ class StopTraining(Exception):
 
 
 class Run(Protocol):
-    """What a callback sees of the run.
+    """The run as a callback sees it.
 
     Attributes:
       step: updates made so far.
@@ -96,7 +96,7 @@ class Callback:
         """The last event, however the run ends: done, early, stopped by a signal or by an error."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback, as JSON; what counts evaluations has to go on counting."""
+        """State that a checkpoint keeps of this callback, as JSON; what counts evaluations has to go on counting."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

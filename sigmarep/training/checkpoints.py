@@ -265,7 +265,7 @@ def _write_manifest(path: str) -> None:
 
 
 def _problem(path: str) -> str | None:
-    """What differs from the manifest; None if nothing does, or if there is none to compare with."""
+    """The first difference from the manifest; None if nothing does, or if there is none to compare with."""
     try:
         with open(os.path.join(path, MANIFEST)) as file:
             expected = json.load(file)

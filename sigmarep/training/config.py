@@ -1,4 +1,4 @@
-"""What a configuration may contain: the defaults every task shares, and the checks made before a run starts.
+"""The fields of a configuration: the defaults every task shares, and the checks made before a run starts.
 
 A configuration file builds on `default_config(task)`, which is locked: a misspelled key is refused where it is
 written. `validate` repeats the comparison for configurations made in any other way.
@@ -113,7 +113,7 @@ def arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
 
 
 def choice(name: str, value: Any, accepted: Mapping[Any, T]) -> T:
-    """What `accepted` has for the value of the argument `name`.
+    """The entry of `accepted` for the value of the argument `name`.
 
     Raises:
       BadInput: it has nothing.

@@ -53,7 +53,7 @@ class Program:
     create_state: Callable[[], TrainState]
 
     def due(self, event: str, step: int) -> bool:
-        """Whether `event` ("log", "eval", "checkpoint" or "sharpness") happens after `step`; all do after the last, but
+        """True if `event` ("log", "eval", "checkpoint" or "sharpness") happens after `step`; all do after the last, but
         for sharpness where no interval of its own is set."""
         interval = self.intervals[event]
         return bool(interval) and (step % interval == 0 or step == self.total_steps)

@@ -30,13 +30,13 @@ MASKS = ("mask", "weight_decay_mask")
 
 
 def is_optimizer(word: str) -> bool:
-    """Whether optax has an optimizer, or a transformation to directions, of this name."""
+    """True if optax has an optimizer, or a transformation to directions, of this name."""
     factory = _of_optax(word)
     return factory is not None and (word.startswith("scale_by_") or "learning_rate" in _parameters(factory))
 
 
 def is_schedule(word: str) -> bool:
-    """Whether optax has a schedule of this name."""
+    """True if optax has a schedule of this name."""
     factory = getattr(optax.schedules, word, None)
     return inspect.isfunction(factory) and not word.startswith("inject_")
 

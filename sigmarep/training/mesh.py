@@ -81,7 +81,7 @@ def create_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None
 
 
 def fits(config: ml_collections.ConfigDict) -> bool:
-    """Whether the devices of this machine make the mesh of `config.mesh`."""
+    """True if the devices of this machine make the mesh of `config.mesh`."""
     try:
         create_mesh(config)
     except BadInput:
@@ -206,7 +206,7 @@ def input_share(mesh: Mesh, process_index: int | None = None) -> InputShare:
 
 @contextlib.contextmanager
 def activations_placed(mesh: Mesh) -> Iterator[None]:
-    """What is traced within keeps its activations where `ACTIVATION_RULES` say; for the whole call of a jitted function."""
+    """Keeps the activations of programs traced within where `ACTIVATION_RULES` say; for whole calls of jitted functions."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES):
         yield
 

@@ -67,7 +67,7 @@ def _encoded(value: Any) -> float | str:
 
 
 class Writer(Protocol):
-    """Where a run's metrics go. A word of `config.writers.extra` names what makes one when it is called as
+    """A destination of a run's metrics. A word of `config.writers.extra` names what makes one when it is called as
 
         my_writer(workdir, resume_step=…, config=…)
 

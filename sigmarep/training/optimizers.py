@@ -155,7 +155,7 @@ def create_optimizer(
 def _directions(
     config: Any, schedule: optax.Schedule, mask: Any, params: Any, layers: Layers
 ) -> tuple[optax.GradientTransformation, ...]:
-    """What `config.name` stands for: momentum, second moments, weight decay and the learning rate."""
+    """The built-in optimizer `config.name`: momentum, second moments, weight decay and the learning rate."""
     if config.name not in OPTIMIZERS:
         return (
             external.create_optimizer(
@@ -190,7 +190,7 @@ def _directions(
 
 
 def rate_factors(config: Any, params: Any, layers: Layers) -> Any:
-    """Of every parameter its learning rate as a multiple of `learning_rate`: a tree of numbers."""
+    """Learning rate of every parameter as a multiple of `learning_rate`: a tree of numbers."""
     scales = matching(params, config.scale_parameters)
     matrices = hidden_matrices(config, layers)
 

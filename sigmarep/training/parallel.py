@@ -27,10 +27,10 @@ class Runner(Protocol):
     shardings: Any
 
     def put_state(self, state: TrainState) -> Any:
-        """From the mesh's layout to the runner's."""
+        """Converts a state from the mesh's layout to the runner's."""
 
     def get_state(self, state: Any) -> TrainState:
-        """From the runner's layout to the mesh's."""
+        """Converts a state from the runner's layout to the mesh's."""
 
     def step(self, state: Any, batch: Any, *, panel: bool) -> tuple[Any, StepOutput]:
         """One training step on this process's rows of the global batch; `state` is consumed."""
@@ -113,7 +113,7 @@ class PmapRunner:
 
 
 def _first(x: jax.Array) -> jax.Array:
-    """What the first device of this process holds of an output of pmap. `x[0]` would be one more program of all devices,
+    """The first device's part of an output of pmap. `x[0]` would be one more program of all devices,
     beside the step's own collectives: XLA once ended a process of eight CPU devices on two busy cores there."""
     return x.addressable_shards[0].data[0]
 

@@ -49,7 +49,7 @@ class Preemption:
             restore()
 
     def stops_after(self, step: int) -> bool:
-        """Whether the run stops after `step`, the same in every process; to be asked after each."""
+        """True if the run stops after `step`, the same in every process; to be asked after each."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.requested

@@ -153,13 +153,13 @@ def index() -> int:
 
 
 def steps_in_flight(most: int) -> int:
-    """How many steps the devices may be given before the host waits: `most`, but none among processes on CPU."""
+    """Number of steps that the devices may be given before the host waits: `most`, but none among processes on CPU."""
     return 0 if jax.process_count() > 1 and jax.default_backend() == "cpu" else most
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Where another process of the run has ended, says so on one line and ends this one with status 1.
+    """Says that another process of the run has ended on one line and ends this one with status 1.
 
     Without waiting for the others: one that is gone would be waited for.
     """
@@ -176,7 +176,7 @@ def ending_together() -> Iterator[None]:
 
 
 def _in_cluster() -> bool:
-    """Whether the environment is that of one process of several, in the ways that JAX knows of."""
+    """True if the environment is that of one process of several, in the ways that JAX knows of."""
     hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     tasks = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     return len(hosts) > 1 or any(number.isdecimal() and int(number) > 1 for number in tasks)

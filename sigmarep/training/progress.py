@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, and where its time goes."""
+"""Progress of a run on a terminal, and a clock that separates training, evaluation and compilation."""
 
 import collections
 import contextlib
@@ -44,7 +44,7 @@ class Clock:
 
     @property
     def units_per_second(self) -> float:
-        """Of the last steps; 0 until there are two."""
+        """Speed over the last steps; 0 until there are two."""
         if len(self._window) < 2:
             return 0.0
         seconds = self._window[-1][1] - self._window[0][1]

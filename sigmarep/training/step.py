@@ -59,7 +59,7 @@ def create_state(task: TaskModel, optimizer: optax.GradientTransformation, *, se
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:
-    """What evaluation applies the model to. Averaged weights get their own σ: a power step on them, from the stored u."""
+    """The variables that evaluation uses. Averaged weights get their own σ: a power step on them, from the stored u."""
     return {"params": state.params if state.ema is None else state.ema, **state.model_state}
 
 

@@ -26,7 +26,7 @@ def write_stopped(workdir: str, stopped: StoppedEarly) -> None:
 
 
 def stopped_early(workdir: str) -> StoppedEarly | None:
-    """What `write_stopped` noted; None if no callback ended the run."""
+    """The note of `write_stopped`; None if no callback ended the run."""
     try:
         with open(os.path.join(workdir, FILE)) as file:
             return StoppedEarly(**json.load(file))

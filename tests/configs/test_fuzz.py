@@ -146,7 +146,7 @@ VALUES = {
 
 
 def is_sensible(name, value, original):
-    """Whether a value makes sense for a field; `original` is one that does."""
+    """True if a value makes sense for a field; `original` is one that does."""
     if name.endswith(UNITS):
         whole = value is None or not name.endswith("_steps") or (value in Numbers() and value == int(value))
         return value is None or (value in Numbers(0, 1e18) and whole)

@@ -214,7 +214,7 @@ class Contrastive(TaskModel):
 
 
 def _unpredicted(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a collection the momentum encoder has too."""
+    """The part of a collection that the momentum encoder has too."""
     return {name: value for name, value in tree.items() if name != "predictor"}
 
 

@@ -125,7 +125,7 @@ class LanguageModeling(TaskModel):
         return [{name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}]
 
     def _positions(self, batch):
-        """Where each token stands. Windows of one stream are one segment, and need no mask."""
+        """Positions of the tokens. Windows of one stream are one segment, and need no mask."""
         if self.config.data.packing == "stream":
             return {"positions": batch["positions"]}
         return {"positions": batch["positions"], "segments": batch["segments"]}

@@ -231,7 +231,7 @@ class SpeechRecognition(TaskModel):
         return results
 
     def decoded(self, results: list[Any], decoding: ml_collections.ConfigDict | None = None) -> Decoded:
-        """What is heard in the results of an evaluation, decoded as `decoding` says, else as `config.decoding` does."""
+        """Transcripts of the results of an evaluation, decoded as `decoding` says, else as `config.decoding` does."""
         best, greedy = {}, {}
         for result in results:
             for row, index in enumerate(result["index"]):
@@ -241,7 +241,7 @@ class SpeechRecognition(TaskModel):
         return Decoded(order, [best[index] for index in order], [greedy[index] for index in order])
 
     def texts(self, result: Any, row: int, decoding: ml_collections.ConfigDict | None = None) -> tuple[str, str]:
-        """What is heard in an utterance, and what greedy decoding hears."""
+        """The transcript of an utterance, and that of greedy decoding."""
         frames, c = int(result["frames"][row]), decoding or self.config.decoding
         greedy = self.labels.decode(ctc.collapse(result["best"][row][:frames]))
         if not c.beam_size:
