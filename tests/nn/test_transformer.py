@@ -194,7 +194,7 @@ def test_layer_drop_draws_for_every_block_anew(scan):
         ("norm_epsilon", -1.0, "a number above 0"),
         ("entropy_target", 1.5, "at most 1"),
         ("rotary_base", -1.0, "at least 0"),
-        ("activation", "jax.nn.gelo", "jax.nn has no attribute gelo"),
+        ("activation", "jax.nn.gelo", "jax.nn has no module or attribute gelo"),
         ("norm_type", "no_such_package.Norm", "there is no module no_such_package"),
     ],
 )
