@@ -39,7 +39,7 @@ AXIS = "devices"
 
 
 class LossOutput(NamedTuple):
-    """Loss and state of one microbatch: `loss` and every one of `metrics` as a sum with its weight; the changed non-parameter
+    """Result of one microbatch: `loss` and every one of `metrics` as a sum with its weight; the changed non-parameter
     collections `model_state`; and `attention`, the statistics of `sigmarep.nn.MultiHeadAttention`, if asked for."""
 
     loss: Sum
