@@ -313,7 +313,8 @@ def normalised_entropy(entropy: jax.Array, visible: jax.Array) -> jax.Array:
     """Entropy divided by its largest value ln(visible keys): 1 is uniform. A query that sees at most one key gives 1, or
     NaN where its entropy is."""
     most = jnp.log(jnp.maximum(visible, 1).astype(jnp.float32))
-    return jnp.where((visible > 1) | jnp.isnan(entropy), entropy / jnp.where(visible > 1, most, 1.0), 1.0)
+    share = jnp.where(visible > 1, entropy / jnp.where(visible > 1, most, 1.0), 1.0)
+    return jnp.where(jnp.isnan(entropy), entropy, share)
 
 
 def entropy_lower_bound(sigma: jax.typing.ArrayLike, tokens: jax.Array | int) -> jax.Array:

@@ -39,14 +39,20 @@ def diverging(folder, data_dir, fields):
 
 CHANGED = {"intervention.at_steps": 2.0}
 CAUSES = {
-    # The head's bias alone learns, until differences of its values leave float32.
-    "loss": {"optimizer.gains": ("^head/bias$",), "optimizer.gain_factor": 3e38, "divergence_factor": 0.0},
-    "logits": {**CHANGED, "intervention.attention_temperature": 1e-39},
+    # The head's bias alone learns so fast that the sum of the losses leaves float32.
+    "loss": {
+        "model.attention_temperature": 1e4,
+        "optimizer.gains": ("^head/bias$",),
+        "optimizer.gain_factor": 3e38,
+        "optimizer.learning_rate": 1.0,
+        "divergence_factor": 0.0,
+    },
+    "logits": {**CHANGED, "intervention.attention_temperature": 1e-40},
     # Without norms activations, and the gradient more so, grow with powers of the learning rate; attention stays uniform.
     "gradient": {
         "model.norm": "none",
         "model.attention_temperature": 1e30,
-        "optimizer.learning_rate": 3e4,
+        "optimizer.learning_rate": 1e6,
         "divergence_factor": 0.0,
     },
     "data": {},
@@ -97,7 +103,6 @@ def test_the_step_that_ends_a_run_is_in_its_metrics_though_no_log_was_due(data_d
         "optimizer.learning_rate": 1e25,
         "log_every_steps": 50.0,
         "checkpoint_every_steps": 3.0,
-        "optimizer.warmup_steps": None,
     }
     message, diagnosis, run, facts = diverging(tmp_path, data_dir, fields)
     assert [row["step"] for row in run.rows] == [1, 3]
