@@ -188,8 +188,8 @@ def test_words_are_told_apart_before_a_run_starts():
         ("optimizer.name", "adafactr", "muon, an optimizer of optax such as adafactor, or a dotted Python name"),
         ("optimizer.schedule", "sgd", "linear, a schedule of optax such as sgdr_schedule, or a dotted Python name"),
         ("task", "image", "speech_recognition, or a dotted Python name"),
-        ("callbacks", ("nothing",), "expected dotted Python names"),
-        ("writers.extra", (3,), "expected dotted Python names"),
+        ("callbacks", ("nothing",), "expected a tuple of dotted Python names"),
+        ("writers.extra", (3,), "expected a tuple of dotted Python names"),
     ):
         config = default_config("image_classification")
         config.update_from_flattened_dict({name: word})
