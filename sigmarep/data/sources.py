@@ -21,7 +21,22 @@ from typing import Any, NamedTuple, Protocol
 from sigmarep import doors
 from sigmarep.data import supplied
 from sigmarep.errors import BadInput
+from sigmarep.fields import field
 from sigmarep.files import locked
+
+# Fields of `config.data` that every task's data have; each declares its own default set as `name`.
+FIELDS: dict[str, Any] = {
+    "name": field("", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
+    "data_dir": field(
+        None,
+        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
+        kind=str,
+        optional=True,
+    ),
+    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
+    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
+    "num_threads": field(2, "Threads that read and transform examples.", at_least=1, at_most=1024),
+}
 
 
 class Source(Protocol):

@@ -20,7 +20,7 @@ from sigmarep.data.audio.labels import Labels
 from sigmarep.data.buckets import Buckets, Share, checked, planned_rows
 from sigmarep.data.datasets.speech_folder import problems
 from sigmarep.errors import BadInput
-from sigmarep.fields import field
+from sigmarep.fields import field, with_defaults
 from sigmarep.files import write_atomically
 
 # Letters per second of fast speech.
@@ -30,16 +30,8 @@ NAMED = 20
 
 
 FIELDS: dict[str, Any] = {
-    "name": field("spoken_sentences", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
-    "data_dir": field(
-        None,
-        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
-        kind=str,
-        optional=True,
-    ),
+    **with_defaults(sources.FIELDS, name="spoken_sentences"),
     "folder": field("", "Recordings of the data set speech_folder."),
-    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
     "audio_feature": field("audio", "Feature of the data set that holds the samples."),
     "text_feature": field("text", "Feature that holds the transcript."),
     "ignored_texts": field(
@@ -78,7 +70,6 @@ FIELDS: dict[str, Any] = {
         ),
     },
     "in_memory": field(False, "Keeps the spectra of all utterances in memory: 115 MB an hour with 80 filters."),
-    "num_threads": field(2, "Threads that read and transform examples.", at_least=1, at_most=1024),
 }
 
 

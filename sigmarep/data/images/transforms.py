@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from sigmarep import configuration
+from sigmarep.data import sources
 from sigmarep.data.images import augment
 from sigmarep.errors import BadInput
-from sigmarep.fields import field
+from sigmarep.fields import field, with_defaults
 
 CROPS = ("none", "pad", "resized")
 # Pillow's modes by number of channels.
@@ -19,15 +20,7 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "CMYK"}
 
 _SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
 FIELDS: dict[str, Any] = {
-    "name": field("digits", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
-    "data_dir": field(
-        None,
-        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
-        kind=str,
-        optional=True,
-    ),
-    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
+    **with_defaults(sources.FIELDS, name="digits", num_threads=8),
     "image_size": field(8, "Height and width of the model's pictures in pixels.", at_least=1, at_most=2**14),
     "mean": field(
         (0.5,), "Mean of each channel on a scale of 0 to 1; 1 or 3 values, as many as channels.", lengths=(1, 3)
@@ -36,7 +29,6 @@ FIELDS: dict[str, Any] = {
     "interpolation": field("bicubic", "Interpolation of every change of size.", choices=augment.RESAMPLING),
     "eval_crop": field(1.0, "Fraction of the resized picture's side that evaluation keeps.", above=0, at_most=1),
     "in_memory": field(False, "Reads and decodes the training split once, before the first step."),
-    "num_threads": field(8, "Threads that read and transform examples.", at_least=1, at_most=1024),
     "num_workers": field(0, "Processes that read and transform examples; 0 for none.", at_least=0, at_most=1024),
     "augment": {
         "crop": field("none", "pad: pad and crop; resized: a box of crop_scale of the area.", choices=CROPS),

@@ -17,22 +17,14 @@ from sigmarep.data import sources, token_cache
 from sigmarep.data.text import vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD, Vocabulary
 from sigmarep.errors import BadInput
-from sigmarep.fields import field
+from sigmarep.fields import field, with_defaults
 
 PACKINGS = ("documents", "stream")
 
 
 FIELDS: dict[str, Any] = {
-    "name": field("python_docs", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
-    "data_dir": field(
-        None,
-        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
-        kind=str,
-        optional=True,
-    ),
+    **with_defaults(sources.FIELDS, name="python_docs"),
     "folder": field("", "Files of the data set text_folder."),
-    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
     "text_feature": field("text", "Feature of the data set that holds the text."),
     "sequence_length": field(256, "Tokens of a window.", at_least=1, at_most=2**24),
     "packing": field(
@@ -46,7 +38,6 @@ FIELDS: dict[str, Any] = {
         at_least=0,
     ),
     "vocabulary": vocabulary.FIELDS,
-    "num_threads": field(2, "Threads that read and transform examples.", at_least=1, at_most=1024),
 }
 
 

@@ -18,20 +18,12 @@ from sigmarep.data.buckets import Buckets, Share
 from sigmarep.data.text import vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD, Vocabulary
 from sigmarep.errors import BadInput
-from sigmarep.fields import field
+from sigmarep.fields import field, with_defaults
 
 _ROWS = "Rows of a batch are a multiple of this, so that they divide over devices, processes and microbatches."
 FIELDS: dict[str, Any] = {
-    "name": field("interface_en_de", "Data set: a name of sigmarep.data.sources or of TFDS, or a dotted Python name."),
-    "data_dir": field(
-        None,
-        "Folder of prepared data sets; $TFDS_DATA_DIR, then ~/tensorflow_datasets, if None.",
-        kind=str,
-        optional=True,
-    ),
+    **with_defaults(sources.FIELDS, name="interface_en_de"),
     "folder": field("", "Files of the data set text_folder."),
-    "train_split": field("train", "Split to train on; a slice such as train[:90%] is one too."),
-    "eval_splits": field(("test",), "Splits to evaluate; () evaluates none.", order="each once"),
     "source_feature": field("en", "Feature of the data set that holds a sentence."),
     "target_feature": field("de", "Feature of the data set that holds its translation."),
     "max_source_length": field(
@@ -42,7 +34,6 @@ FIELDS: dict[str, Any] = {
     "rows_multiple": field(8, _ROWS, at_least=1, at_most=2**20),
     # One vocabulary for both languages.
     "vocabulary": vocabulary.FIELDS,
-    "num_threads": field(2, "Threads that read and transform examples.", at_least=1, at_most=1024),
 }
 
 
