@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sigmarep import configuration, doors, fields
-from sigmarep.errors import BadInput, SigmarepError
+from sigmarep.errors import BadInput, SigmarepError, one_line
 from sigmarep.fields import UNITS
 from sigmarep.training.config import FREE, sections
 
@@ -177,7 +177,7 @@ def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     except (AttributeError, KeyError) as error:
         fail(BadInput(_unknown_field(arguments, error)))
     except Exception as error:
-        fail(BadInput(f"{_place(error)}{type(error).__name__}: {_one_line(error)}"))
+        fail(BadInput(f"{_place(error)}{type(error).__name__}: {one_line(error, most=2000)}"))
     return []
 
 
@@ -241,15 +241,11 @@ def _check(rest: list[str]) -> None:
             raise BadInput(f"--config {named}: there is no such file") from None
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _flag_error(error: flags.Error) -> str:
     """The message of absl; of an error in the configuration file, that error's own, which absl wraps in its trace."""
     text = str(error)
     if "Traceback (most recent call last)" not in text:
-        return _one_line(error).removeprefix("flag ")
+        return one_line(error, most=2000).removeprefix("flag ")
     kind, _, message = text.strip().splitlines()[-1].partition(": ")
     if kind.startswith("sigmarep.errors."):
         return message

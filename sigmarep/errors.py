@@ -23,3 +23,8 @@ class Stopped(SigmarepError):
     """The run was stopped by SIGTERM, after saving its state."""
 
     exit_status = 143
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The text of an error on one line, of at most `most` characters; its type's name if it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -19,8 +19,8 @@ from sigmarep.data.images import files as picture_files
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
 from sigmarep.fields import field
-from sigmarep.tasks.pictures import PictureData, apply_to_pictures, split_name
-from sigmarep.tasks.protocol import Evaluation, Files, LossOutput, TaskModel
+from sigmarep.tasks.pictures import PictureData, apply_to_pictures
+from sigmarep.tasks.protocol import Evaluation, Files, LossOutput, TaskModel, split_name
 from sigmarep.tasks.transformer_config import create_transformer, transformer_fields
 
 FIELDS: dict[str, Any] = {

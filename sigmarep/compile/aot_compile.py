@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from sigmarep.compile import hlo_cost
-from sigmarep.errors import BadInput, SigmarepError
+from sigmarep.errors import BadInput, SigmarepError, one_line
 from sigmarep.training.config import validate
 from sigmarep.training.experiment import build_program
 
@@ -137,7 +137,7 @@ def target(topology: str) -> Target:
             platform="tpu", topology_name=topology, **FAMILIES[family].options
         )
     except Exception as error:
-        raise BadInput(f"--topology {topology}: the compiler does not know it ({_line(error)})") from error
+        raise BadInput(f"--topology {topology}: the compiler does not know it ({one_line(error)})") from error
     return Target(topology, description.devices, description.devices[0].device_kind, FAMILIES[family].memory)
 
 
@@ -218,7 +218,3 @@ def _advice(config, program, used: int, available: int, on: Target) -> str:
             f"{mesh['tensor']} to {2 * mesh['tensor']}, which shards the activations"
         )
     return f"{need}; increase config.mesh.tensor from {mesh['tensor']} to {2 * mesh['tensor']}, or use more devices"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sigmarep import doors
 from sigmarep.data import supplied
-from sigmarep.errors import BadInput
+from sigmarep.errors import BadInput, one_line
 from sigmarep.fields import field
 from sigmarep.files import locked
 
@@ -170,7 +170,7 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
     try:
         dataset.download_and_prepare()
     except Exception as error:
-        raise BadInput(f"--name {name}: could not be prepared ({_line(error)})") from error
+        raise BadInput(f"--name {name}: could not be prepared ({one_line(error)})") from error
     builder(name, data_dir=root)
     return str(dataset.data_dir)
 
@@ -385,10 +385,6 @@ def _unknown(name: str) -> str:
 
 def _damaged(name: str, folder: str, error: Exception) -> str:
     return (
-        f"config.data.name = {name!r}: the data set in {os.path.join(folder, name)} cannot be read ({_line(error)}); "
+        f"config.data.name = {name!r}: the data set in {os.path.join(folder, name)} cannot be read ({one_line(error)}); "
         "delete that folder and prepare it again"
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -79,11 +79,6 @@ class PictureData(TaskData):
         )
 
 
-def split_name(split: str) -> str:
-    """The name of a split in metrics: "train" for "train[:10%]"."""
-    return split.split("[")[0]
-
-
 def apply_to_pictures(
     step: Callable[[Any, np.ndarray], jax.Array],
     variables: Any,

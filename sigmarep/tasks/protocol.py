@@ -70,6 +70,11 @@ class Evaluation(NamedTuple):
     outputs: Callable[[list[Any]], Outputs] | None = None
 
 
+def split_name(split: str) -> str:
+    """The name of a split in metrics: "train" for "train[:10%]"."""
+    return split.split("[")[0]
+
+
 class TaskModel(Protocol):
     """A model with its loss. It reads no data set.
 

@@ -24,7 +24,7 @@ import optax
 import optax.contrib
 
 from sigmarep import doors
-from sigmarep.errors import BadInput
+from sigmarep.errors import BadInput, one_line
 
 MASKS = ("mask", "weight_decay_mask")
 
@@ -136,7 +136,7 @@ def create_schedule(
     try:
         shape = jax.eval_shape(factor, jax.ShapeDtypeStruct((), jnp.int32)).shape
     except Exception as error:
-        raise BadInput(f"{field}: cannot be called with a step ({_line(error)})") from error
+        raise BadInput(f"{field}: cannot be called with a step ({type(error).__name__}: {one_line(error)})") from error
     if shape != ():
         raise BadInput(f"{field}: gives an array of shape {shape} for a step; expected a number")
     if warms_up or not warmup_steps:
@@ -206,7 +206,7 @@ def _called(factory: Callable[..., Any], given: Mapping[str, Any], field: str) -
     try:
         return factory(**given)
     except Exception as error:
-        raise BadInput(f"{field}: refuses its arguments ({_line(error)})") from error
+        raise BadInput(f"{field}: refuses its arguments ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _check_update(transformation: Any, params: Any, field: str) -> None:
@@ -214,7 +214,9 @@ def _check_update(transformation: Any, params: Any, field: str) -> None:
     try:
         jax.eval_shape(lambda p: transformation.update(p, transformation.init(p), p), params)
     except Exception as error:
-        raise BadInput(f"{field}: cannot update from gradients and parameters alone ({_line(error)})") from error
+        raise BadInput(
+            f"{field}: cannot update from gradients and parameters alone ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def _plain(arguments: Any) -> Any:
@@ -222,7 +224,3 @@ def _plain(arguments: Any) -> Any:
     if not hasattr(arguments, "items"):
         return arguments
     return {int(name) if str(name).isdecimal() else name: _plain(value) for name, value in arguments.items()}
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

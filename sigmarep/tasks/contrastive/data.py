@@ -11,8 +11,8 @@ from sigmarep.data import sources
 from sigmarep.data.images import views
 from sigmarep.tasks import features
 from sigmarep.tasks.contrastive.model import Contrastive
-from sigmarep.tasks.pictures import PictureData, split_name
-from sigmarep.tasks.protocol import Evaluation, Files
+from sigmarep.tasks.pictures import PictureData
+from sigmarep.tasks.protocol import Evaluation, Files, split_name
 
 # Keeps the views of evaluation apart from those of training, which come from config.seed.
 EVALUATION_SEED = 1_000_003

@@ -6,8 +6,8 @@ from sigmarep.data import sources
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
 from sigmarep.tasks.image_classification.model import LABELS, ImageClassification, label_file
-from sigmarep.tasks.pictures import PictureData, split_name
-from sigmarep.tasks.protocol import Evaluation, Files
+from sigmarep.tasks.pictures import PictureData
+from sigmarep.tasks.protocol import Evaluation, Files, split_name
 
 
 def open_data(config: ml_collections.ConfigDict, files: Files | None = None) -> "ImageClassificationData":

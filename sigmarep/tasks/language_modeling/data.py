@@ -9,7 +9,7 @@ import numpy as np
 from sigmarep.data import pipeline
 from sigmarep.data.text import baselines, documents, vocabulary
 from sigmarep.tasks.language_modeling.model import LanguageModeling
-from sigmarep.tasks.protocol import Evaluation, Files, TaskData
+from sigmarep.tasks.protocol import Evaluation, Files, TaskData, split_name
 
 
 def open_data(config: ml_collections.ConfigDict, files: Files | None = None) -> "LanguageModelingData":
@@ -95,7 +95,7 @@ class LanguageModelingData(TaskData):
                 **of_baselines(),
             }
 
-        return Evaluation(split.split("[")[0], batches, model.evaluate, finish)
+        return Evaluation(split_name(split), batches, model.evaluate, finish)
 
 
 def _exp(value: float) -> float:

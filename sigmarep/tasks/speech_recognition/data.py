@@ -9,7 +9,7 @@ import numpy as np
 
 from sigmarep.data.audio import baselines, labels, speech
 from sigmarep.tasks import error_rates, transcripts
-from sigmarep.tasks.protocol import Evaluation, Files, TaskData
+from sigmarep.tasks.protocol import Evaluation, Files, TaskData, split_name
 from sigmarep.tasks.speech_recognition.model import TRANSCRIPTS, Decoded, SpeechRecognition
 
 
@@ -106,7 +106,7 @@ class SpeechRecognitionData(TaskData):
             found = decoded(results)
             return transcripts.outputs(corpus, found.utterances, found.texts)
 
-        return Evaluation(split.split("[")[0], self._batches(corpus).evaluation, model.evaluate, finish, outputs)
+        return Evaluation(split_name(split), self._batches(corpus).evaluation, model.evaluate, finish, outputs)
 
     def _greedy_rates(self, references, greedy) -> dict[str, float]:
         """Beside those of a beam search."""

@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 
 from sigmarep.data.text import baselines, parallel, vocabulary
-from sigmarep.tasks.protocol import Evaluation, Files, Outputs, TaskData
+from sigmarep.tasks.protocol import Evaluation, Files, Outputs, TaskData, split_name
 from sigmarep.tasks.translation.model import Translation
 
 SAMPLES = 3
@@ -99,7 +99,7 @@ class TranslationData(TaskData):
                 samples=[f"{source} → {hypothesis} (reference: {target})" for source, target, hypothesis in spread],
             )
 
-        return Evaluation(split.split("[")[0], batches.evaluation, model.evaluate, finish, outputs)
+        return Evaluation(split_name(split), batches.evaluation, model.evaluate, finish, outputs)
 
     def _written(self, corpus, results) -> list[tuple[str, str, str]]:
         """(source, reference, translation) of every pair, in the order of the corpus."""
