@@ -123,9 +123,12 @@ def _create_model(config: ml_collections.FrozenConfigDict, folder: str, stored: 
             made = task.open_data(config).files()
         except BadInput as error:
             raise BadInput(f"--workdir {folder}: has no {missing.name}, and it cannot be made anew: {error}") from error
-        workdir.check_files(folder, made)
         files = collections.ChainMap(stored, made)  # type: ignore[arg-type]
-        return task.create_model(config, files), files
+        model = task.create_model(config, files)
+        # Before the files: a field that differs says more than a fingerprint that does.
+        workdir.check_same_model(folder, config, model.model_fields)
+        workdir.check_files(folder, made)
+        return model, files
     except BadInput:
         raise
     except ValueError as error:
