@@ -10,24 +10,13 @@ NAMES = {"found", "said", "kept", "there", "beside", "ahead", "turns"}
 # The largest share of docstrings that may open with one of these words.
 LIMIT = 0.01
 
-# Files, and folders with their contents, whose variables still await their revision.
-UNREVISED = (
-    "sigmarep/command.py",
-    "sigmarep/diagnostics/findings.py",
-    "sigmarep/doors.py",
-    "sigmarep/nn/qk_clip.py",
-    "sigmarep/tasks",
-    "sigmarep/training",
-)
 Docstrings = dict[str, list[tuple[str, str]]]
 
 
-def sources(*folders: str, unrevised: tuple[str, ...] = ()) -> dict[str, ast.Module]:
-    """Syntax trees of the Python files in folders but for `unrevised`, by path."""
+def sources(*folders: str) -> dict[str, ast.Module]:
+    """Syntax trees of the Python files in folders, by path."""
     paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    names = (path.relative_to(ROOT).as_posix() for path in paths)
-    revised = (name for name in names if not any(f"{name}/".startswith(f"{each}/") for each in unrevised))
-    return {name: ast.parse((ROOT / name).read_text()) for name in revised}
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
 
 
 def docstrings(trees: dict[str, ast.Module]) -> Docstrings:
@@ -69,7 +58,7 @@ def test_docstrings_open_with_a_verb_or_a_noun():
 
 
 def test_a_variable_is_named_after_its_quantity():
-    trees = sources("sigmarep", "scripts", unrevised=UNREVISED)
+    trees = sources("sigmarep", "scripts")
     places = [
         f"{path}:{line}: {name}" for path, tree in trees.items() for line, name in assigned(tree) if name in NAMES
     ]

@@ -155,25 +155,25 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _entropy(found: Facts) -> str:
-    if found.lowest is None:
+def _entropy(facts: Facts) -> str:
+    if facts.lowest is None:
         return "No attention entropy was recorded."
-    value, layer, step = found.lowest
-    if not found.fell:
+    value, layer, step = facts.lowest
+    if not facts.fell:
         return (
             f"No layer's attention entropy fell below {COLLAPSED} nats: the lowest was {value:.3g} in {layer} "
             f"at step {step}."
         )
-    first, since = found.fell[0]
-    if found.rose is None:
+    first, since = facts.fell[0]
+    if facts.rose is None:
         when = "; the loss never rose"
-    elif found.rose == since:
+    elif facts.rose == since:
         when = ", the step at which the loss rose"
     else:
-        steps = abs(found.rose - since)
-        when = f", {steps} steps {'before' if since < found.rose else 'after'} the loss rose"
-    others = len(found.fell) - 1
-    also = f" {others} more of {found.layers} layers followed." if others else ""
+        steps = abs(facts.rose - since)
+        when = f", {steps} steps {'before' if since < facts.rose else 'after'} the loss rose"
+    others = len(facts.fell) - 1
+    also = f" {others} more of {facts.layers} layers followed." if others else ""
     return (
         f"{first} fell below {COLLAPSED} nats at step {since}{when}.{also} The lowest was {value:.3g} nats in "
         f"{layer} at step {step}."

@@ -26,6 +26,7 @@ Three of one layer, stacked along the second axis:
     ((8, 3, 5), (1,), (0,), (2,))
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -252,15 +253,14 @@ def _einsum_axes(module: nn.Einsum, args: Any, kwargs: Any) -> Axes | None:
     equation = module.einsum_str or kwargs.get("einsum_str") or args[1]
     operands, _, result = equation.replace(" ", "").partition("->")
     inputs, _, kernel = operands.partition(",")
-    where = {
-        (True, False): [i for i, letter in enumerate(kernel) if letter in inputs and letter not in result],
-        (False, True): [i for i, letter in enumerate(kernel) if letter in result and letter not in inputs],
-        (True, True): [i for i, letter in enumerate(kernel) if letter in result and letter in inputs],
-    }
-    parts = {key: tuple(axes) for key, axes in where.items()}
-    if "." in kernel or sum(map(len, parts.values())) != len(kernel) or not (parts[True, False] and parts[False, True]):
+    # By whether an axis of the kernel is one of the inputs, and one of the result.
+    parts: dict[tuple[bool, bool], tuple[int, ...]] = collections.defaultdict(tuple)
+    for axis, letter in enumerate(kernel):
+        parts[letter in inputs, letter in result] += (axis,)
+    reads, makes = parts[True, False], parts[False, True]
+    if "." in kernel or parts[False, False] or not reads or not makes:
         return None
-    return Axes(inputs=parts[True, False], outputs=parts[False, True], batch=parts[True, True])
+    return Axes(inputs=reads, outputs=makes, batch=parts[True, True])
 
 
 def _tuple(x: Any) -> tuple[int, ...]:

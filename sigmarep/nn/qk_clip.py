@@ -73,8 +73,8 @@ def _over(root: jax.Array, layer: Layer, shape: tuple[int, ...], stacked: tuple[
     heads = root.shape[-1]
     factor = jnp.repeat(root, math.prod(sizes) // heads, axis=-1).reshape(*root.shape[:-1], *sizes)
     if slots:
-        kept = jnp.asarray([made not in CLIPPED for made in layer.makes]).reshape(-1, *(1,) * len(sizes))
-        factor = jnp.where(kept, 1.0, jnp.expand_dims(factor, len(stacked)))
+        unclipped = jnp.asarray([made not in CLIPPED for made in layer.makes]).reshape(-1, *(1,) * len(sizes))
+        factor = jnp.where(unclipped, 1.0, jnp.expand_dims(factor, len(stacked)))
     axes = stacked + outputs
     factor = jnp.transpose(factor, sorted(range(len(axes)), key=axes.__getitem__))
     return jnp.expand_dims(factor, [axis for axis in range(len(shape)) if axis not in axes])

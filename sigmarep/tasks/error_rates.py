@@ -51,11 +51,11 @@ def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Er
 
 def errors_of_each(references: Sequence[str], hypotheses: Sequence[str]) -> list[int]:
     """Word errors of each utterance."""
-    found = []
+    counts = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         rates = word_errors([reference], [hypothesis])
-        found.append(rates.substitutions + rates.deletions + rates.insertions)
-    return found
+        counts.append(rates.substitutions + rates.deletions + rates.insertions)
+    return counts
 
 
 def by_group(groups: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> list[GroupRates]:
@@ -83,9 +83,9 @@ def _errors(references, hypotheses, process, length) -> ErrorRates:
     inserted = sum(length(hypothesis) for reference, hypothesis in pairs if not reference)
     substitutions = deletions = 0
     if spoken:
-        found = process([reference for reference, _ in spoken], [hypothesis for _, hypothesis in spoken])
-        substitutions, deletions = found.substitutions, found.deletions
-        inserted += found.insertions
+        alignment = process([reference for reference, _ in spoken], [hypothesis for _, hypothesis in spoken])
+        substitutions, deletions = alignment.substitutions, alignment.deletions
+        inserted += alignment.insertions
     total = sum(length(reference) for reference, _ in spoken)
     return ErrorRates((substitutions + deletions + inserted) / max(total, 1), substitutions, deletions, inserted, total)
 

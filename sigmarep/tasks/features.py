@@ -61,14 +61,14 @@ def knn_predictions(
     if neighbours > len(bank):
         raise BadInput(f"config.knn.neighbours = {neighbours}: expected at most the {len(bank)} training examples")
     bank, queries = normalised(bank), normalised(queries)
-    found = []
+    predicted = []
     for start in range(0, len(queries), QUERIES):
         asked = jnp.asarray(queries[start : start + QUERIES], jnp.float32)
         best = (jnp.full((len(asked), neighbours), -jnp.inf), jnp.zeros((len(asked), neighbours), jnp.int32))
         for at in range(0, len(bank), BANK):
             best = _nearer(*best, asked, bank[at : at + BANK], labels[at : at + BANK].astype(np.int32))
-        found.append(_vote(*best, temperature, num_classes))
-    return np.concatenate(found)
+        predicted.append(_vote(*best, temperature, num_classes))
+    return np.concatenate(predicted)
 
 
 @jax.jit
@@ -115,7 +115,7 @@ def linear_probe(
     labels, test_labels = labels.astype(np.int32), test_labels.astype(np.int32)
     order = np.random.default_rng(seed).permutation(len(train))
     held = max(round(HELD_OUT * len(train)), 1)
-    held_out, kept = order[:held], order[held:]
+    held_out, fitted = order[:held], order[held:]
     pairs = [(rate, decay) for rate in learning_rates for decay in weight_decays]
 
     def fit(rows, pairs):
@@ -131,7 +131,7 @@ def linear_probe(
             seed=seed,
         )
 
-    losses, accuracies = (np.asarray(each) for each in _measure(fit(kept, pairs), train[held_out], labels[held_out]))
+    losses, accuracies = (np.asarray(each) for each in _measure(fit(fitted, pairs), train[held_out], labels[held_out]))
     finite = np.isfinite(losses)
     best = np.lexsort((np.where(finite, losses, np.inf), -np.where(finite, accuracies, -1.0)))[0]
     _, accuracy = _measure(fit(order, [pairs[best]]), test, test_labels)
@@ -156,9 +156,9 @@ def _fit(features, labels, rates, decays, *, num_classes, epochs, batch_size, se
         weights, velocity = carry
         at, rows = indexed
         rate = rates[:, None, None] * 0.5 * (1 + jnp.cos(jnp.pi * at / total))
-        found = gradient(weights, rows)
-        velocity = PROBE_MOMENTUM * velocity + found
-        return (weights - rate * (found + PROBE_MOMENTUM * velocity), velocity), None
+        slope = gradient(weights, rows)
+        velocity = PROBE_MOMENTUM * velocity + slope
+        return (weights - rate * (slope + PROBE_MOMENTUM * velocity), velocity), None
 
     def epoch(carry, number):
         shuffled = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), number), count)

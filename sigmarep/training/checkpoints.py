@@ -230,10 +230,11 @@ def _newest_whole(directory: str, read: Callable[[int], Any]) -> _Newest | None:
 
 def _check_shapes(path: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in sorted(saved.keys() | wanted.keys()):
-        there, here = saved.get(name, "no such array"), wanted.get(name, "no such array")
-        if there != here:
+        saved_shape, wanted_shape = saved.get(name, "no such array"), wanted.get(name, "no such array")
+        if saved_shape != wanted_shape:
             raise BadInput(
-                f"{path}: is of another configuration: {name} is {there} there and {here} here; choose another workdir"
+                f"{path}: is of another configuration: {name} is {saved_shape} there and {wanted_shape} "
+                "here; choose another workdir"
             )
 
 
@@ -273,10 +274,10 @@ def _problem(path: str) -> str | None:
         return None
     except ValueError:
         return f"{MANIFEST} cannot be read"
-    found = _files(path)
+    checksums = _files(path)
     for name, crc in expected.items():
-        if name not in found:
+        if name not in checksums:
             return f"{name} is missing"
-        if found[name] != crc:
+        if checksums[name] != crc:
             return f"{name} was changed"
     return None

@@ -45,14 +45,14 @@ class Sharpness:
             share = input_share(mesh)
             stream = experiment.data.train_stream(start=0, process_index=share.part, process_count=share.parts)
             self._batch = global_batch(next(stream), mesh)
-        found = {
+        largest = {
             name: float(curvature.ritz_values(each)[0])
             for name, each in jax.device_get(self._compiled(state, self._batch)).items()
         }
         optimizer, rate = experiment.config.optimizer, float(experiment.schedule(int(state.step)))
-        metrics = {"sharpness/hessian": found["hessian"], "sharpness/threshold": curvature.threshold(rate)}
-        if "preconditioned" in found:
-            metrics["sharpness/preconditioned"] = found["preconditioned"]
+        metrics = {"sharpness/hessian": largest["hessian"], "sharpness/threshold": curvature.threshold(rate)}
+        if "preconditioned" in largest:
+            metrics["sharpness/preconditioned"] = largest["preconditioned"]
             metrics["sharpness/preconditioned_threshold"] = curvature.threshold(rate, optimizer.beta1)
         return metrics
 
@@ -65,21 +65,21 @@ class Sharpness:
             return total / jnp.maximum(weight, 1.0)
 
         def largest(product):
-            found = curvature.lanczos(product, start, config.sharpness.iterations)
+            tridiagonal = curvature.lanczos(product, start, config.sharpness.iterations)
             # The host needs no vectors.
-            return found._replace(basis=jnp.zeros((0, 0)))
+            return tridiagonal._replace(basis=jnp.zeros((0, 0)))
 
         start = jax.random.normal(jax.random.key(1), at.shape)
         product = curvature.hessian_product(loss, at)
-        found = {"hessian": largest(product)}
+        tridiagonals = {"hessian": largest(product)}
         if config.optimizer.name in PRECONDITIONED:
             moment = ravel_pytree(optax.tree_utils.tree_get(state.opt_state, "nu"))[0]
             corrected = moment / (1 - jnp.float32(config.optimizer.beta2) ** jnp.maximum(state.step, 1))
             # Adam's average of gradients is corrected too: its first steps are longer.
             shortened = 1 - jnp.float32(config.optimizer.beta1) ** jnp.maximum(state.step, 1)
             diagonal = shortened * (jnp.sqrt(corrected) + config.optimizer.epsilon) / self._steps(state.params)
-            found["preconditioned"] = largest(curvature.preconditioned(product, diagonal))
-        return found
+            tridiagonals["preconditioned"] = largest(curvature.preconditioned(product, diagonal))
+        return tridiagonals
 
     def _steps(self, params: Any) -> jax.Array:
         """By how much every parameter's step is longer than the learning rate says, flat."""

@@ -202,6 +202,6 @@ def _gammas(params):
     """The parameters named gamma, in a tree like the spectral collection's."""
     if not isinstance(params, dict):
         return {}
-    found = {name: _gammas(value) for name, value in params.items() if isinstance(value, dict)}
-    found = {name: value for name, value in found.items() if value}
-    return found | ({"gamma": params["gamma"]} if "gamma" in params else {})
+    below = {name: _gammas(value) for name, value in params.items() if isinstance(value, dict)}
+    below = {name: value for name, value in below.items() if value}
+    return below | ({"gamma": params["gamma"]} if "gamma" in params else {})

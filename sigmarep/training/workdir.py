@@ -149,12 +149,12 @@ def _check_same(
     free_leaves: tuple[str, ...],
 ) -> None:
     # Fields added after the run was made had their defaults.
-    there = flatten(default_config(config.task)) | flatten(ml_collections.ConfigDict(stored_config(workdir)))
-    here = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
-    for name in sorted(there.keys() | here.keys()):
+    stored = flatten(default_config(config.task)) | flatten(ml_collections.ConfigDict(stored_config(workdir)))
+    given = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
+    for name in sorted(stored.keys() | given.keys()):
         if not name.startswith(only) or name.startswith(FREE) or name.rsplit(".", 1)[-1] in free_leaves:
             continue
-        old, new = (_plain(side.get(name)) for side in (there, here))
+        old, new = (_plain(side.get(name)) for side in (stored, given))
         if old != new:
             raise BadInput(
                 f"--workdir {workdir}: holds a run of another configuration (config.{name} is {old!r} there and {new!r} "
@@ -179,11 +179,11 @@ def check_files(workdir: str, files: Mapping[str, bytes]) -> None:
 def _check_file(workdir: str, name: str, content: bytes) -> None:
     try:
         with open(os.path.join(workdir, name), "rb") as file:
-            there = file.read()
+            stored = file.read()
     except FileNotFoundError:
         return
-    if _identity(name, there) != _identity(name, content):
-        old, new = (hashlib.sha256(each).hexdigest()[:12] for each in (there, content))
+    if _identity(name, stored) != _identity(name, content):
+        old, new = (hashlib.sha256(each).hexdigest()[:12] for each in (stored, content))
         raise BadInput(
             f"--workdir {workdir}: {name} of its run (sha256 {old}) is not what config.data gives now (sha256 {new}): the "
             "vocabulary or the data changed; restore them, or choose another folder"

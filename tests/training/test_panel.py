@@ -88,7 +88,9 @@ def test_a_nan_in_a_kernel_stays_in_its_own_layers_metrics():
         values = metrics(params, gradients, updates, state, layers)
         broken = {name for name, value in values.items() if np.isnan(value)}
         # A stored σ is the step's own, computed before this kernel broke; the norm is |γ| then.
-        of_the_kernel = {"none": ["spectral/sigma"], "weight": ["spectral/sigma", "spectral/norm"], "sigma": []}[reparam]
+        of_the_kernel = {"none": ["spectral/sigma"], "weight": ["spectral/sigma", "spectral/norm"], "sigma": []}[
+            reparam
+        ]
         names = ["spectral/stable_rank", "update/ratio", *of_the_kernel]
         assert broken == {f"{name}/block_0/mlp/up" for name in names}
 

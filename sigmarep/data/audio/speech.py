@@ -16,7 +16,7 @@ from sigmarep import configuration
 from sigmarep.data import sources, token_cache
 from sigmarep.data.audio import labels as label_sets
 from sigmarep.data.audio.features import LogMel, spec_augment
-from sigmarep.data.audio.labels import Labels
+from sigmarep.data.audio.labels import Encoded, Labels
 from sigmarep.data.buckets import Buckets, Share, checked, planned_rows
 from sigmarep.data.datasets.speech_folder import problems
 from sigmarep.errors import BadInput
@@ -216,16 +216,8 @@ class SpeechCorpus:
         encoded = [labels.encode(labels.normalize(text)) for text in index.texts]
         frames = np.array([self._filterbank.frames(int(n)) for n in index.samples], np.int64)
         seconds = index.samples / data.sample_rate
-        needed = np.array([len(each.labels) + _repeats(each.labels) for each in encoded])
-        ignored = np.array([_ignored(data, text) for text in index.texts])
-        odd = {
-            "unknown_characters": np.array([bool(each.unknown) for each in encoded]) & ~ignored,
-            "too_long": seconds > data.buckets[-1],
-            "too_short": frames // stride < needed,
-            "no_audio": frames < stride,
-            "ignored": ignored,
-        }
-        unknown = collections.Counter(c for i in np.flatnonzero(~ignored) for c in encoded[i].unknown)
+        odd = self._odd(index, encoded, frames, stride)
+        unknown = collections.Counter(c for i in np.flatnonzero(~odd["ignored"]) for c in encoded[i].unknown)
         self.report: dict[str, Any] = {
             "utterances": len(frames),
             "hours": round(float(seconds.sum()) / 3600, 4),
@@ -234,8 +226,8 @@ class SpeechCorpus:
             **_preparation(data),
         }
         if not training:
-            self._check_length(index, np.where(odd["too_long"] & ~ignored, seconds, 0), split)
-        left_out = np.any(list(odd.values()), axis=0) if training else ignored
+            self._check_length(index, np.where(odd["too_long"] & ~odd["ignored"], seconds, 0), split)
+        left_out = np.any(list(odd.values()), axis=0) if training else odd["ignored"]
         self._kept = np.flatnonzero(~left_out)
         if not len(self._kept):
             counts = ", ".join(f"{name} {self.report[name]['count']}" for name in odd)
@@ -249,6 +241,18 @@ class SpeechCorpus:
         self.names = [_name(index, int(i)) for i in self._kept]
         self.fingerprint = token_cache.key_digest(f"{_fingerprint(data, split)}|{self._filterbank}|{stride}")
         self._features = functools.cache(self._computed) if data.in_memory else self._computed
+
+    def _odd(self, index: Index, encoded: list[Encoded], frames: np.ndarray, stride: int) -> dict[str, np.ndarray]:
+        """Masks (n,) of the utterances that training leaves out, by reason."""
+        needed = np.array([len(each.labels) + _repeats(each.labels) for each in encoded])
+        ignored = np.array([_ignored(self.data, text) for text in index.texts])
+        return {
+            "unknown_characters": np.array([bool(each.unknown) for each in encoded]) & ~ignored,
+            "too_long": index.samples / self.data.sample_rate > self.data.buckets[-1],
+            "too_short": frames // stride < needed,
+            "no_audio": frames < stride,
+            "ignored": ignored,
+        }
 
     def _check_length(self, index: Index, too_long: np.ndarray, split: str) -> None:
         """`too_long` (n,): the seconds of utterances to be evaluated that no bucket holds, else 0."""

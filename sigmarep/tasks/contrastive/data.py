@@ -91,7 +91,7 @@ class ContrastiveData(PictureData):
         )
         metrics = {"knn_accuracy": float(np.mean(predicted == test_labels))}
         if probe.epochs:
-            found = features.linear_probe(
+            fitted = features.linear_probe(
                 train,
                 train_labels,
                 test,
@@ -102,7 +102,7 @@ class ContrastiveData(PictureData):
                 epochs=probe.epochs,
                 batch_size=probe.batch_size,
             )
-            metrics["probe_accuracy"] = found.accuracy
+            metrics["probe_accuracy"] = fitted.accuracy
         return metrics
 
     def _baselines_of(self, model: Contrastive, split: str) -> dict[str, float]:
@@ -120,8 +120,8 @@ class ContrastiveData(PictureData):
         test = _joined([each for each in results if "views" in each])
         metrics: dict[str, float] = {}
         for name in ("random_init", "pixels"):
-            found = self._worth(train[name], train["label"], test[name], test["label"])
-            metrics |= {f"{measure}_{name}": value for measure, value in found.items()}
+            scores = self._worth(train[name], train["label"], test[name], test["label"])
+            metrics |= {f"{measure}_{name}": value for measure, value in scores.items()}
         return metrics
 
 
@@ -140,8 +140,8 @@ class _Numbered:
 
 def _joined(results: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """All real rows of the batches, in order."""
-    kept = [np.asarray(each["mask"]) > 0 for each in results]
+    real = [np.asarray(each["mask"]) > 0 for each in results]
     return {
-        name: np.concatenate([np.asarray(each[name])[rows] for each, rows in zip(results, kept, strict=True)])
+        name: np.concatenate([np.asarray(each[name])[rows] for each, rows in zip(results, real, strict=True)])
         for name in results[0]
     }

@@ -184,12 +184,12 @@ class Contrastive(TaskModel):
         """Features and projections of images, and projections of both views of those that have them."""
         own = {name: value for name, value in variables.items() if name != "momentum"}
         outputs: Any = self.model.apply(own, batch["image"])
-        found = {"features": outputs.features, "projection": outputs.projection}
+        vectors = {"features": outputs.features, "projection": outputs.projection}
         if "views" in batch:
             two = batch["views"]
             of_views: Any = self.model.apply(own, two.reshape(-1, *two.shape[2:]))
-            found["views"] = of_views.projection.reshape(*two.shape[:2], -1)
-        return {name: value.astype(jnp.float32) for name, value in found.items()} | {
+            vectors["views"] = of_views.projection.reshape(*two.shape[:2], -1)
+        return {name: value.astype(jnp.float32) for name, value in vectors.items()} | {
             "label": batch["label"],
             "mask": batch["mask"],
         }

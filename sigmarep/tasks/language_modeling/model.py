@@ -194,14 +194,14 @@ class LanguageModeling(TaskModel):
         model = self.plain_module
 
         def step(plain, tokens, position, cache):
-            found, cache = model.apply(
+            logits, cache = model.apply(
                 {**plain, **cache},
                 tokens[:, None],
                 positions=jnp.full((1, 1), position),
                 cache_length=max_length,
                 mutable=["cache"],
             )
-            return found[:, 0], cache
+            return logits[:, 0], cache
 
         @jax.jit
         def run(variables):

@@ -91,20 +91,20 @@ class SpeechRecognitionData(TaskData):
         def finish(results):
             nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
             count = float(np.sum([result["count"] for result in results], dtype=np.float64))
-            found = decoded(results)
-            references = [corpus.texts[i] for i in found.utterances]
+            decoding = decoded(results)
+            references = [corpus.texts[i] for i in decoding.utterances]
             return {
                 "loss": nats / count if count else math.nan,
-                **_rates(references, found.texts),
-                **self._greedy_rates(references, found.greedy),
+                **_rates(references, decoding.texts),
+                **self._greedy_rates(references, decoding.greedy),
                 **of_baselines(),
                 "impossible": float(np.sum([result["impossible"] for result in results])) / len(corpus),
                 "unknown_characters": float(np.mean(~corpus.scored)),
             }
 
         def outputs(results):
-            found = decoded(results)
-            return transcripts.outputs(corpus, found.utterances, found.texts)
+            decoding = decoded(results)
+            return transcripts.outputs(corpus, decoding.utterances, decoding.texts)
 
         return Evaluation(split_name(split), self._batches(corpus).evaluation, model.evaluate, finish, outputs)
 

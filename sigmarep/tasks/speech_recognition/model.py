@@ -201,14 +201,14 @@ class SpeechRecognition(TaskModel):
             rngs={"dropout": rng},
             mutable=[*model_state, "attention"] if attention else list(model_state),
         )
-        found = ctc.ctc_losses(output.logits, output.frames, batch["labels"], batch["label_lengths"])
-        weights = batch["weights"] * found.possible
-        total, count = jnp.sum(weights * found.nll), jnp.sum(weights * batch["label_lengths"])
+        losses = ctc.ctc_losses(output.logits, output.frames, batch["labels"], batch["label_lengths"])
+        weights = batch["weights"] * losses.possible
+        total, count = jnp.sum(weights * losses.nll), jnp.sum(weights * batch["label_lengths"])
         changed: dict[str, Any] = dict(updates)
         recorded = changed.pop("attention", {})
         return LossOutput(
             loss=(total, count),
-            metrics={"impossible": (jnp.sum(batch["weights"] * ~found.possible), jnp.sum(batch["weights"]))},
+            metrics={"impossible": (jnp.sum(batch["weights"] * ~losses.possible), jnp.sum(batch["weights"]))},
             model_state={**model_state, **changed},
             attention=recorded,
         )
@@ -216,12 +216,12 @@ class SpeechRecognition(TaskModel):
     def evaluate(self, variables: Any, batch: Any) -> dict[str, jax.Array]:
         """Nats and labels of a batch, utterances that cannot be aligned, and what decoding needs of each."""
         output: Any = self.model.apply(variables, batch["features"], batch["frames"])
-        found = ctc.ctc_losses(output.logits, output.frames, batch["labels"], batch["label_lengths"])
-        weights = batch["weights"] * found.possible
+        losses = ctc.ctc_losses(output.logits, output.frames, batch["labels"], batch["label_lengths"])
+        weights = batch["weights"] * losses.possible
         results = {
-            "nll": jnp.sum(weights * found.nll),
+            "nll": jnp.sum(weights * losses.nll),
             "count": jnp.sum(weights * batch["label_lengths"]),
-            "impossible": jnp.sum(batch["weights"] * ~found.possible),
+            "impossible": jnp.sum(batch["weights"] * ~losses.possible),
             "index": batch["index"],
             "frames": output.frames,
         }

@@ -103,13 +103,13 @@ class TranslationData(TaskData):
 
     def _written(self, corpus, results) -> list[tuple[str, str, str]]:
         """(source, reference, translation) of every pair, in the order of the corpus."""
-        found = {
+        translations = {
             int(index): self.vocabulary.decode(tokens)
             for result in results
             for index, tokens in zip(result["index"], result["translation"], strict=True)
             if index >= 0
         }
-        return [(*corpus.texts(index), found[index]) for index in sorted(found)]
+        return [(*corpus.texts(index), translations[index]) for index in sorted(translations)]
 
 
 def bleu(hypotheses, references) -> tuple[float, str]:

@@ -204,7 +204,7 @@ class Translation(TaskModel):
                     "(config.data.max_source_length)"
                 )
         translate = jax.jit(lambda variables, source: self.search(variables, source).tokens[:, 0])
-        found = [""] * len(ids)
+        translations = [""] * len(ids)
         # Those of about one length together, in the lengths of the buckets: few programs, little padding.
         of_bucket = np.searchsorted(self.config.data.buckets, [len(each) for each in ids])
         for bucket, length in enumerate(self.config.data.buckets):
@@ -215,8 +215,8 @@ class Translation(TaskModel):
                     row[: len(ids[member])] = ids[member]
                 tokens = np.asarray(translate(variables, source))
                 for member, each in zip(members[part : part + rows], tokens, strict=False):
-                    found[member] = self.vocabulary.decode(each)
-        return found
+                    translations[member] = self.vocabulary.decode(each)
+        return translations
 
     def search(self, variables: Any, source: jax.Array) -> decoding.Hypotheses:
         """The best translations of sentences (B, S), padded with 0, that the beam search of `config.decoding` finds."""
@@ -231,7 +231,7 @@ class Translation(TaskModel):
         memory, sources = (jnp.repeat(x, c.beam_size, axis=0) for x in (memory, source))
 
         def step(tokens, position, cache):
-            found, cache = model.apply(
+            logits, cache = model.apply(
                 {**plain, **cache},
                 tokens[:, None],
                 memory,
@@ -241,7 +241,7 @@ class Translation(TaskModel):
                 mutable=["cache"],
                 method="next_token",
             )
-            return found[:, 0], cache
+            return logits[:, 0], cache
 
         return decoding.beam_search(
             step,
