@@ -19,6 +19,7 @@ from sigmarep.training.config import validate
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.optimizers import create_optimizer
 from sigmarep.training.schedules import create_schedule
+from sigmarep.training.sharpness import Sharpness
 from sigmarep.training.step import TrainState, create_state, make_train_step
 
 # Size that the training split is taken to have where no data are read. Of the program only the constants of a schedule
@@ -72,6 +73,12 @@ class Experiment(Program):
           BadInput: one cannot be evaluated.
         """
         return Evaluator(self.runner.mesh, self.data.evaluations(self.task))
+
+    def sharpness(self) -> Sharpness:
+        """Measures the sharpness of its training loss."""
+        return Sharpness(
+            self.config, self.task, self.data, layers=self.layers, schedule=self.schedule, mesh=self.runner.mesh
+        )
 
     def intervened(self) -> "Experiment":
         """The experiment as it goes on after `config.intervention`; the state and the data stay what they are."""

@@ -26,7 +26,6 @@ from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.processes import ending_together, steps_in_flight
 from sigmarep.training.progress import Clock, Progress
-from sigmarep.training.sharpness import Sharpness
 from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 from sigmarep.training.stopped import FILE as STOPPED
 from sigmarep.training.stopped import StoppedEarly, stopped_early, write_stopped
@@ -137,7 +136,7 @@ class _Run:
         )
         self.callbacks = Callbacks([self.writer, self.divergence, self.progress], others)
         self.callbacks.load_state_dict(extra.get("callbacks", {}))
-        self.sharpness = Sharpness(experiment)
+        self.sharpness = experiment.sharpness()
         # Shapes of batches, with and without the panel, whose programs are compiled.
         self.programs: set[Any] = set()
         self.in_flight: collections.deque[jax.Array] = collections.deque()
@@ -225,7 +224,7 @@ class _Run:
         """Goes on with the experiment that `config.intervention` makes of this one."""
         self.experiment = self.experiment.intervened()
         self.programs.clear()
-        self.evaluator, self.sharpness = self.experiment.evaluator(), Sharpness(self.experiment)
+        self.evaluator, self.sharpness = self.experiment.evaluator(), self.experiment.sharpness()
         changes = self.experiment.config.intervention
         self.progress.message(
             f"after step {self.experiment.intervention_step}: attention temperature times "

@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 
 from sigmarep.core import curvature
 from sigmarep.fields import duration, field
-from sigmarep.training.experiment import Experiment
+from sigmarep.nn.layers import Layers
+from sigmarep.tasks.protocol import TaskData, TaskModel
 from sigmarep.training.mesh import input_share
 from sigmarep.training.optimizers import kernel_norms, rate_factors
 from sigmarep.training.parallel import global_batch
@@ -32,24 +35,33 @@ class Sharpness:
     stopped and goes on finds the same values. The iteration keeps `config.sharpness.iterations` vectors of the size of
     the parameters."""
 
-    def __init__(self, experiment: Experiment):
-        self._experiment = experiment
+    def __init__(
+        self,
+        config: ml_collections.FrozenConfigDict,
+        task: TaskModel,
+        data: TaskData,
+        *,
+        layers: Layers,
+        schedule: optax.Schedule,
+        mesh: Mesh,
+    ):
+        """Arguments: as the fields of `sigmarep.training.experiment.Experiment`."""
+        self._config, self._task, self._data = config, task, data
+        self._layers, self._schedule, self._mesh = layers, schedule, mesh
         self._batch: Any = None
         self._compiled = jax.jit(self._tridiagonals)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Metrics of a state in the mesh's layout."""
-        experiment = self._experiment
         if self._batch is None:
-            mesh = experiment.runner.mesh
-            share = input_share(mesh)
-            stream = experiment.data.train_stream(start=0, process_index=share.part, process_count=share.parts)
-            self._batch = global_batch(next(stream), mesh)
+            share = input_share(self._mesh)
+            stream = self._data.train_stream(start=0, process_index=share.part, process_count=share.parts)
+            self._batch = global_batch(next(stream), self._mesh)
         largest = {
             name: float(curvature.ritz_values(each)[0])
             for name, each in jax.device_get(self._compiled(state, self._batch)).items()
         }
-        optimizer, rate = experiment.config.optimizer, float(experiment.schedule(int(state.step)))
+        optimizer, rate = self._config.optimizer, float(self._schedule(int(state.step)))
         metrics = {"sharpness/hessian": largest["hessian"], "sharpness/threshold": curvature.threshold(rate)}
         if "preconditioned" in largest:
             metrics["sharpness/preconditioned"] = largest["preconditioned"]
@@ -57,7 +69,7 @@ class Sharpness:
         return metrics
 
     def _tridiagonals(self, state: TrainState, batch: Any) -> dict[str, curvature.Tridiagonal]:
-        config, task = self._experiment.config, self._experiment.task
+        config, task = self._config, self._task
         at, unravel = ravel_pytree(state.params)
 
         def loss(flat):
@@ -83,7 +95,7 @@ class Sharpness:
 
     def _steps(self, params: Any) -> jax.Array:
         """By how much every parameter's step is longer than the learning rate says, flat."""
-        config, layers = self._experiment.config.optimizer, self._experiment.layers
+        config, layers = self._config.optimizer, self._layers
         factors = rate_factors(config, params, layers)
         norms = kernel_norms(params, layers) if config.relative_gradients else jax.tree.map(lambda _: 1.0, params)
         whole = jax.tree.map(lambda x, f, norm: jnp.broadcast_to(f * norm, x.shape), params, factors, norms)

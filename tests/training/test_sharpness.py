@@ -14,7 +14,6 @@ from sigmarep.training import train_and_evaluate
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
 from sigmarep.training.metrics import read_metrics
-from sigmarep.training.sharpness import Sharpness
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(config, relati
     first = next(batches)
     for batch in (first, next(batches), next(batches)):
         state, _ = experiment.runner.step(state, batch, panel=False)
-    found = Sharpness(experiment)(state)
+    found = experiment.sharpness()(state)
 
     flat, unravel = ravel_pytree(state.params)
 
