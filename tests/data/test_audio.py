@@ -3,6 +3,8 @@
 import concurrent.futures
 import math
 import re
+import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -189,7 +191,7 @@ def test_files_are_read_with_their_channels_averaged(name, tolerance, tmp_path):
     time = np.arange(8000) / 8000
     left, right = 0.4 * np.sin(2 * np.pi * 200 * time), 0.2 * np.sin(2 * np.pi * 300 * time)
     soundfile.write(tmp_path / name, np.stack([left, right], axis=1), 8000)
-    samples, rate, channels = audio.read(tmp_path / name)
+    samples, rate, channels, _ = audio.read(tmp_path / name)
     assert (samples.dtype, samples.shape, rate, channels) == (np.float32, (8000,), 8000, 2)
     np.testing.assert_allclose(samples, (left + right) / 2, atol=tolerance)
     soundfile.write(tmp_path / name, left, 8000)
@@ -213,3 +215,70 @@ def test_unusable_files_are_named(tmp_path):
         with pytest.raises(audio.AudioError, match=re.escape(f"{tmp_path / name}: {message}")) as raised:
             audio.read(tmp_path / name)
         assert "\n" not in str(raised.value)
+
+
+def header(path, **values):
+    """Overwrites fields of a file's header: the rate of a WAV file, or the number of samples of a FLAC file."""
+    content = bytearray(path.read_bytes())
+    if "rate" in values:
+        content[24:28] = struct.pack("<I", values["rate"])
+    if "samples" in values:
+        # STREAMINFO begins at byte 8; the number is the lowest 36 bits of its bytes 13 to 17.
+        content[21] = content[21] & 0xF0 | values["samples"] >> 32
+        content[22:26] = struct.pack(">I", values["samples"] & 0xFFFFFFFF)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+@pytest.mark.parametrize(
+    ("peak", "divisor"), [(1.0, 1.0), (1.5, 1.5), (16.0, 16.0), (17.0, 32768.0), (30000.0, 32768.0)]
+)
+def test_floats_beyond_one_keep_their_form(peak, divisor, subtype, tmp_path):
+    wave = peak * np.sin(np.arange(4000) / 40 * np.pi + np.pi / 2)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype=subtype)
+    recording = audio.read(tmp_path / "a.wav")
+    assert recording.divisor == divisor
+    np.testing.assert_allclose(recording.samples, wave / divisor, rtol=1e-6, atol=1e-6)
+
+
+def test_floats_beyond_the_range_of_16_bits_are_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.array([0.0, 2e6]), 16000, subtype="FLOAT")
+    with pytest.raises(audio.AudioError, match=r"a\.wav: holds samples up to 2e\+06; expected floats within 1 or"):
+        audio.read(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("a.wav", {"rate": 1}, "claims 1 Hz; expected 4,000 to 384,000"),
+        ("a.wav", {"rate": 2**31 - 1}, "claims 2,147,483,647 Hz; expected 4,000 to 384,000"),
+        ("a.flac", {"samples": 2**36 - 1}, "claims 68,719,476,735 samples, 8,589,935 s; expected at most 21,600 s and"),
+        # Within the limits; only what is present is read.
+        ("a.flac", {"samples": 2**27}, "cannot be decoded"),
+        ("a.flac", {"samples": 900}, "cannot be decoded"),
+    ],
+)
+def test_claims_of_a_header_cost_no_memory(name, values, message, tmp_path):
+    soundfile.write(tmp_path / name, noise(800), 8000)
+    header(tmp_path / name, **values)
+    tracemalloc.start()
+    with pytest.raises(audio.AudioError, match=re.escape(f"{tmp_path / name}: {message}")):
+        audio.read(tmp_path / name)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 30e6
+
+
+def test_a_cut_mp3_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.mp3", noise(40000), 16000)
+    assert audio.read(tmp_path / "a.mp3").samples.shape == (40000,)
+    content = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(content[: len(content) // 2])
+    with pytest.raises(audio.AudioError, match=r"a\.mp3: cannot be decoded \(truncated: [\d,]+ of 40,000 samples"):
+        audio.read(tmp_path / "a.mp3")
+
+
+def test_many_blocks_are_one_recording(tmp_path):
+    samples = np.stack([noise(audio.READ_BLOCK, seed) for seed in (0, 1)], axis=1)
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    np.testing.assert_array_equal(audio.read(tmp_path / "a.wav").samples, samples.mean(axis=1))

@@ -1,6 +1,8 @@
 """The speech data sets: what each split holds, what is kept apart, and what becomes of unusable files."""
 
+import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from sigmarep.data import sources, splitting
+from sigmarep.data import digests, sources, splitting
 from sigmarep.data.datasets import speech_folder, spoken_sentences, stamp_recordings
 from sigmarep.errors import BadInput
 
@@ -361,7 +363,7 @@ def test_folders_that_cannot_be_one_are_refused(tmp_path):
     with pytest.raises(BadInput, match=r"config\.data\.folder = '': there is no such folder"):
         sources.open_source("speech_folder", "train", data_dir=str(tmp_path), folder="")
     (tmp_path / "own").mkdir()
-    with pytest.raises(BadInput, match=r"has no train\.tsv \(audio, tab, text on each line\) and no transcripts"):
+    with pytest.raises(BadInput, match=r"has no train\.tsv \(audio, tab, text on each line\), no metadata\.csv"):
         opened(tmp_path)
     for name in ("valid.tsv", "dev.tsv"):
         (tmp_path / "own" / name).write_text("a.wav\tx\n")
@@ -372,3 +374,118 @@ def test_folders_that_cannot_be_one_are_refused(tmp_path):
 def test_other_sets_have_no_problems(tmp_path):
     builder = sources.builder("digits", data_dir=str(tmp_path))
     assert speech_folder.problems(builder) == {}
+
+
+def test_one_absurd_file_costs_only_itself(tmp_path):
+    own = tables(tmp_path, "wav/a.wav\tOne\nwav/loud.wav\tLoud\nwav/huge.flac\tx\nwav/slow.wav\tx\n\n")
+    wave = 20000 * sine(0.5, 16000)
+    soundfile.write(own / "wav/loud.wav", wave, 16000, subtype="FLOAT")
+    soundfile.write(own / "wav/huge.flac", sine(0.5, 16000), 16000)
+    content = bytearray((own / "wav/huge.flac").read_bytes())
+    content[21:26] = bytes([content[21] | 0x0F]) + b"\xff" * 4
+    (own / "wav/huge.flac").write_bytes(content)
+    content = bytearray((own / "wav/a.wav").read_bytes())
+    content[24:28] = b"\1\0\0\0"
+    (own / "wav/slow.wav").write_bytes(content)
+    examples = rows(opened(tmp_path))
+    assert [row["text"] for row in examples] == ["One", "Loud"]
+    np.testing.assert_allclose(examples[1]["audio"], wave, atol=1)
+    left_out = problems(tmp_path)
+    assert left_out["scaled"] == ["wav/loud.wav: floats, divided by 32768"]
+    assert [reason.split(",")[0] for reason in left_out["unreadable"]] == [
+        "wav/huge.flac: claims 68",
+        "wav/slow.wav: claims 1 Hz; expected 4",
+    ]
+
+
+def test_a_replaced_recording_of_equal_length_is_another_set(tmp_path):
+    own = tables(tmp_path, "wav/a.wav\tOne\n")
+    status = os.stat(own / "wav/a.wav")
+    np.testing.assert_allclose(rows(opened(tmp_path))[0]["audio"] / 32768, sine(0.5, 16000), atol=1e-4)
+    soundfile.write(own / "wav/a.wav", -sine(0.5, 16000), 16000)
+    os.utime(own / "wav/a.wav", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert os.path.getsize(own / "wav/a.wav") == status.st_size
+    np.testing.assert_allclose(rows(opened(tmp_path))[0]["audio"] / 32768, -sine(0.5, 16000), atol=1e-4)
+
+
+def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path in paths[:2]:
+        with open(path, "w") as file:
+            file.write(path)
+    expected = {path: hashlib.sha256(path.encode()).hexdigest() for path in paths[:2]}
+    memory = str(tmp_path / "made/memory.json")
+    assert digests.content_digests(paths, memory) == expected
+    # Files that were just written are not remembered, since they may change within a tick of the clock.
+    assert not os.path.exists(memory)
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", -60.0)
+    digests.content_digests(paths, memory)
+    monkeypatch.setattr(digests, "_digest", lambda path: "read again")
+    assert digests.content_digests(paths, memory) == expected
+    os.utime(paths[0], (0, 0))
+    assert digests.content_digests(paths, memory) == {**expected, paths[0]: "read again"}
+    for content in ("[]", "no JSON", json.dumps({paths[1]: 7})):
+        (tmp_path / "made/memory.json").write_text(content)
+        assert set(digests.content_digests(paths, memory).values()) == {"read again"}
+
+
+def test_a_folder_like_common_voice(tmp_path):
+    own = tmp_path / "own"
+    (own / "clips").mkdir(parents=True)
+    names = "client_id\tpath\tsentence_id\tsentence\tup_votes\n"
+    for name in ("train", "test", "validated"):
+        lines = "".join(f'ann\t{name}{i}.mp3\tx\tIt\u2019s "{name}" {i}.\t2\n' for i in range(2))
+        (own / f"{name}.tsv").write_text(names + lines + "\n")
+        for i in range(2):
+            soundfile.write(own / f"clips/{name}{i}.mp3", sine(0.5 + i / 10, 48000), 48000)
+    (own / "train.tsv").write_text(f"{(own / 'train.tsv').read_text()}ann\tgone.mp3\tx\ty\t0\nann\tshort.mp3\n")
+    (own / "clip_durations.tsv").write_text("clip\tduration[ms]\ntrain0.mp3\t500\n")
+    (own / "reported.tsv").write_text("sentence_id\tsentence\tlocale\treason\n")
+    examples = rows(opened(tmp_path))
+    assert [(row["id"], row["text"], row["speaker"]) for row in examples] == [
+        ("train0.mp3", 'It\u2019s "train" 0.', "ann"),
+        ("train1.mp3", 'It\u2019s "train" 1.', "ann"),
+    ]
+    assert [len(row["audio"]) for row in examples] == [8000, 9600]
+    np.testing.assert_allclose(examples[0]["audio"][500:-500] / 32768, sine(0.5, 16000)[500:-500], atol=0.02)
+    assert len(opened(tmp_path, "test")) == 2
+    with pytest.raises(BadInput, match="no split 'validated'; expected one of test, train"):
+        opened(tmp_path, "validated")
+    left_out = problems(tmp_path)
+    assert left_out["missing"] == ["clips/gone.mp3: there is no such file"]
+    assert left_out["malformed"] == ["train.tsv: line 6 has 2 columns; expected 5, a path among them"]
+    assert set(left_out) == {"missing", "malformed", "resampled"}
+
+
+def test_a_folder_like_ljspeech(tmp_path):
+    own = tmp_path / "own"
+    (own / "wavs").mkdir(parents=True)
+    texts = {f"LJ001-{i:04}": f"Sentence no {i}" for i in range(60)}
+    for name in texts:
+        soundfile.write(own / f"wavs/{name}.wav", sine(0.05, 22050), 22050)
+    lines = [f"{name}|{text.replace('no', 'No.')}|{text}" for name, text in texts.items()]
+    lines[1] = lines[1].rpartition("|")[0]
+    lines[2] += "|more"
+    (own / "metadata.csv").write_text("\n".join([*lines, "gone|Not there|Not there", "", ""]))
+    texts["LJ001-0001"] = "Sentence No. 1"
+    del texts["LJ001-0002"]
+    held_out = {split: rows(opened(tmp_path, split)) for split in ("train", "validation", "test")}
+    assert {row["id"]: row["text"] for members in held_out.values() for row in members} == texts
+    for split, (low, high) in {"train": (0.1, 1), "validation": (0.05, 0.1), "test": (0, 0.05)}.items():
+        assert [row["text"] for row in held_out[split]] == [
+            text for text in texts.values() if low <= int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 < high
+        ]
+    assert all(held_out.values())
+    left_out = problems(tmp_path)
+    assert left_out["missing"] == ["wavs/gone.wav: there is no such file"]
+    assert left_out["malformed"] == [
+        "metadata.csv: line 3 has 4 columns; expected an id, its text, its normalized text, by |"
+    ]
+
+
+def test_a_table_with_a_byte_order_mark_keeps_its_first_row(tmp_path):
+    tables(tmp_path, "\ufeffwav/a.wav\tOne\nwav/b.flac\te\u0301te\u0301\n")
+    assert [(row["id"], row["text"]) for row in rows(opened(tmp_path))] == [
+        ("wav/a.wav", "One"),
+        ("wav/b.flac", "\xe9t\xe9"),
+    ]

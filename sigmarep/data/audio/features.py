@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import struct
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +16,17 @@ from sigmarep.errors import BadInput
 FULL_SCALE = 32768.0
 # Lower bound of mel energies before the logarithm.
 FLOOR = float(np.finfo(np.float32).eps)
+# Floats above 1 and up to this are taken for an overshoot, larger ones for integers of 16 bits stored as floats.
+OVERSHOOT = 16.0
+# Rates of recordings that are read, in Hz: half of telephony's to the highest of studio converters.
+RATES = (4_000, 384_000)
+# Longest recording that is read, in seconds and in samples a channel (2 GiB).
+LONGEST_SECONDS = 6 * 3600
+MOST_SAMPLES = 2**29
+# Samples read at a time.
+READ_BLOCK = 2**18
+# Samples of a frame of MPEG's layer III; decoders differ by up to two in what they take for padding.
+MPEG_FRAME = 1152
 # Number of frames transformed together: they fit into a core's cache.
 BLOCK = 256
 
@@ -30,18 +42,24 @@ class Recording(NamedTuple):
       samples: float32 (n,) in [-1, 1], the mean over channels.
       rate: in Hz.
       channels: number of channels in the file.
+      divisor: number that the file's samples were divided by, see `read`; 1.0 for samples within [-1, 1].
     """
 
     samples: np.ndarray
     rate: int
     channels: int
+    divisor: float = 1.0
 
 
 def read(path: str | os.PathLike) -> Recording:
-    """Reads a WAV, FLAC or OGG file.
+    """Reads a WAV, FLAC, OGG or MP3 file.
+
+    Files of floats outside [-1, 1] are not clipped: values up to `OVERSHOOT` are divided by the largest, and larger ones,
+    in the range of 16-bit integers, by 32,768. Lossy formats may exceed 1 by their decoder's rounding.
 
     Raises:
-      AudioError: the file is missing or truncated, cannot be decoded, or has no samples or a sample that is not finite.
+      AudioError: the file is missing or truncated, cannot be decoded, has no samples or a sample that is not finite or
+        outside the range of 16-bit integers, or claims a rate or a length outside `RATES` and `LONGEST_SECONDS`.
     """
     import soundfile
 
@@ -49,18 +67,67 @@ def read(path: str | os.PathLike) -> Recording:
         # Opened here because libsndfile reports a missing file as "System error".
         with open(path, "rb") as file:
             _check_length(file)
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+            # An MPEG stream whose encoder did not write down its length has an estimated one.
+            counted = re.search(rb"Xing|Info", file.read(8192)) is not None
+            file.seek(0)
+            with soundfile.SoundFile(file) as sound:
+                estimated = sound.format == "MP3" and not counted
+                samples, rate, channels = _mono(sound, estimated=estimated), sound.samplerate, sound.channels
+                divisor = _divisor(samples, floats=sound.subtype in ("FLOAT", "DOUBLE"))
     except OSError as error:
         raise AudioError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
+    except _Unusable as error:
+        raise AudioError(f"{os.fspath(path)}: {error}") from None
+    except MemoryError:
+        raise AudioError(f"{os.fspath(path)}: does not fit into memory") from None
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         reason = getattr(error, "error_string", "") or str(error)
         raise AudioError(f"{os.fspath(path)}: cannot be decoded ({' '.join(reason.split())})") from None
-    if not len(samples):
-        raise AudioError(f"{os.fspath(path)}: holds no samples")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{os.fspath(path)}: holds samples that are not finite")
-    channels = samples.shape[1]
-    return Recording(samples[:, 0] if channels == 1 else samples.mean(axis=1), int(rate), channels)
+    return Recording(samples if divisor == 1 else samples / np.float32(divisor), int(rate), channels, divisor)
+
+
+class _Unusable(Exception):
+    """A fault of a recording in words that follow the file's name."""
+
+
+def _mono(sound: Any, *, estimated: bool) -> np.ndarray:
+    """Samples (n,) of an open `soundfile.SoundFile`, the mean over channels.
+
+    Read in blocks, so that memory follows what the file holds and not what its header claims.
+
+    Args:
+      estimated: the number of samples that the file claims is no more than an estimate.
+    """
+    claimed = sound.frames
+    if not RATES[0] <= sound.samplerate <= RATES[1]:
+        raise _Unusable(f"claims {sound.samplerate:,} Hz; expected {RATES[0]:,} to {RATES[1]:,}")
+    if claimed > min(LONGEST_SECONDS * sound.samplerate, MOST_SAMPLES):
+        raise _Unusable(
+            f"claims {claimed:,} samples, {claimed / sound.samplerate:,.0f} s; expected at most {LONGEST_SECONDS:,} s "
+            f"and {MOST_SAMPLES:,} samples"
+        )
+    blocks: list[np.ndarray] = []
+    count, size = 0, max(READ_BLOCK // sound.channels, 1)
+    while len(block := sound.read(min(size, max(claimed - count, 1)), dtype="float32", always_2d=True)):
+        blocks.append(block[:, 0].copy() if block.shape[1] == 1 else block.mean(axis=1))
+        count += len(block)
+    if count < claimed - (2 * MPEG_FRAME if sound.format == "MP3" else 0) and not estimated:
+        raise ValueError(f"truncated: {count:,} of {claimed:,} samples are present")
+    if not count:
+        raise _Unusable("holds no samples")
+    return np.concatenate(blocks)
+
+
+def _divisor(samples: np.ndarray, *, floats: bool) -> float:
+    """The number that brings `samples` into [-1, 1]; 1.0 for those that were not stored as floats."""
+    peak = float(np.abs(samples).max())
+    if not math.isfinite(peak):
+        raise _Unusable("holds samples that are not finite")
+    if not floats:
+        return 1.0
+    if peak > FULL_SCALE:
+        raise _Unusable(f"holds samples up to {peak:.3g}; expected floats within 1 or in the range of 16-bit integers")
+    return 1.0 if peak <= 1 else peak if peak <= OVERSHOOT else FULL_SCALE
 
 
 def _check_length(file: BinaryIO) -> None:

@@ -15,11 +15,13 @@ import gzip
 import hashlib
 import os
 import re
+import unicodedata
+import zlib
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from sigmarep.errors import BadInput
+from sigmarep.errors import BadInput, one_line
 
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 PLAIN = ("txt", "tokens", "raw")
@@ -110,23 +112,27 @@ def language_of(path: str) -> str:
 
 
 def lines(path: str) -> Iterator[str]:
-    """Yields the lines of a text file without their line ends.
+    """Yields the lines of a text file without their line ends, in Unicode's normal form C, without a byte-order mark.
 
     Raises:
       BadInput: the file is empty or cannot be read, or a line is not UTF-8; the message names file and line.
     """
-    opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115
     number = 0
     try:
-        with opened as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                yield line.decode("utf-8").rstrip("\r\n")
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8" if number > 1 else "utf-8-sig")
+                yield unicodedata.normalize("NFC", text.rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}:{number}: is not UTF-8 (byte {error.start + 1} of the line)") from None
-    except (OSError, EOFError) as error:
-        raise BadInput(f"{path}:{number + 1}: cannot be read ({error})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}:{number + 1}: cannot be read ({_reason(error)})") from None
     if not number:
         raise BadInput(f"{path}: is empty")
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
 def documents(path: str) -> Iterator[str]:
