@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sigmarep import configuration, doors, fields
+from sigmarep import configuration, doors, fields, terminal
 from sigmarep.errors import BadInput, SigmarepError, one_line
 from sigmarep.fields import UNITS
 from sigmarep.training.config import FREE, sections
@@ -112,6 +112,7 @@ def run(main: Callable[..., Any], *, positional: bool = False) -> None:
       positional: `main` takes the list of the arguments that are no flags; without it they are refused.
     """
     logging.set_verbosity(logging.ERROR)
+    terminal.escape_unencodable()
     flags.FLAGS.set_gnu_getopt(positional)
     app.run(
         lambda rest: _finish(functools.partial(main, rest[1:]) if positional else main),

@@ -6,6 +6,8 @@ and wherever the stream was started. A run resumes exactly by starting its strea
 """
 
 import atexit
+import shutil
+import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
@@ -18,6 +20,9 @@ from sigmarep.data.sources import Source
 from sigmarep.errors import BadInput
 
 Example = Mapping[str, Any]
+
+# Folder of shared memory.
+SHARED = "/dev/shm"
 
 _streams: weakref.WeakSet[Generator] = weakref.WeakSet()
 
@@ -78,7 +83,7 @@ def training_stream(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    stream = _closing(iter(iterable))
+    stream = _closing(iter(iterable), num_workers)
     _streams.add(stream)
     return stream
 
@@ -114,9 +119,17 @@ def evaluation_batches(
     return iter(dataset.to_iter_dataset(options))
 
 
-def _closing(iterator: Any) -> Generator[dict[str, np.ndarray], None, None]:
+def _closing(iterator: Any, num_workers: int) -> Generator[dict[str, np.ndarray], None, None]:
     try:
         yield from iterator
+    except RuntimeError as error:
+        # Workers hand over batches in shared memory; a page for which there is no room ends them with this signal.
+        if f"exit code {-signal.SIGBUS}" not in str(error):
+            raise
+        raise BadInput(
+            f"config.data.num_workers = {num_workers}: the shared memory {SHARED}, {_size(SHARED)}, has no room for the "
+            "batches of so many; enlarge it (docker run --shm-size), or set fewer, 0 for none"
+        ) from error
     finally:
         iterator.close()
 
@@ -126,6 +139,13 @@ def _close_streams() -> None:
     """Ends worker processes and frees their shared memory before the interpreter unloads the modules needed for that."""
     for stream in list(_streams):
         stream.close()
+
+
+def _size(folder: str) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).total / 1e6:,.0f} MB"
+    except OSError:
+        return "which is missing"
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

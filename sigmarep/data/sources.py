@@ -4,7 +4,9 @@ Data sets that come with packages are prepared on first use; others by one comma
 needs TensorFlow.
 """
 
+import contextlib
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -80,6 +82,8 @@ FOLDERS = {
     "text_folder": ("sigmarep.data.datasets.text_folder", "TextFolder"),
     "speech_folder": ("sigmarep.data.datasets.speech_folder", "SpeechFolder"),
 }
+# Reasons for which a folder cannot be written.
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 # File formats of TFDS with random access.
@@ -105,8 +109,18 @@ PUBLISHED = {
 
 
 def data_folder(data_dir: str | None) -> str:
-    """Folder of data sets: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    """Folder of data sets: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises:
+      BadInput: it begins with ~, and no home folder is known.
+    """
+    folder = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if folder.startswith("~"):
+        raise BadInput(
+            f"config.data.data_dir = {data_dir!r}: {folder.split('/')[0]} is no known home folder; set $HOME, "
+            "$TFDS_DATA_DIR or --config.data.data_dir"
+        )
+    return folder
 
 
 def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
@@ -123,18 +137,20 @@ def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
     root = data_folder(data_dir)
     if "://" in root:
         raise BadInput(f"config.data.data_dir = {root!r}: expected a folder; mount the bucket, as docs/data.md shows")
+    place = os.path.join(root, name.partition(":")[0])
     try:
         if _is_own(name) or name in FOLDERS or doors.is_dotted(name):
             dataset = _own(name, root, folder)
         else:
             # Reads the folder alone: TFDS's own code for the data set may need TensorFlow or have another version.
             dataset = _read_only(_prepared(name, root) or _missing(name, root))
+        place = str(dataset.data_dir)
         if not dataset.info.splits:
             raise ValueError("its dataset_info.json is missing or names no splits")
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(_damaged(name, root, error)) from error
+        raise BadInput(_damaged(name, place, error)) from error
     formats = sorted(each.value for each in dataset.info.available_file_formats())
     if not set(formats) & RANDOM_ACCESS:
         raise BadInput(
@@ -199,7 +215,7 @@ def open_source(name: str, split: str, *, data_dir: str | None = None, folder: s
         source = dataset.as_data_source(split)
         source[0]
     except Exception as error:
-        raise BadInput(_damaged(name, data_folder(data_dir), error)) from error
+        raise BadInput(_damaged(name, str(dataset.data_dir), error)) from error
     return source
 
 
@@ -300,21 +316,36 @@ def _own(name: str, root: str, folder: str = ""):
     prepared = make(data_dir=root, file_format="array_record")
     if prepared.is_prepared():
         return prepared
-    try:
-        # Several processes may want to prepare it at once.
-        with locked(os.path.join(root, f".{name.replace('/', '-')}")):
-            prepared = make(data_dir=root, file_format="array_record")
-            if not prepared.is_prepared():
-                import tensorflow_datasets as tfds
-
-                tfds.disable_progress_bar()
-                prepared.download_and_prepare()
-    except OSError as error:
-        raise BadInput(
-            f"config.data.data_dir = {root!r}: cannot be written ({error.strerror}); set another with "
-            "--config.data.data_dir"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            # Several processes may want to prepare it at once.
+            stack.enter_context(locked(os.path.join(root, f".{name.replace('/', '-')}")))
+        except OSError as error:
+            raise BadInput(_unwritable(root, error)) from error
+        prepared = make(data_dir=root, file_format="array_record")
+        if not prepared.is_prepared():
+            _prepare(prepared, name, root)
     return prepared
+
+
+def _prepare(dataset: Any, name: str, root: str) -> None:
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    try:
+        dataset.download_and_prepare()
+    except BadInput:
+        raise
+    except OSError as error:
+        if error.errno in UNWRITABLE:
+            raise BadInput(_unwritable(root, error)) from error
+        raise BadInput(f"config.data.name = {name!r}: could not be prepared ({one_line(error)})") from error
+    except Exception as error:
+        raise BadInput(f"config.data.name = {name!r}: could not be prepared ({one_line(error)})") from error
+
+
+def _unwritable(root: str, error: OSError) -> str:
+    return f"config.data.data_dir = {root!r}: cannot be written ({error.strerror}); set another with --config.data.data_dir"
 
 
 def _read_only(directory: str):
@@ -378,13 +409,21 @@ def _missing(name: str, folder: str):
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(KNOWN)}, another name of TFDS"
-    return f"config.data.name = {name!r}: there is no such data set; {hint}, or a dotted Python name"
-
-
-def _damaged(name: str, folder: str, error: Exception) -> str:
+    close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.7)
+    hint = f"did you mean {close[0]!r}? " if close else ""
     return (
-        f"config.data.name = {name!r}: the data set in {os.path.join(folder, name)} cannot be read ({one_line(error)}); "
-        "delete that folder and prepare it again"
+        f"config.data.name = {name!r}: there is no such data set; {hint}expected one of {', '.join(KNOWN)}, another name "
+        "of TFDS, or a dotted Python name (package.module:function)"
+    )
+
+
+def _damaged(name: str, place: str, error: Exception) -> str:
+    """The message for a prepared data set in the folder `place` that raised `error`."""
+    if isinstance(error, PermissionError):
+        return f"config.data.name = {name!r}: the data set in {place} cannot be read ({one_line(error)})"
+    if doors.is_dotted(name) and not os.path.isdir(place):
+        return f"config.data.name = {name!r}: fails ({type(error).__name__}: {one_line(error)})"
+    return (
+        f"config.data.name = {name!r}: the data set in {place} cannot be read ({one_line(error)}); delete that folder and "
+        "prepare it again"
     )

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,13 +39,15 @@ class Corpus:
         return np.asarray(self._tokens[self.offsets[index] : self.offsets[index + 1]])
 
 
-@contextlib.contextmanager
-def cache_lock(path: str) -> Iterator[None]:
-    """Locks the cached file or folder `path`, so that two processes that need it create it once.
+def create_once(path: str, create: Callable[[], None]) -> None:
+    """Calls `create`, which makes the cached file or folder `path`, unless it exists; in one process at a time.
 
     Raises:
-      BadInput: the folder cannot be written.
+      BadInput: it does not exist, and its folder cannot be written.
     """
+    # Looked for before anything is locked, since prepared data may lie in a folder that is read alone.
+    if os.path.exists(path):
+        return
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(path))
@@ -53,7 +56,8 @@ def cache_lock(path: str) -> Iterator[None]:
                 f"config.data.data_dir: {os.path.dirname(path)} cannot be written ({error.strerror}); set another with "
                 "--config.data.data_dir"
             ) from error
-        yield
+        if not os.path.exists(path):
+            create()
 
 
 def key_digest(key: str) -> str:
@@ -73,27 +77,29 @@ def obtain(folder: str, key: str, encode: Callable[[], tuple[Sequence[np.ndarray
       BadInput: the folder cannot be written.
     """
     path = os.path.join(folder, key_digest(key))
-    with cache_lock(path):
-        if not os.path.exists(path):
-            arrays, counts = encode()
-            tokens = np.concatenate([np.zeros(0, np.int32), *arrays])
-            offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
-            digest = hashlib.sha256(offsets.tobytes() + tokens.tobytes()).hexdigest()
-            temporary = f"{path}.{os.getpid()}"
-            os.makedirs(temporary, exist_ok=True)
-            try:
-                np.save(os.path.join(temporary, "tokens.npy"), tokens)
-                np.save(os.path.join(temporary, "offsets.npy"), offsets)
-                with open(os.path.join(temporary, "facts.json"), "w") as file:
-                    json.dump({"counts": counts, "fingerprint": digest}, file)
-                os.replace(temporary, path)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+
+    def create() -> None:
+        arrays, counts = encode()
+        tokens = np.concatenate([np.zeros(0, np.int32), *arrays])
+        offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
+        digest = hashlib.sha256(offsets.tobytes() + tokens.tobytes()).hexdigest()
+        temporary = f"{path}.{os.getpid()}"
+        os.makedirs(temporary, exist_ok=True)
+        try:
+            np.save(os.path.join(temporary, "tokens.npy"), tokens)
+            np.save(os.path.join(temporary, "offsets.npy"), offsets)
+            with open(os.path.join(temporary, "facts.json"), "w") as file:
+                json.dump({"counts": counts, "fingerprint": digest}, file)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    create_once(path, create)
     return Corpus(path)
 
 
 def feature(example: Mapping[str, Any], name: str, field: str) -> str:
-    """Returns a feature of an example as text.
+    """Returns a feature of an example as text in Unicode's normal form C, so that a character has one spelling.
 
     Raises:
       BadInput: there is no such feature; the message names `config.data.<field>`.
@@ -101,4 +107,5 @@ def feature(example: Mapping[str, Any], name: str, field: str) -> str:
     if name not in example:
         raise BadInput(f"config.data.{field} = {name!r}: the data set has no such feature; it has {', '.join(example)}")
     value = example[name]
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return unicodedata.normalize("NFC", text)

@@ -10,6 +10,7 @@ import rich.console
 import rich.live
 import rich.text
 
+from sigmarep import terminal
 from sigmarep.training.callbacks import Callback, Run
 
 MODES = ("auto", "plain", "off")
@@ -69,6 +70,7 @@ class Progress(Callback):
     """
 
     def __init__(self, total_steps: int, *, mode: str = "auto", unit: str = "examples"):
+        terminal.escape_unencodable()
         self._total = total_steps
         self._mode, self._unit = mode, unit
         self._last_line = -SECONDS_BETWEEN_PLAIN_LINES

@@ -134,6 +134,19 @@ def test_aligned_files_are_pairs(data, tmp_path):
     assert list(parallel.pairs(data, "train")) == [("one", "eins"), ("two", "zwei")]
 
 
+def test_empty_last_lines_and_byte_order_marks_are_no_pairs(data, tmp_path):
+    folder = tmp_path / "ends"
+    folder.mkdir()
+    data.folder = str(folder)
+    (folder / "train.tsv").write_text("\ufeffone\teins\n\ntwo\tzwei\n\n", encoding="utf-8")
+    assert list(parallel.pairs(data, "train")) == [("one", "eins"), ("two", "zwei")]
+    (folder / "train.tsv").unlink()
+    (folder / "train.en").write_text("\ufeffone\n\nthree\n\n\n", encoding="utf-8")
+    (folder / "train.de").write_text("eins\n\ndrei")
+    data.source_feature, data.target_feature = "en", "de"
+    assert list(parallel.pairs(data, "train")) == [("one", "eins"), ("", ""), ("three", "drei")]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

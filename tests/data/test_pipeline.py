@@ -1,6 +1,8 @@
 """The road from a source to batches: resumable at any batch, for any number of processes."""
 
 import itertools
+import os
+import signal
 import subprocess
 import sys
 
@@ -66,6 +68,19 @@ def test_threads_do_not_change_the_batches():
 @pytest.mark.slow
 def test_worker_processes_do_not_change_the_batches():
     assert_equal(take(12)[3:], take(9, start=3, num_workers=2))
+
+
+def full(example, rng):
+    # Writing to shared memory without room for the page raises this signal.
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+@pytest.mark.slow
+def test_shared_memory_without_room_is_named():
+    with pytest.raises(
+        BadInput, match=r"config\.data\.num_workers = 1: the shared memory /dev/shm, [\d,]+ MB, has no room"
+    ):
+        take(1, num_workers=1, transform=full)
 
 
 ABANDONED = """

@@ -189,9 +189,15 @@ def test_a_set_that_is_not_prepared_names_the_command(name, tmp_path):
         sources.open_source(name, "train", data_dir=str(tmp_path))
 
 
-def test_an_unknown_name_gets_the_nearest_one(tmp_path):
+def test_an_unknown_name_gets_the_nearest_one_and_all_others(tmp_path):
     with pytest.raises(BadInput, match="'cifr10': there is no such data set; did you mean 'cifar10'"):
         sources.describe("cifr10", data_dir=str(tmp_path))
+    with pytest.raises(BadInput) as raised:
+        sources.describe("my_photos", data_dir=str(tmp_path))
+    assert "did you mean" not in str(raised.value)
+    for name in (*sources.OWN, *sources.FOLDERS, "cifar10"):
+        assert f" {name}," in str(raised.value)
+    assert str(raised.value).endswith("or a dotted Python name (package.module:function)")
 
 
 @pytest.mark.parametrize("name", ["", "../digits", "a b"])
@@ -227,6 +233,44 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"config\.data\.data_dir = .*cannot be written"):
         sources.describe("digits", data_dir=str(tmp_path / "file"))
+
+
+def test_without_a_home_no_folder_of_that_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    with pytest.raises(
+        BadInput, match=r"data_dir = '~nobody-here/sets': ~nobody-here is no known home folder; set \$HOME"
+    ):
+        sources.describe("digits", data_dir="~nobody-here/sets")
+    assert os.listdir(tmp_path) == []
+
+
+class Failing:
+    """A builder of a user's whose files cannot be read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def download_and_prepare(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "config.data.data_dir = 'root': cannot be written (No space left on"),
+        (
+            OSError(5, "Input/output error"),
+            "config.data.name = 'mine': could not be prepared ([Errno 5] Input/output error)",
+        ),
+        (ValueError("two\nlines"), "config.data.name = 'mine': could not be prepared (two lines)"),
+        (BadInput("as it is"), "as it is"),
+    ],
+)
+def test_a_preparation_that_fails_is_no_damaged_set(error, message):
+    with pytest.raises(BadInput, match=f"^{re.escape(message)}") as raised:
+        sources._prepare(Failing(error), "mine", "root")
+    assert "delete" not in str(raised.value)
 
 
 def prepare_data(*arguments):

@@ -103,7 +103,7 @@ def test_pictures_of_ones_own_train_a_classifier(tmp_path):
         (f"{__name__}.numbers", "the split 'other' has examples of type int; expected"),
         (f"{__name__}.NAME", "is a str; expected a function that is given a split"),
         (f"{__name__}.nothing", "has no attribute nothing"),
-        ("digit", "did you mean 'digits'\\?, or a dotted Python name"),
+        ("digit", "did you mean 'digits'\\? expected one of digits, .* or a dotted Python name"),
     ],
 )
 def test_what_is_refused_is_one_line(name, message, tmp_path):

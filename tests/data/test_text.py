@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 
 from sigmarep import configuration
-from sigmarep.data import pipeline
+from sigmarep.data import pipeline, token_cache
 from sigmarep.data.text import baselines, documents, vocabulary
 from sigmarep.data.text.vocabulary import BOS, EOS, PAD
 from sigmarep.errors import BadInput
 
+ZIPPED = gzip.compress(b"some\nlines\n", mtime=0)
 DOCUMENTS = ["alpha beta", "a", "gamma delta epsilon zeta", "x" * 37, "eta theta"]
+
+
+def flipped(content, position):
+    """The content with all bits of one byte changed."""
+    changed = bytearray(content)
+    changed[position] ^= 0xFF
+    return bytes(changed)
 
 
 def write(folder, documents=DOCUMENTS, name="train.txt"):
@@ -161,7 +169,14 @@ def test_gzipped_files_are_read(data, tmp_path):
         ({"train.txt": b""}, "train.txt: is empty"),
         ({"train.txt": b" \n\n"}, "train.txt: has no text"),
         ({"train.txt": b"good\nbad \xff\n"}, "train.txt:2: is not UTF-8 (byte 5 of the line)"),
-        ({"train.txt.gz": b"no gzip"}, "train.txt.gz:1: cannot be read"),
+        ({"train.txt.gz": b"no gzip"}, "train.txt.gz:1: cannot be read (Not a gzipped file (b'no'))"),
+        (
+            {"train.txt.gz": ZIPPED[:-12]},
+            "train.txt.gz:2: cannot be read (Compressed file ended before the end-of-stream",
+        ),
+        # A byte of the deflated text, and one of the checksum behind it.
+        ({"train.txt.gz": flipped(ZIPPED, 10)}, "train.txt.gz:1: cannot be read (Error -3 while decompressing data"),
+        ({"train.txt.gz": flipped(ZIPPED, -6)}, "train.txt.gz:3: cannot be read (CRC check failed"),
         ({"train.txt": b"a\n", "train.tsv": b"a\tb\n"}, "several files of the split train: train.tsv, train.txt"),
         ({"train.en": b"a\n"}, "train.en: is alone"),
     ],
@@ -176,6 +191,34 @@ def test_what_a_folder_must_not_be(data, tmp_path, files, message):
         windows(data)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+    # The fault is in the user's own file.
+    assert "delete" not in str(error.value)
+
+
+def test_a_link_to_nowhere_is_named(data, tmp_path):
+    (tmp_path / "texts/train.txt").unlink()
+    (tmp_path / "texts/train.txt.gz").symlink_to(tmp_path / "gone.gz")
+    with pytest.raises(BadInput, match=r"texts/train\.txt\.gz: cannot be read \(No such file or directory\)$"):
+        windows(data)
+
+
+def test_a_character_has_one_spelling_and_a_byte_order_mark_is_no_text(data, tmp_path):
+    write(tmp_path / "texts", ["caf\xe9", "\u1e69"])
+    composed, _ = windows(data)
+    assert list(documents.texts(data, "train")) == ["caf\xe9", "\u1e69"]
+    # The same in normal form D, and with the marks of the second in the other order.
+    (tmp_path / "texts/train.txt").write_text("\ufeffcafe\u0301\n\ns\u0307\u0323\n", encoding="utf-8")
+    assert list(documents.texts(data, "train")) == ["caf\xe9", "\u1e69"]
+    decomposed, _ = windows(data)
+    assert decomposed.fingerprint == composed.fingerprint
+    # A mark within the text is a character of it.
+    write(tmp_path / "texts", ["one", "\ufefftwo"])
+    assert list(documents.texts(data, "train")) == ["one", "\ufefftwo"]
+
+
+def test_the_texts_of_any_data_set_are_in_normal_form():
+    assert token_cache.feature({"text": "e\u0301".encode()}, "text", "text_feature") == "\xe9"
+    assert token_cache.feature({"text": "e\u0301"}, "text", "text_feature") == "\xe9"
 
 
 @pytest.mark.parametrize(
@@ -223,3 +266,18 @@ def test_the_nearest_neighbour_is_the_most_similar_sentence():
         ["save the file", "open a window", "delete the file"], ["S", "O", "D"], ["saves this file", "an open window"]
     )
     assert found == ["S", "O"]
+
+
+def test_prepared_texts_are_read_without_writing(data, tmp_path):
+    data.vocabulary.kind = "word"
+    first, _ = windows(data)
+    for lock in (tmp_path / "data").rglob("*.lock"):
+        lock.unlink()
+
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in (tmp_path / "data").rglob("*")}
+
+    before = state()
+    again, _ = windows(data)
+    assert again.fingerprint == first.fingerprint
+    assert state() == before

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import sacrebleu
 from sigmarep.data.text.vocabulary import PAD
 from sigmarep.errors import BadInput
 from sigmarep.tasks import translation
+from sigmarep.tasks.translation.data import bleu
+from sigmarep.tasks.translation.model import BLEU_TOKENIZERS
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
@@ -175,6 +179,7 @@ def test_perplexities_are_those_of_every_token_by_hand(folder):
 def test_bleu_is_sacrebleus_own_of_what_was_written(folder):
     config = mt_config(folder)
     config.baselines = True
+    config.bleu_tokenizer = "intl"
     config.total_steps = 150
     config.log_every_steps = 150
     config.optimizer.name, config.optimizer.learning_rate = "adam", 0.01
@@ -183,13 +188,47 @@ def test_bleu_is_sacrebleus_own_of_what_was_written(folder):
     sources, references, hypotheses = zip(*(line.split("\t") for line in lines), strict=True)
     pairs = [line.split("\t") for line in (folder / "pairs/test.tsv").read_text().strip().split("\n")]
     assert list(zip(sources, references, strict=True)) == [tuple(pair) for pair in pairs]
-    assert result["eval/test/bleu"] == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score, abs=1e-6)
-    assert result["eval/test/copy_bleu"] == pytest.approx(sacrebleu.corpus_bleu(sources, [references]).score, abs=1e-6)
-    assert "version:" in (folder / "run/outputs/test/bleu.txt").read_text()
+    assert result["eval/test/bleu"] == pytest.approx(
+        sacrebleu.corpus_bleu(hypotheses, [references], tokenize="intl").score, abs=1e-6
+    )
+    assert result["eval/test/copy_bleu"] == pytest.approx(
+        sacrebleu.corpus_bleu(sources, [references], tokenize="intl").score, abs=1e-6
+    )
+    assert "tok:intl" in (folder / "run/outputs/test/bleu.txt").read_text()
     # It has learned something, and evaluating the checkpoint says the same.
     assert result["eval/test/bleu"] > 5
     again = evaluate(None, str(folder / "run"))
     assert again["eval/test/bleu"] == result["eval/test/bleu"]
+
+
+@pytest.mark.parametrize("tokenizer", ["zh", "char"])
+def test_bleu_counts_the_characters_of_chinese_where_asked(tokenizer):
+    reference, hypothesis = "今天天气很好我们去公园", "今天天气很好我去公园"
+
+    def grams(text, n):
+        return Counter(text[i : i + n] for i in range(len(text) - n + 1))
+
+    # Corpus BLEU by its definition (Papineni et al. 2002), with characters for words.
+    matches = [sum((grams(hypothesis, n) & grams(reference, n)).values()) for n in range(1, 5)]
+    precisions = [match / (len(hypothesis) - n) for n, match in enumerate(matches)]
+    expected = 100 * math.exp(1 - len(reference) / len(hypothesis)) * math.prod(precisions) ** 0.25
+    score, signature = bleu([hypothesis], [reference], tokenizer=tokenizer)
+    assert score == pytest.approx(expected)
+    assert 70 < score < 80
+    assert f"tok:{tokenizer}" in signature
+    # Words between spaces: the whole sentence is one, and wrong.
+    assert bleu([hypothesis], [reference])[0] == 0
+
+
+def test_every_tokenizer_works_or_names_its_package():
+    for tokenizer in BLEU_TOKENIZERS:
+        try:
+            assert bleu(["a b c d"], ["a b c d"], tokenizer=tokenizer)[0] == pytest.approx(100)
+        except BadInput as error:
+            assert re.fullmatch(  # noqa: PT017
+                rf"config\.bleu_tokenizer = '{tokenizer}': needs a package .*; pip install \"sacrebleu\[(ja|ko)\]\"",
+                str(error),
+            )
 
 
 def test_the_loss_of_a_pair_does_not_depend_on_its_bucket(folder):

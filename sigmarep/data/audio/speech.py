@@ -138,15 +138,17 @@ def _index(data: ml_collections.ConfigDict, split: str) -> Index:
     names = (data.audio_feature, data.text_feature, data.speaker_feature, data.id_feature)
     key = token_cache.key_digest(f"{_fingerprint(data, split)}|{names}")
     path = os.path.join(sources.data_folder(data.data_dir), "utterances", f"{key}.npz")
-    with token_cache.cache_lock(path):
-        if not os.path.exists(path):
-            index = _read_all(data, split)
-            content = io.BytesIO()
-            words = json.dumps([index.texts, index.speakers, index.ids]).encode()
-            np.savez(content, samples=index.samples, words=np.frombuffer(words, np.uint8))
-            write_atomically(path, content.getvalue())
-        with np.load(path) as stored:
-            return Index(stored["samples"], *json.loads(stored["words"].tobytes()))
+
+    def create() -> None:
+        index = _read_all(data, split)
+        content = io.BytesIO()
+        words = json.dumps([index.texts, index.speakers, index.ids]).encode()
+        np.savez(content, samples=index.samples, words=np.frombuffer(words, np.uint8))
+        write_atomically(path, content.getvalue())
+
+    token_cache.create_once(path, create)
+    with np.load(path) as stored:
+        return Index(stored["samples"], *json.loads(stored["words"].tobytes()))
 
 
 def _read_all(data, split) -> Index:

@@ -18,6 +18,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
@@ -43,13 +44,17 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
           BadInput: see `find_files`.
         """
         self._files = find_files(folder)
-        digest = hashlib.sha256()
+        # Names the way in which files are read: byte-order marks are left out, characters in normal form C.
+        digest = hashlib.sha256(b"NFC")
         for split, paths in sorted(self._files.items()):
             for path in paths:
                 digest.update(f"{split} {os.path.basename(path)} ".encode())
-                with open(path, "rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
+                try:
+                    with open(path, "rb") as file:
+                        while block := file.read(1 << 20):
+                            digest.update(block)
+                except OSError as error:
+                    raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
         super().__init__(config=tfds.core.BuilderConfig(name=digest.hexdigest()[:20]), **options)
 
     def _info(self):
@@ -161,12 +166,14 @@ def documents(path: str) -> Iterator[str]:
 
 
 def columns_of(path: str) -> Iterator[dict[str, str]]:
-    """Yields `source` and `target` of every line of a table.
+    """Yields `source` and `target` of every line of a table; empty lines are passed over.
 
     Raises:
       BadInput: see `lines`; or a line does not have exactly one tab.
     """
     for number, line in enumerate(lines(path), 1):
+        if not line.strip(" "):
+            continue
         columns = line.split("\t")
         if len(columns) != 2:
             raise BadInput(
@@ -176,16 +183,31 @@ def columns_of(path: str) -> Iterator[dict[str, str]]:
 
 
 def aligned(first: str, second: str) -> Iterator[dict[str, str]]:
-    """Yields the pairs of lines of two files, by the files' languages.
+    """Yields the pairs of lines of two files, by the files' languages; one may have more empty lines at its end.
 
     Raises:
       BadInput: see `lines`; or the files have different numbers of lines.
     """
-    counts = [sum(1 for _ in lines(path)) for path in (first, second)]
-    if counts[0] != counts[1]:
+    counts = [_counts(path) for path in (first, second)]
+    # Without the empty lines at their ends if only one file has them.
+    if len({count.all for count in counts}) > 1 and len({count.filled for count in counts}) > 1:
         raise BadInput(
-            f"{first}: has {counts[0]} lines, and {second} has {counts[1]}; they must be translations line by line"
+            f"{first}: has {counts[0].all} lines, and {second} has {counts[1].all}; they must be translations line by line"
         )
     names = [language_of(path) for path in (first, second)]
-    for pair in zip(lines(first), lines(second), strict=True):
+    for pair in zip(lines(first), lines(second), strict=False):
         yield dict(zip(names, pair, strict=True))
+
+
+class _Counts(NamedTuple):
+    """Numbers of lines of a file, and of those up to the last that is not empty."""
+
+    all: int
+    filled: int
+
+
+def _counts(path: str) -> _Counts:
+    count = filled = 0
+    for count, line in enumerate(lines(path), 1):
+        filled = count if line.strip() else filled
+    return _Counts(count, filled)

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from sigmarep import configuration
-from sigmarep.data.token_cache import cache_lock
+from sigmarep.data.token_cache import create_once
 from sigmarep.errors import BadInput
 from sigmarep.fields import field
 from sigmarep.files import write_atomically
@@ -187,10 +187,8 @@ def obtain(
     settings = f"{key}|{config.kind}|{config.model}|{config.size}"
     name = f"{config.kind}-{config.size}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.model"
     path = os.path.join(cache_dir, name)
-    with cache_lock(path):
-        if not os.path.exists(path):
-            write_atomically(path, train(config, texts()).to_bytes())
-        return load(path)
+    create_once(path, lambda: write_atomically(path, train(config, texts()).to_bytes()))
+    return load(path)
 
 
 def load(path: str) -> Vocabulary:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import unicodedata
 from typing import Any
 
 import jax
@@ -181,7 +182,9 @@ class LanguageModeling(TaskModel):
                 f"max_length = {max_length}: the learned positions end at {self.config.data.sequence_length} "
                 "(config.data.sequence_length)"
             )
-        ids = [np.append(BOS, self.vocabulary.encode(prompt)) for prompt in prompts]
+        # The form of the text that the vocabulary was trained on (`token_cache.feature`).
+        texts = [unicodedata.normalize("NFC", prompt) for prompt in prompts]
+        ids = [np.append(BOS, self.vocabulary.encode(text)) for text in texts]
         lengths = np.array([len(each) for each in ids])
         if lengths.max() >= max_length:
             raise BadInput(

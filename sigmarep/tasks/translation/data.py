@@ -1,11 +1,13 @@
 """The data side of translation: sentence pairs in buckets, and their scores."""
 
 import functools
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
 
 from sigmarep.data.text import baselines, parallel, vocabulary
+from sigmarep.errors import BadInput
 from sigmarep.tasks.protocol import Evaluation, Files, Outputs, TaskData, split_name
 from sigmarep.tasks.translation.model import Translation
 
@@ -56,11 +58,15 @@ class TranslationData(TaskData):
         return self.train_batches.stream(start=start, process_index=process_index, process_count=process_count)
 
     def evaluations(self, model):
+        if self.config.data.eval_splits:
+            # A missing package should not wait for the end of the training.
+            bleu([""], [""], tokenizer=self.config.bleu_tokenizer)
         return [self._evaluation(model, split) for split in self.config.data.eval_splits]
 
     def _evaluation(self, model: Translation, split: str) -> Evaluation:
         corpus = parallel.PairCorpus(self.config.data, self.vocabulary, split)
         batches = self._batches(corpus)
+        score_of = functools.partial(bleu, tokenizer=self.config.bleu_tokenizer)
 
         @functools.cache
         def of_baselines():
@@ -70,25 +76,26 @@ class TranslationData(TaskData):
             sources, references = zip(*(corpus.texts(i) for i in range(len(corpus))), strict=True)
             nearest = baselines.nearest_neighbor([s for s, _ in train], [t for _, t in train], sources)
             return {
-                "copy_bleu": bleu(sources, references)[0],
-                "nearest_neighbour_bleu": bleu(nearest, references)[0],
+                "copy_bleu": score_of(sources, references)[0],
+                "nearest_neighbour_bleu": score_of(nearest, references)[0],
             }
 
         def finish(results):
             nats = float(np.sum([result["nll"] for result in results], dtype=np.float64))
             tokens = float(np.sum([result["tokens"] for result in results], dtype=np.float64))
             written = self._written(corpus, results)
-            score, _ = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
+            _, references, hypotheses = zip(*written, strict=True)
             return {
                 "loss": nats / tokens,
                 "perplexity": float(np.exp(nats / tokens)),
-                "bleu": score,
+                "bleu": score_of(hypotheses, references)[0],
                 **of_baselines(),
             }
 
         def outputs(results):
             written = self._written(corpus, results)
-            score, signature = bleu([hypothesis for _, _, hypothesis in written], [target for _, target, _ in written])
+            _, references, hypotheses = zip(*written, strict=True)
+            score, signature = score_of(hypotheses, references)
             rows = ["\t".join(part.replace("\t", " ").replace("\n", " ") for part in row) for row in written]
             spread = [written[i * len(written) // SAMPLES] for i in range(min(SAMPLES, len(written)))]
             return Outputs(
@@ -112,10 +119,20 @@ class TranslationData(TaskData):
         return [(*corpus.texts(index), translations[index]) for index in sorted(translations)]
 
 
-def bleu(hypotheses, references) -> tuple[float, str]:
-    """Corpus BLEU in per cent and its signature, by sacreBLEU."""
-    import sacrebleu
+def bleu(hypotheses: Sequence[str], references: Sequence[str], *, tokenizer: str = "13a") -> tuple[float, str]:
+    """Corpus BLEU in per cent and its signature, by sacreBLEU with one of its tokenizers.
 
-    metric = sacrebleu.metrics.BLEU()
+    Raises:
+      BadInput: a package is not installed.
+    """
+    try:
+        import sacrebleu
+
+        metric = sacrebleu.metrics.BLEU(tokenize=tokenizer)
+    except (ImportError, RuntimeError) as error:
+        package = {"ja-mecab": "sacrebleu[ja]", "ko-mecab": "sacrebleu[ko]"}.get(tokenizer, "sigmarep[text]")
+        raise BadInput(
+            f'config.bleu_tokenizer = {tokenizer!r}: needs a package that is not installed; pip install "{package}"'
+        ) from error
     score = metric.corpus_score(list(hypotheses), [list(references)])
     return score.score, str(metric.get_signature())

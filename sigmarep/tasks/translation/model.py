@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from sigmarep.tasks.transformer_config import TEXT_POSITIONS, create_transformer
 
 MODEL_FIELDS = ("share_embeddings", "tie_embeddings", "reparam_embedding", "dropout")
 ROTARY_BASE = 10_000.0
+# Those of sacreBLEU's that download nothing.
+BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
 
 
 FIELDS: dict[str, Any] = {
@@ -46,13 +49,18 @@ FIELDS: dict[str, Any] = {
         ),
         "length_extra": field(10, "The extra tokens.", at_least=1),
     },
+    "bleu_tokenizer": field(
+        "13a",
+        "Words of BLEU, as sacreBLEU's tokenize: zh, char, ja-mecab or ko-mecab for languages without spaces.",
+        choices=BLEU_TOKENIZERS,
+    ),
     "label_smoothing": field(0.1, "Share of each target that is spread evenly over all tokens.", at_least=0, below=1),
     "baselines": field(False, "Evaluations also give the BLEU of the source and of the most similar training pair."),
 }
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The fields `model`, `data`, `decoding`, `label_smoothing` and `baselines`.
+    """The fields `model`, `data`, `decoding`, `bleu_tokenizer`, `label_smoothing` and `baselines`.
 
     `config.model.depth` is that of the encoder and of the decoder, unless `decoder_depth` says otherwise.
     """
@@ -196,7 +204,9 @@ class Translation(TaskModel):
           BadInput: a sentence has more tokens than `config.data.max_source_length`, its end among them.
         """
         limit = self.config.data.max_source_length
-        ids = [[*self.vocabulary.encode(sentence.strip()), EOS] for sentence in sentences]
+        # The form of the text that the vocabulary was trained on (`token_cache.feature`).
+        texts = [unicodedata.normalize("NFC", sentence).strip() for sentence in sentences]
+        ids = [[*self.vocabulary.encode(text), EOS] for text in texts]
         for name, each in zip(names, ids, strict=True):
             if len(each) > limit:
                 raise BadInput(
