@@ -25,6 +25,11 @@ from sigmarep.errors import BadInput, SigmarepError, one_line
 from sigmarep.fields import UNITS
 from sigmarep.training.config import FREE, sections
 
+# Flags that are defined here count as those of the command, so that its --help shows them.
+flags.disclaim_key_flags()
+
+# Flags of absl's that print the flags and end the process, and the form that many other programs have.
+HELP = ("help", "helpshort", "helpfull", "helpxml", "?", "h")
 IMPORT_HELP = "A module of yours that is imported first, by its name or its path; a workdir may then name it."
 flags.DEFINE_multi_string("import", [], IMPORT_HELP)
 # Overrides of fields that the configuration need not have: those of its sections `FREE`.
@@ -113,6 +118,7 @@ def run(main: Callable[..., Any], *, positional: bool = False) -> None:
     """
     logging.set_verbosity(logging.ERROR)
     terminal.escape_unencodable()
+    flags.declare_key_flag("import")
     flags.FLAGS.set_gnu_getopt(positional)
     app.run(
         lambda rest: _finish(functools.partial(main, rest[1:]) if positional else main),
@@ -164,6 +170,8 @@ def _finish(main: Callable[[], Any]) -> None:
 
 
 def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
+    if asked := [each for each in arguments[1:] if each.startswith("-") and each.lstrip("-") in HELP]:
+        _help(arguments[0], asked[0].lstrip("-"))
     try:
         _import(arguments)
         rest = flags.FLAGS(_without_free_overrides(arguments))
@@ -180,6 +188,15 @@ def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     except Exception as error:
         fail(BadInput(f"{_place(error)}{type(error).__name__}: {one_line(error, most=2000)}"))
     return []
+
+
+def _help(program: str, name: str) -> None:
+    """Prints the flags and ends the process with status 0; absl has 1."""
+    try:
+        flags.FLAGS([program, f"--{'help' if name == 'h' else name}"])
+    except SystemExit:
+        sys.stdout.flush()
+        sys.exit(0)
 
 
 def _import(arguments: Sequence[str]) -> None:

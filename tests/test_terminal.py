@@ -1,9 +1,14 @@
-"""Text that the terminal's encoding lacks is written as escapes."""
+"""Output off a terminal: text that the encoding lacks is written as escapes, and the first line comes soon."""
 
 import io
 import sys
 
+import pytest
+
 from sigmarep import terminal
+from sigmarep.errors import BadInput
+from sigmarep.training import train_and_evaluate
+from sigmarep.training.config import default_config
 from sigmarep.training.progress import Progress
 
 
@@ -22,3 +27,13 @@ def test_other_streams_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     terminal.escape_unencodable()
     assert whole.errors == "replace"
+
+
+def test_a_run_says_something_before_its_data_are_open(tmp_path, capsys):
+    config = default_config("image_classification")
+    config.data.name = "no_such_set"
+    for mode, expected in (("auto", f"image_classification in {tmp_path}: opens "), ("off", "")):
+        config.writers.progress = mode
+        with pytest.raises(BadInput, match="there is no such data set"):
+            train_and_evaluate(config, str(tmp_path))
+        assert capsys.readouterr().out.partition("the data")[0] == expected

@@ -69,6 +69,7 @@ class Buckets:
       shapes: (rows, size) of each bucket that has examples.
       members: the examples of each of these buckets.
       batches_per_epoch: the same in every epoch.
+      size: of all examples, each padded to its bucket, in the unit of the batch size.
     """
 
     def __init__(
@@ -125,6 +126,9 @@ class Buckets:
             for number in range(-(-len(members) // self.shapes[bucket][0]))
         ]
         self.batches_per_epoch = len(self._all)
+        self.size = float(
+            sum(len(members) * size for members, (_, size) in zip(self.members, self.shapes, strict=True))
+        )
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def stream(

@@ -24,6 +24,9 @@ Example = Mapping[str, Any]
 # Folder of shared memory.
 SHARED = "/dev/shm"
 
+# Times that a batch may hold the whole training split. More is a mistake, which would fill the memory before it shows.
+MOST_EPOCHS = 64
+
 _streams: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
@@ -146,6 +149,23 @@ def _size(folder: str) -> str:
         return f"{shutil.disk_usage(folder).total / 1e6:,.0f} MB"
     except OSError:
         return "which is missing"
+
+
+def check_batch_size(batch_size: int, available: float) -> None:
+    """Refuses a batch that would hold every example of the training split many times over.
+
+    Args:
+      batch_size: `config.batch_size`.
+      available: size of the training split in the same unit.
+
+    Raises:
+      BadInput: it is more than `MOST_EPOCHS` times as large.
+    """
+    if batch_size > MOST_EPOCHS * available:
+        raise BadInput(
+            f"config.batch_size = {batch_size}: expected at most {MOST_EPOCHS} times the size of the training split, "
+            f"{available:,.0f}"
+        )
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

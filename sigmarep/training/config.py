@@ -27,7 +27,10 @@ FIELDS: dict[str, Any] = {
         0, "Seed of parameters, dropout, and the order and augmentation of the data.", at_least=0, at_most=2**32 - 1
     ),
     "batch_size": field(
-        128, "Size of a step's global batch: examples, tokens or seconds, as the task says.", at_least=1
+        128,
+        "Size of a step's global batch: examples, tokens or seconds, as the task says.",
+        at_least=1,
+        at_most=2**24,
     ),
     "accumulation": field(
         1, "Microbatches a step's batch is cut into; their gradients are averaged, with one power step.", at_least=1

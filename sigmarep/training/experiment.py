@@ -10,6 +10,7 @@ import ml_collections
 import optax
 
 from sigmarep import tasks
+from sigmarep.data.pipeline import check_batch_size
 from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layers, describe
 from sigmarep.nn.qk_clip import clipped_layers
@@ -116,6 +117,7 @@ def build_program(config: ml_collections.FrozenConfigDict, *, devices: Sequence[
 def _experiment(config, data: TaskData, devices=None) -> Experiment:
     # Before the model: what is wrong with the training split shows first.
     num_examples = data.num_train_examples
+    check_batch_size(config.batch_size, num_examples)
     model = tasks.get(config.task).create_model(config, data.files())
     return Experiment(**_parts(config, model, num_examples, devices), data=data)
 

@@ -25,7 +25,7 @@ from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.processes import ending_together, steps_in_flight
-from sigmarep.training.progress import Clock, Progress
+from sigmarep.training.progress import Clock, Progress, announce
 from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 from sigmarep.training.stopped import FILE as STOPPED
 from sigmarep.training.stopped import StoppedEarly, stopped_early, write_stopped
@@ -55,7 +55,9 @@ def train_and_evaluate(
       Diverged: see `config.divergence_factor`; the last checkpoint before it is kept, `diagnosis.json` is written.
       Stopped: SIGTERM arrived; the state is saved.
     """
-    experiment = build(validate(config))
+    config = validate(config)
+    announce(f"{config.task} in {folder}: opens the data, then compiles its first step", mode=config.writers.progress)
+    experiment = build(config)
     # What is wrong with a split to be evaluated shows now, before anything is written.
     evaluator = experiment.evaluator()
     others = named_callbacks(experiment.config.callbacks, callbacks)

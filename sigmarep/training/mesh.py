@@ -117,6 +117,16 @@ def read_rules(rules: Sequence[str]) -> list[Rule]:
     return read
 
 
+def check_matches(abstract_state: Any, rules: Sequence[Rule]) -> None:
+    """Raises BadInput where the regular expression of a rule finds no array of the state."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
+    for pattern, _ in rules:
+        if not any(map(pattern.search, names)):
+            raise BadInput(
+                f"config.mesh.rules: {pattern.pattern!r} finds none of the arrays, which are named as {names[0]}"
+            )
+
+
 def layer_axes(layer: Layer) -> tuple[str | None, ...]:
     """The mesh axes of a kernel's dimensions (module docstring)."""
     axes: dict[int, str] = {}

@@ -140,11 +140,13 @@ def create_runner(
       devices: those of all processes if None.
 
     Raises:
-      BadInput: the devices do not fit the mesh, or the batch does not divide over them.
+      BadInput: the devices do not fit the mesh, the batch does not divide over them, or a rule finds no array.
     """
     mesh = meshes.create_mesh(config.mesh, devices)
     check_rows(config, batch_rows, mesh, microbatches=config.accumulation)
-    shardings = meshes.state_shardings(abstract_state, mesh, layers, meshes.read_rules(config.mesh.rules))
+    rules = meshes.read_rules(config.mesh.rules)
+    meshes.check_matches(abstract_state, rules)
+    shardings = meshes.state_shardings(abstract_state, mesh, layers, rules)
     return RUNNERS[config.parallel](mesh, make_step, shardings)
 
 

@@ -26,6 +26,7 @@ MODES = ("auto", "on", "off")
 
 def define_flags() -> None:
     """Defines --distributed and what belongs to it."""
+    flags.disclaim_key_flags()
     flags.DEFINE_enum(
         "distributed",
         "auto",

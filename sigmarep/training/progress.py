@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 
+import jax
 import rich.console
 import rich.live
 import rich.text
@@ -132,6 +133,13 @@ class Progress(Callback):
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+def announce(text: str, *, mode: str) -> None:
+    """Shows a line before there is a run, in the first process alone; see `Progress` for `mode`."""
+    if mode != "off" and jax.process_index() == 0:
+        terminal.escape_unencodable()
+        print(text, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -90,6 +90,11 @@ def test_shapes_are_few_and_full(data):
         assert longest <= batch["source"].shape[1]
 
 
+def test_the_size_of_a_split_counts_every_pair_in_its_bucket(data):
+    bucket_of = [next(end for end in (8, 20, 33) if end >= max(map(len, pair)) + 1) for pair in PAIRS]
+    assert batches(data).size == sum(bucket_of)
+
+
 def test_batches_follow_from_seed_and_number_alone(data):
     whole = list(itertools.islice(batches(data).stream(start=0), 40))
     later = list(itertools.islice(batches(data).stream(start=17), 23))

@@ -158,3 +158,9 @@ def test_a_batch_that_does_not_divide_is_refused():
         take(1, process_count=3)
     with pytest.raises(BadInput, match="even number"):
         take(1, batch_size=6, process_count=2, pair_transform=swapped)
+
+
+def test_a_batch_of_the_whole_split_many_times_over_is_refused():
+    pipeline.check_batch_size(64 * 50, 50)
+    with pytest.raises(BadInput, match=r"^config\.batch_size = 3201: expected at most 64 times .* training split, 50$"):
+        pipeline.check_batch_size(3201, 50)

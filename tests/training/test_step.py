@@ -179,6 +179,13 @@ def test_what_no_layer_describes_stays_whole_unless_a_rule_finds_it():
     assert meshes.partition_spec("mu/surprise", (5, 3, 4), mesh, {}, rules) == PartitionSpec(None, None, "tensor")
 
 
+def test_a_rule_that_finds_nothing_is_refused():
+    state = {"params": {"up": {"kernel": 0}}}
+    meshes.check_matches(state, meshes.read_rules(["up/kernel$=fsdp"]))
+    with pytest.raises(BadInput, match=r"'upp' finds none of the arrays, which are named as params/up/kernel"):
+        meshes.check_matches(state, meshes.read_rules(["upp=fsdp"]))
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -325,6 +325,7 @@ class SpeechBatches:
     Attributes:
       shapes: (B, T, U) of each bucket that has utterances.
       batches_per_epoch: the same in every epoch.
+      size: of all examples, each padded to its bucket, in the unit of `config.batch_size`.
       seconds_per_batch: mean size of a batch, padding included.
     """
 
@@ -352,6 +353,7 @@ class SpeechBatches:
             for (rows, seconds), members in zip(self._buckets.shapes, self._buckets.members, strict=True)
         ]
         self.batches_per_epoch = self._buckets.batches_per_epoch
+        self.size = self._buckets.size
         counts = [
             -(-len(members) // rows)
             for (rows, _), members in zip(self._buckets.shapes, self._buckets.members, strict=True)

@@ -150,6 +150,7 @@ class BucketedBatches:
     Attributes:
       shapes: (rows, length of sources, length of translations) of each bucket that has pairs.
       batches_per_epoch: the same in every epoch.
+      size: of all examples, each padded to its bucket, in the unit of `config.batch_size`.
     """
 
     def __init__(self, corpus: PairCorpus, *, batch_tokens: int, seed: int):
@@ -173,6 +174,7 @@ class BucketedBatches:
         )
         self.shapes = [(rows, int(length), int(length)) for rows, length in self._buckets.shapes]
         self.batches_per_epoch = self._buckets.batches_per_epoch
+        self.size = self._buckets.size
 
     def stream(self, *, start: int, process_index: int = 0, process_count: int = 1):
         """See `sigmarep.data.buckets.Buckets.stream`."""

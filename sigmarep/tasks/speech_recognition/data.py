@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 
 from sigmarep.data.audio import baselines, labels, speech
+from sigmarep.data.pipeline import check_batch_size
 from sigmarep.tasks import error_rates, transcripts
 from sigmarep.tasks.protocol import Evaluation, Files, TaskData, split_name
 from sigmarep.tasks.speech_recognition.model import TRANSCRIPTS, Decoded, SpeechRecognition
@@ -48,7 +49,9 @@ class SpeechRecognitionData(TaskData):
     @functools.cached_property
     def train_batches(self) -> speech.SpeechBatches:
         """Batches of the training split."""
-        return self._batches(self.corpus)
+        batches = self._batches(self.corpus)
+        check_batch_size(self.config.batch_size, batches.size)
+        return batches
 
     def _batches(self, corpus):
         c = self.config

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
+from sigmarep.data.pipeline import check_batch_size
 from sigmarep.data.text import baselines, parallel, vocabulary
 from sigmarep.errors import BadInput
 from sigmarep.tasks.protocol import Evaluation, Files, Outputs, TaskData, split_name
@@ -42,7 +43,9 @@ class TranslationData(TaskData):
     @functools.cached_property
     def train_batches(self) -> parallel.BucketedBatches:
         """Batches of the training split."""
-        return self._batches(self.corpus)
+        batches = self._batches(self.corpus)
+        check_batch_size(self.config.batch_size, batches.size)
+        return batches
 
     def _batches(self, corpus):
         return parallel.BucketedBatches(corpus, batch_tokens=self.config.batch_size, seed=self.config.seed)
