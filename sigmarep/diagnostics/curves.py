@@ -62,12 +62,12 @@ def spike_score(values: Sequence[float]) -> float:
         value -= origin
         if len(earlier) >= SPIKE_LEAST:
             mean = total / len(earlier)
-            deviation = math.sqrt(max(squares / len(earlier) - mean**2, 0.0))
+            deviation = math.sqrt(max(squares / len(earlier) - mean * mean, 0.0))
             counted += 1
             spikes += abs(value - mean) > 0 and abs(value - mean) >= SPIKE_DEVIATIONS * deviation
         earlier.append(value)
-        total, squares = total + value, squares + value**2
+        total, squares = total + value, squares + value * value
         if len(earlier) > SPIKE_WINDOW:
             oldest = earlier.popleft()
-            total, squares = total - oldest, squares - oldest**2
+            total, squares = total - oldest, squares - oldest * oldest
     return 100 * spikes / counted if counted else math.nan

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import curves
+from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.runs import Run
 from sigmarep.training.diagnosis import COLLAPSED, diagnose
 
@@ -50,7 +51,7 @@ class Facts(NamedTuple):
 def facts(run: Run) -> Facts:
     """See `Facts`."""
     losses = run.series("train/loss")
-    diagnosis = diagnose(run.rows, factor=run.config.get("divergence_factor") or 0.0)
+    diagnosis = diagnose(run.rows, factor=number(run.config.get("divergence_factor")) or 0.0)
     # Whether a run diverged is for its files to say; a run of an earlier version may lack the row.
     diverged = None
     if run.state == "diverged":
@@ -99,11 +100,10 @@ def sentences(run: Run, known: Facts) -> list[str]:
 
 
 def _intervention(run: Run) -> str | None:
-    step = run.config.get("intervention.at_steps")
-    if step is None or run.last_step <= step:
+    names = ("at_steps", "attention_temperature", "learning_rate_factor")
+    step, temperature, rate = (number(run.config.get(f"intervention.{name}")) for name in names)
+    if step is None or temperature is None or rate is None or run.last_step <= step:
         return None
-    temperature = run.config.get("intervention.attention_temperature", 1.0)
-    rate = run.config.get("intervention.learning_rate_factor", 1.0)
     return (
         f"After step {step:g} the run was changed on purpose: attention temperature times {temperature:g}, learning "
         f"rate times {rate:g}."
@@ -134,6 +134,8 @@ def outcome(run: Run, known: Facts) -> str:
     why = f": {run.reason}" if run.reason else ""
     if run.state == "diverged":
         return f"Diverged at step {known.diverged}{of_total}{why}."
+    if run.state == "unreadable":
+        return f"Cannot be read{why}."
     if run.state in ("failed", "bad input"):
         return f"Ended as {run.state} after step {run.last_step}{why}."
     if not run.rows:

@@ -4,9 +4,10 @@ import base64
 import html
 import json
 import math
+import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import sensitivity
@@ -39,7 +40,7 @@ tbody th { position: sticky; left: 0; background: #fff; font-weight: 600; min-wi
 thead th:first-child { left: 0; z-index: 2; }
 tr:last-child > * { border-bottom: 0; }
 .state { white-space: nowrap; padding: 1px 7px; border-radius: 9px; background: #e9e9e9; }
-.state.diverged, .state.failed, .state.bad { background: #f9d9c3; }
+.state.diverged, .state.failed, .state.bad, .state.unreadable { background: #f9d9c3; }
 .state.done { background: #d3ece3; }
 .pictures { display: grid; gap: 16px; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
@@ -52,6 +53,10 @@ figcaption { font-size: 0.8125rem; color: #595959; }
   th, td { padding: 5px 7px; }
 }
 """
+# Characters that no text shows.
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# Characters of a field's value that are shown.
+MOST_CHARACTERS = 200
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -150,7 +155,7 @@ def render(
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return html.escape(CONTROL.sub(" ", str(value)))
 
 
 def _name(name: str) -> str:
@@ -193,6 +198,10 @@ def _step(step: int | None) -> str:
     return "" if step is None else str(step)
 
 
+def _lowest(entropy: float, layer: str, step: int) -> str:
+    return f"<b>{entropy:.3g}</b> in {_text(layer)} at {step}"
+
+
 def _number(value: float, digits: int = 4) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}g}"
 
@@ -210,8 +219,8 @@ def _runs_table(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
                 steps,
                 _text(f"{each.final[0]} {each.final[1]:.4g}") if each.final else "",
                 "" if each.loss is None else f"{each.loss:.4g}",
-                "<b>{:.3g}</b> in {} at {}".format(*each.lowest) if each.lowest else "",
-                "{} at {}".format(*each.fell[0]) if each.fell else "",
+                _lowest(*each.lowest) if each.lowest else "",
+                _text("{} at {}".format(*each.fell[0])) if each.fell else "",
                 _step(each.rose),
                 _step(each.diverged) + (f", {_text(each.cause)}" if each.cause else ""),
                 "" if math.isnan(each.spikes) else f"{each.spikes:.2g}%",
@@ -243,7 +252,8 @@ def _differences(runs: Sequence[Run]) -> list[str]:
 def _value(value: Any) -> str:
     if value is None:
         return "not set"
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
 def _sweep(sweep: Sweep) -> list[str]:
@@ -282,17 +292,21 @@ def _sweep(sweep: Sweep) -> list[str]:
     ]
 
 
+def _section(environment: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = environment.get(name)
+    return section if isinstance(section, dict) else {}
+
+
 def _detail(detail: Detail, *, alone: bool) -> list[str]:
     run = detail.run
-    versions = run.environment.get("packages", {})
-    devices = run.environment.get("devices", {})
+    versions, devices = (_section(run.environment, name) for name in ("packages", "devices"))
     facts = [run.folder, run.config.get("task")]
     if devices:
         facts.append(f"{devices.get('count')} x {devices.get('kind')}")
     if versions.get("jax"):
         facts.append(f"jax {versions['jax']}")
     if run.environment.get("git_revision"):
-        facts.append(f"revision {run.environment['git_revision'][:12]}")
+        facts.append(f"revision {str(run.environment['git_revision'])[:12]}")
     return [
         "" if alone else f"<h3>{_text(run.name)} {_state(run)}</h3>",
         f'<p class="quiet">{_text(" · ".join(str(fact) for fact in facts if fact))}</p>',

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sigmarep.diagnostics import sensitivity
+from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.findings import SHARPNESS, Facts
 from sigmarep.diagnostics.runs import Run
 from sigmarep.errors import BadInput
@@ -21,6 +22,8 @@ LEGEND_COLUMNS = 3
 DPI = 130
 # Longer curves are thinned: more points than pixels cost time and show nothing.
 MOST_POINTS = 600
+# Larger values are left out: the distance of two of them, or the end of an axis beyond them, would be no number.
+LARGEST = 1e100
 LOSS, LOWEST = "train/loss", "attention/entropy_min"
 # The metrics that `together` draws.
 ALL = (LOSS, LOWEST)
@@ -35,6 +38,12 @@ def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
+
+
+def plain(text: str) -> str:
+    """A name for a label: nothing in it is mathematics, and it is not left out of a legend for its first letter."""
+    text = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", " ", text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def load() -> Any:
@@ -90,7 +99,7 @@ def _arrange(figure: Any) -> None:
 
 def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options: Any) -> None:
     """Draws the finite points of a curve, evenly thinned to about `MOST_POINTS`; nothing if there are none."""
-    points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
+    points = [(x, y) for x, y in zip(steps, values, strict=True) if abs(y) <= LARGEST]
     if not points:
         return
     stride = max(len(points) // MOST_POINTS, 1)
@@ -105,7 +114,7 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
 
     Zeros then lie below the axis. If no value is finite, a text in the axes tells so.
     """
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if abs(value) <= LARGEST]
     if not finite:
         axes.text(0.03, 0.5, "no finite value", transform=axes.transAxes, fontsize=8, color="#595959")
         axes.set_yticks([])
@@ -131,7 +140,7 @@ def _legend(axes: Any, count: int) -> None:
 
 def _events(axes: Sequence[Any], run: Run, facts: Facts) -> None:
     """Draws vertical lines where the loss rose or the run diverged, and where an intervention changed the run."""
-    events = {"rise": (facts.rose, ":"), "change": (run.config.get("intervention.at_steps"), "-")}
+    events = {"rise": (facts.rose, ":"), "change": (number(run.config.get("intervention.at_steps")), "-")}
     for step, dash in events.values():
         if step is not None and step <= run.last_step:
             for each in axes:
@@ -159,7 +168,7 @@ def _label(layer: str, layers: Sequence[str]) -> str | None:
     """Label of a layer in the legend: the number of its block. With many layers only first, middle and last have one."""
     shown = layers if len(layers) <= 6 else (layers[0], layers[len(layers) // 2], layers[-1])
     block = BLOCK.search(layer)
-    return (f"block {block[1]}" if block else layer) if layer in shown else None
+    return plain(f"block {block[1]}" if block else layer) if layer in shown else None
 
 
 def entropy(run: Run, facts: Facts) -> Any | None:
@@ -186,7 +195,7 @@ def entropy(run: Run, facts: Facts) -> Any | None:
             each.axhline(diagnosis.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
             each.set_ylabel(f"entropy of {what},\nnats")
             if len(groups) > 1:
-                each.text(0.99, 0.96, group, transform=each.transAxes, ha="right", va="top", fontsize=7)
+                each.text(0.99, 0.96, plain(group), transform=each.transAxes, ha="right", va="top", fontsize=7)
             each.set_ylim(bottom=0)
         _legend(above, len(layers))
     _events(axes, run, facts)
@@ -241,7 +250,7 @@ def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str]) -> Any | None:
             steps, values = run.series(name)
             values = [abs(value) for value in values] if title == "|γ|" else values
             everything += values
-            _line(each, steps, values, linewidth=0.9, label=None if kind in named else kind, **options)
+            _line(each, steps, values, linewidth=0.9, label=None if kind in named else plain(kind), **options)
             named.add(kind)
         _scale(each, everything)
         each.set_ylabel(title)
@@ -293,7 +302,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
             _line(axes[1], *run.series(LOWEST), **options)
         if named and arm(run) not in seen:
             seen.add(arm(run))
-            axes[0].plot([], [], label=_shortened(arm(run)), **(options | {"alpha": 1.0}))
+            axes[0].plot([], [], label=plain(_shortened(arm(run))), **(options | {"alpha": 1.0}))
     _scale(axes[0], everything)
     axes[0].set_ylabel("training loss")
     if with_entropy:
@@ -316,11 +325,11 @@ def rates(table: sensitivity.Table) -> Any:
     best = sensitivity.best_loss(losses)
     starts = [each.start for by_rate in table.values() for runs in by_rate.values() for each in runs]
     ends = [loss for by_rate in losses.values() for loss in by_rate.values()]
-    top = max(filter(math.isfinite, [*ends, *starts]), default=1.0) * 1.15
+    top = max((value for value in (*ends, *starts) if abs(value) <= LARGEST), default=1.0) * 1.15
     for i, (arm, by_rate) in enumerate(table.items()):
         style = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
         # Slightly shifted, so that arms that diverge at one rate do not cover each other.
-        _final_losses(axes[0], by_rate, top, shift=1.06**i, label=arm, **style)
+        _final_losses(axes[0], by_rate, top, shift=1.06**i, label=plain(_shortened(arm)), **style)
         _lowest_entropies(axes[1], by_rate, **style)
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import os
 import re
@@ -13,11 +14,13 @@ from sigmarep.diagnostics import plots, runs, sensitivity
 from sigmarep.diagnostics.findings import Facts, facts, overview, sentences
 from sigmarep.diagnostics.page import Detail, Picture, Sweep, render
 from sigmarep.diagnostics.runs import Place, Run
-from sigmarep.errors import BadInput
+from sigmarep.errors import BadInput, one_line
 
 # Bytes of metrics per process. A new process needs 0.8 s to start and load matplotlib; in that time another one reads and
 # judges 130 MB.
 WORTH_A_PROCESS = 64 * 2**20
+# Bytes of a run's name in those of its pictures; file systems take 255 in all.
+MOST_BYTES = 200
 
 PICTURES: tuple[tuple[str, str, Callable[[Run, Facts], Any]], ...] = (
     (
@@ -75,9 +78,11 @@ def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> l
         judged = list(reading)
         chosen = select(judged, most)
         drawing = each(_draw, [places[i] for i in chosen], [judged[i].facts for i in chosen])
-        sweeps = _sweeps(judged)
-        together = _together([one.run for one in judged])
+        sweeps, failures = _sweeps(judged)
+        together, failure = _together([one.run for one in judged])
         drawn = list(drawing)
+    notes += [f"{one.run.name}: {text}." for one in judged for text in one.run.damage]
+    notes += [*failures, *([failure] if failure else [])]
     all_facts = [one.facts for one in judged]
     all_runs = [one.run for one in judged]
     findings = judged[0].sentences if len(judged) == 1 else overview(all_runs, all_facts)
@@ -88,10 +93,13 @@ def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> l
         notes=notes,
         sweeps=sweeps,
         together=together,
-        details=[Detail(all_runs[i], judged[i].sentences, pictures) for i, pictures in zip(chosen, drawn, strict=True)],
+        details=[
+            Detail(all_runs[i], [*judged[i].sentences, *missing], pictures)
+            for i, (pictures, missing) in zip(chosen, drawn, strict=True)
+        ],
     )
     pictures = [*([together] if together else []), *(sweep.picture for sweep in sweeps)]
-    return _save(output, page, [*pictures, *(picture for each in drawn for picture in each)])
+    return _save(output, page, [*pictures, *(picture for each, _ in drawn for picture in each)])
 
 
 @contextlib.contextmanager
@@ -109,26 +117,50 @@ def _processes(places: Sequence[Place], jobs: int) -> Iterator[Callable[..., Ite
 
 
 def _judge(place: Place) -> Judged:
-    run = runs.read(place)
+    try:
+        return _judged(runs.read(place))
+    except Exception as error:
+        # Files may be anybody's: a run that breaks the report costs its own row alone.
+        return _judged(runs.unreadable(place, error))
+
+
+def _judged(run: Run) -> Judged:
     run_facts = facts(run)
     outcome = sensitivity.outcome(run.rows, diverged=run.state == "diverged")
     return Judged(run.only(plots.ALL), run_facts, sentences(run, run_facts), outcome)
 
 
-def _draw(place: Place, run_facts: Facts) -> list[Picture]:
-    """Draws the pictures of one run. Reads it again, because only a few of possibly hundreds of runs are drawn."""
+def _draw(place: Place, run_facts: Facts) -> tuple[list[Picture], list[str]]:
+    """Draws the pictures of one run, and says which could not be drawn.
+
+    Reads it again, because only a few of possibly hundreds of runs are drawn.
+    """
     run = runs.read(place)
-    return [
-        Picture(f"{_slug(run.name)}-{name}", caption, plots.png(figure))
-        for name, caption, draw in PICTURES
-        if (figure := draw(run, run_facts)) is not None
-    ]
+    pictures, failures = [], []
+    for name, caption, draw in PICTURES:
+        picture, failure = _picture(f"{_slug(run.name)}-{name}", caption, functools.partial(draw, run, run_facts))
+        pictures += [picture] if picture else []
+        failures += [failure] if failure else []
+    return pictures, failures
 
 
-def _together(all_runs: Sequence[Run]) -> Picture | None:
-    if len(all_runs) > 1 and (figure := plots.together(all_runs, arm)):
-        return Picture("all", "Training loss and lowest layer's entropy of all runs.", plots.png(figure))
-    return None
+def _picture(name: str, caption: str, draw: Callable[[], Any]) -> tuple[Picture | None, str | None]:
+    """The picture of what `draw` returns, None for None; and words for what kept it from being drawn."""
+    try:
+        figure = draw()
+        return (None, None) if figure is None else (Picture(name, caption, plots.png(figure)), None)
+    except BadInput:
+        raise
+    except Exception as error:
+        # As in `_judge`.
+        return None, f"The picture {name} could not be drawn ({type(error).__name__}: {one_line(error)})."
+
+
+def _together(all_runs: Sequence[Run]) -> tuple[Picture | None, str | None]:
+    if len(all_runs) < 2:
+        return None, None
+    caption = "Training loss and lowest layer's entropy of all runs."
+    return _picture("all", caption, functools.partial(plots.together, all_runs, arm))
 
 
 def arm(run: Run) -> str:
@@ -158,8 +190,9 @@ def select(judged: Sequence[Judged], most: int) -> list[int]:
     return sorted(list(dict.fromkeys(order))[:most])
 
 
-def _sweeps(judged: Sequence[Judged]) -> list[Sweep]:
-    sweeps = []
+def _sweeps(judged: Sequence[Judged]) -> tuple[list[Sweep], list[str]]:
+    """The sweeps that the runs are part of, and words for those that could not be drawn."""
+    sweeps, failures = [], []
     for folder in dict.fromkeys(each.run.sweep for each in judged if each.run.sweep):
         members = [each for each in judged if each.run.sweep == folder]
         ended = [each for each in members if each.run.state in ("done", "diverged") and each.run.point]
@@ -169,9 +202,12 @@ def _sweeps(judged: Sequence[Judged]) -> list[Sweep]:
         counted = sum(len(each) for by_rate in table.values() for each in by_rate.values())
         caption = "Training loss at the end against the learning rate, median and spread over seeds; crosses diverged. "
         caption += "Below, the lowest entropy."
-        picture = Picture(f"{_slug(os.path.basename(folder))}-rates", caption, plots.png(plots.rates(table)))
-        sweeps.append(Sweep(folder, table, len(members) - counted, picture))
-    return sweeps
+        name = f"{_slug(os.path.basename(folder))}-rates"
+        picture, failure = _picture(name, caption, functools.partial(plots.rates, table))
+        failures += [failure] if failure else []
+        if picture:
+            sweeps.append(Sweep(folder, table, len(members) - counted, picture))
+    return sweeps, failures
 
 
 def _sweep_findings(sweep: Sweep) -> list[str]:
@@ -190,19 +226,30 @@ def _rates(trained: sensitivity.Range | None) -> str:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.=+-]+", "_", name)
+    return re.sub(r"[^\w.=+-]+", "_", name).encode()[:MOST_BYTES].decode(errors="ignore")
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with numbers behind those that came before."""
+    counts: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        distinct.append(name if counts[name] == 1 else f"{name}~{counts[name]}")
+    return distinct
 
 
 def _save(output: str, page: str, pictures: Sequence[Picture]) -> list[str]:
     folder = f"{os.path.splitext(output)[0]}_plots"
-    files = [output, *(os.path.join(folder, f"{picture.name}.png") for picture in pictures)]
+    files = [output, *(os.path.join(folder, f"{name}.png") for name in _distinct([each.name for each in pictures]))]
     try:
         os.makedirs(folder, exist_ok=True)
         for path, picture in zip(files[1:], pictures, strict=True):
             with open(path, "wb") as file:
                 file.write(picture.png)
-        with open(output, "w") as page_file:
-            page_file.write(page)
+        with open(output, "wb") as file:
+            # Names of files need not be text; what is none becomes "?".
+            file.write(page.encode("utf-8", "replace"))
     except OSError as error:
         raise BadInput(f"--output {output}: cannot be written ({error.strerror})") from error
     return files

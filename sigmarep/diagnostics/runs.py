@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sigmarep.errors import BadInput
-from sigmarep.sweeps import RECORD, STOPPED_EARLY, read_record
+from sigmarep.diagnostics import files
+from sigmarep.errors import BadInput, one_line
+from sigmarep.sweeps import RECORD, STOPPED_EARLY
 from sigmarep.training.diagnosis import divergence_reason
-from sigmarep.training.metrics import FILE, metric_names, read_metrics
+from sigmarep.training.metrics import FILE, metric_names
 from sigmarep.training.stopped import stopped_early
 
 CONFIG = "config.json"
@@ -35,7 +35,7 @@ class Run:
       name: shortest path of its folder that distinguishes it from the other runs.
       folder: folder of its files.
       state: "done"; "diverged"; "stopped early", by a callback; "unfinished", running or interrupted; "failed" or
-        "bad input", from the record of its sweep.
+        "bad input", from the record of its sweep; "unreadable".
       reason: reason of divergence, failure or early stop; None if unknown.
       rows: rows of metrics, in order.
       config: values by dotted name; {} if there is no configuration.
@@ -44,6 +44,7 @@ class Run:
       age: seconds since the last row was logged; None if there is none.
       sweep: folder of its sweep; None for a single run.
       point: its point of the sweep; {} for a single run.
+      damage: words for its files that cannot be read, or only in part.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Run:
     age: float | None
     sweep: str | None
     point: dict[str, Any]
+    damage: list[str]
 
     def series(self, name: str) -> Series:
         """Steps and values of one metric; empty if it was not logged."""
@@ -109,11 +111,11 @@ def find(folders: Sequence[str]) -> SearchResult:
       BadInput: a folder does not exist, or none of them has a run.
     """
     places: Folders = {}
-    notes = []
+    notes: list[str] = []
     for folder in folders:
         if not os.path.isdir(folder):
             raise BadInput(f"{folder}: there is no such folder")
-        inside = _folders(folder)
+        inside = _folders(folder, notes)
         if not inside:
             notes.append(f"{folder} holds no run.")
         # A run that is given twice, alone and with its sweep, keeps the sweep's record.
@@ -127,26 +129,44 @@ def find(folders: Sequence[str]) -> SearchResult:
     return SearchResult([Place(folder, names[folder], *record) for folder, record in places.items()], notes)
 
 
-def _folders(folder: str) -> Folders:
-    """Folders of the runs in `folder`, with sweep and record."""
+def _folders(folder: str, notes: list[str]) -> Folders:
+    """Folders of the runs in `folder`, with sweep and record; adds to `notes` what cannot be read."""
     folder = os.path.normpath(folder)
     if _is_run(folder):
         return {folder: (None, {})}
-    record = read_record(folder)
-    if record or os.path.exists(os.path.join(folder, RECORD)):
-        inside: Folders = {os.path.join(folder, name): (folder, entry) for name, entry in record.items()}
-        # Runs that have not ended are not in the record yet.
-        return inside | {each: (folder, {}) for each in _inside(folder) if each not in inside}
-    return {each: (None, {}) for each in _inside(folder)}
+    inside = _inside(folder, notes)
+    if not os.path.lexists(os.path.join(folder, RECORD)):
+        return {each: (None, {}) for each in inside}
+    record, damage = files.read_object(folder, RECORD)
+    # A record may be a stranger's: its names are folders in that of the sweep, and lead nowhere else.
+    usable = {
+        name: entry
+        for name, entry in record.items()
+        if isinstance(entry, dict)
+        and name == os.path.basename(name)
+        and name not in ("", ".", "..")
+        and "\0" not in name
+    }
+    if damage:
+        notes.append(f"{folder}: {damage}.")
+    if left_out := len(record) - len(usable):
+        notes.append(f"{folder}: {left_out} entries of {RECORD} are no runs in that folder, and are left out.")
+    recorded: Folders = {os.path.join(folder, name): (folder, entry) for name, entry in usable.items()}
+    # Runs that have not ended are not in the record yet.
+    return recorded | {each: (folder, {}) for each in inside if each not in recorded}
 
 
-def _inside(folder: str) -> list[str]:
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+def _inside(folder: str, notes: list[str]) -> list[str]:
+    try:
+        paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    except OSError as error:
+        notes.append(f"{folder} cannot be read ({error.strerror}).")
+        return []
     return [path for path in paths if _is_run(path)]
 
 
 def _is_run(folder: str) -> bool:
-    return any(os.path.exists(os.path.join(folder, name)) for name in (CONFIG, FILE))
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (CONFIG, FILE))
 
 
 def _short(folders: list[str]) -> dict[str, str]:
@@ -170,33 +190,54 @@ def read(place: Place) -> Run:
     """Reads the run at a place as far as it has been logged."""
     folder, name, sweep, record = place
     path = os.path.join(folder, FILE)
-    unreadable = None
-    try:
-        rows = read_metrics(path)
-    except (OSError, ValueError) as error:
-        rows, unreadable = [], f"{FILE} cannot be read ({error})"
+    rows, *damage = files.read_rows(path)
     try:
         age = time.time() - os.path.getmtime(path) if rows else None
     except OSError:
         age = None
-    config = _flat(_json(folder, CONFIG))
-    environment = _json(folder, "environment.json")
-    total = environment.get("total_steps") or config.get("total_steps")
-    total = int(total) if total else None
+    stored, config_damage = files.read_object(folder, CONFIG)
+    environment, environment_damage = files.read_object(folder, "environment.json")
+    config = _flat(stored)
+    total = _steps(environment.get("total_steps")) or _steps(config.get("total_steps"))
     state, reason = _state(folder, record, rows, total)
+    point = record.get("point")
     return Run(
         name=name,
         folder=folder,
         state=state,
-        reason=unreadable or reason,
+        reason=reason,
         rows=rows,
         config=config,
         environment=environment,
         total_steps=total,
         age=age,
         sweep=sweep,
-        point=record.get("point", {}),
+        point=point if isinstance(point, dict) else {},
+        damage=[each for each in (*damage, config_damage, environment_damage) if each],
     )
+
+
+def unreadable(place: Place, error: Exception) -> Run:
+    """A run of which nothing can be told but the error."""
+    return Run(
+        name=place.name,
+        folder=place.folder,
+        state="unreadable",
+        reason=f"{type(error).__name__}: {one_line(error)}",
+        rows=[],
+        config={},
+        environment={},
+        total_steps=None,
+        age=None,
+        sweep=None,
+        point={},
+        damage=[],
+    )
+
+
+def _steps(value: Any) -> int | None:
+    total = files.number(value)
+    return int(total) if total is not None and total > 0 else None
 
 
 def _state(
@@ -208,27 +249,21 @@ def _state(
       record: of the run in its sweep.
       total: steps of the run, if known.
     """
-    diagnosis = _json(folder, "diagnosis.json")
+    diagnosis, _ = files.read_object(folder, "diagnosis.json")
     broken = next((why for row in rows if (why := divergence_reason(row.get("train/loss", 0.0), None, 0.0))), None)
     if diagnosis or record.get("state") == "diverged" or broken:
-        return "diverged", diagnosis.get("reason", broken)
+        return "diverged", _words(diagnosis.get("reason", broken))
     if stopped := stopped_early(folder):
-        return STOPPED_EARLY, stopped.reason
+        return STOPPED_EARLY, _words(stopped.reason)
     if record.get("state") in ("failed", "bad input"):
-        return record["state"], _last_line(os.path.join(folder, "log.txt"))
+        return record["state"], files.last_line(os.path.join(folder, "log.txt"))
     last = rows[-1]["step"] if rows else 0
     finished = (total is not None and last >= total) or record.get("state") == "done"
     return "done" if finished else "unfinished", None
 
 
-def _json(folder: str, name: str) -> dict[str, Any]:
-    """Contents of a JSON file of a run; {} if it is missing or incomplete."""
-    try:
-        with open(os.path.join(folder, name)) as file:
-            content = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _words(reason: Any) -> str | None:
+    return None if reason is None else " ".join(str(reason).split())
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -236,12 +271,3 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
-
-
-def _last_line(path: str) -> str | None:
-    try:
-        with open(path, errors="replace") as file:
-            lines = file.read().strip().splitlines()
-    except OSError:
-        return None
-    return lines[-1] if lines else None

@@ -67,11 +67,15 @@ def read_sweep(workdir: str) -> Table:
 
 
 def place(point: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Arm and learning rate of a point; None if it has no learning rate."""
+    """Arm and learning rate of a point; None if it has no learning rate, which is a number above 0."""
     short = {key.rsplit(".", 1)[-1]: value for key, value in point.items()}
-    if RATE not in short:
+    try:
+        rate = float(short[RATE])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return ",".join(str(value) for key, value in short.items() if key not in (RATE, SEED)) or "all", float(short[RATE])
+    if not 0 < rate < math.inf:
+        return None
+    return ",".join(str(value) for key, value in short.items() if key not in (RATE, SEED)) or "all", rate
 
 
 def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], RunOutcome]]) -> Table:

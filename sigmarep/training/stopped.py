@@ -30,5 +30,5 @@ def stopped_early(workdir: str) -> StoppedEarly | None:
     try:
         with open(os.path.join(workdir, FILE)) as file:
             return StoppedEarly(**json.load(file))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None

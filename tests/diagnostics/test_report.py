@@ -164,7 +164,8 @@ def test_a_damaged_file_is_said_and_costs_no_other_run(tmp_path):
     run_folder(tmp_path / "runs/good", collapsing())
     page, _ = page_of(tmp_path, tmp_path / "runs")
     assert "2 unfinished" in page
-    assert findings.sentences(*read(broken))[0].startswith("Nothing is logged yet: metrics.jsonl cannot be read (")
+    assert "broken: metrics.jsonl: 1 of 3 lines are damaged, line 2 first." in page
+    assert read(broken)[0].rows == [{"step": 1}, {"step": 2}]
 
 
 def sweep(tmp_path, arms=("pre_ln", "sigma"), rates=(0.001, 0.01, 0.1), seeds=2):
