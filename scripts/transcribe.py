@@ -2,7 +2,7 @@
 
     python scripts/transcribe.py --workdir runs/asr --audio one.wav --audio two.flac
 
-WAV, FLAC or OGG of any sampling rate; several channels are averaged. Prints a line for each file: its name, a tab, and the
+WAV, FLAC, OGG or MP3 of any sampling rate; several channels are averaged. Prints a line for each file: its name, a tab, the
 words. Files that cannot be read, or last longer than anything the model was trained on, are named at the end with what is
 wrong with them; the exit status is then 2. The folder of the run is all that is needed, not its data.
 """

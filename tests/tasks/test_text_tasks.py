@@ -14,7 +14,7 @@ import sacrebleu
 from sigmarep.data.text.vocabulary import PAD
 from sigmarep.errors import BadInput
 from sigmarep.tasks import translation
-from sigmarep.tasks.translation.data import bleu
+from sigmarep.tasks.translation.data import bleu, unspaced
 from sigmarep.tasks.translation.model import BLEU_TOKENIZERS
 from sigmarep.training import evaluate, train_and_evaluate
 from sigmarep.training.config import default_config, validate
@@ -218,6 +218,12 @@ def test_bleu_counts_the_characters_of_chinese_where_asked(tokenizer):
     assert f"tok:{tokenizer}" in signature
     # Words between spaces: the whole sentence is one, and wrong.
     assert bleu([hypothesis], [reference])[0] == 0
+
+
+def test_references_without_spaces_are_noticed():
+    assert unspaced(["今天天气很好, 我们去公园.", "ok"])
+    assert not unspaced(["Das Wort 公園 heißt Park.", "schön"])
+    assert not unspaced([])
 
 
 def test_every_tokenizer_works_or_names_its_package():

@@ -1,6 +1,7 @@
 """The data side of translation: sentence pairs in buckets, and their scores."""
 
 import functools
+import re
 from collections.abc import Sequence
 
 import ml_collections
@@ -13,6 +14,9 @@ from sigmarep.tasks.protocol import Evaluation, Files, Outputs, TaskData, split_
 from sigmarep.tasks.translation.model import Translation
 
 SAMPLES = 3
+# BLEU's tokenizers that leave words as spaces part them.
+SPACED = ("13a", "intl", "none")
+UNSPACED = re.compile("[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 def open_data(config: ml_collections.ConfigDict, files: Files | None = None) -> "TranslationData":
@@ -101,12 +105,17 @@ class TranslationData(TaskData):
             score, signature = score_of(hypotheses, references)
             rows = ["\t".join(part.replace("\t", " ").replace("\n", " ") for part in row) for row in written]
             spread = [written[i * len(written) // SAMPLES] for i in range(min(SAMPLES, len(written)))]
+            samples = [f"{source} → {hypothesis} (reference: {target})" for source, target, hypothesis in spread]
+            if self.config.bleu_tokenizer in SPACED and unspaced(references):
+                samples.append(
+                    "BLEU counts words between spaces, which these references do not have: see config.bleu_tokenizer"
+                )
             return Outputs(
                 files={
                     "translations.tsv": "\n".join(["source\treference\ttranslation", *rows, ""]),
                     "bleu.txt": f"BLEU {score:.2f} {signature}\n",
                 },
-                samples=[f"{source} → {hypothesis} (reference: {target})" for source, target, hypothesis in spread],
+                samples=samples,
             )
 
         return Evaluation(split_name(split), batches.evaluation, model.evaluate, finish, outputs)
@@ -120,6 +129,12 @@ class TranslationData(TaskData):
             if index >= 0
         }
         return [(*corpus.texts(index), translations[index]) for index in sorted(translations)]
+
+
+def unspaced(references: Sequence[str]) -> bool:
+    """True if most characters of the texts are of scripts without spaces between words: Han, Kana, Thai, Lao, Khmer."""
+    text = "".join(references)
+    return 2 * len(UNSPACED.findall(text)) > len(text)
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str], *, tokenizer: str = "13a") -> tuple[float, str]:
