@@ -25,6 +25,11 @@ REPARAMS = ("none", "sigma", "spectral", "weight")
 ROLES = ("hidden", "input", "output", "projector", "position")
 
 
+# Traced once for all layers of one shape, where Python would trace the same dozens of operations for each of them and
+# again in every scan; inlined, so that the program that is compiled is the same.
+_reparametrize = jax.jit(spectral.reparametrize, inline=True)
+
+
 class ReparametrizedLayer(nn.Module):
     """Base class of the layers: their common fields, and the replacement of the kernel by the effective one.
 
@@ -96,7 +101,7 @@ class ReparametrizedLayer(nn.Module):
         if self.reparam == "sigma":
             gamma = self._gamma(svd()[1] if self.is_initializing() else sigma.value)
         start_u, start_basis = self._start_of_this_apply(u.value, None if basis is None else basis.value)
-        result = spectral.reparametrize(kernel, gamma, start_u, basis=start_basis)
+        result = _reparametrize(kernel, gamma, start_u, basis=start_basis)
         if self.is_mutable_collection("spectral") and not self.is_initializing():
             u.value, sigma.value = result.u, result.sigma
             if basis is not None:

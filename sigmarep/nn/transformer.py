@@ -355,6 +355,8 @@ class TransformerStack(nn.Module):
                 variable_axes={"params": 0, "spectral": 0, "attention": 0, "losses": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.depth,
+                # The check traces the block once more, and random numbers are drawn after as many traces as ever.
+                check_constancy_invariants=self.is_initializing() or not options.get("deterministic", True),
             )
             x, _ = scanned(TransformerBlock(c, self.cross_attention, name="blocks"), x, rates)
         else:
