@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from sigmarep.errors import BadInput, one_line
 
@@ -116,7 +116,8 @@ def on_white(picture: Image.Image) -> Image.Image:
 def _scale_color_key(picture: Image.Image) -> None:
     """Scales the transparent color of a PNG file as Pillow scales its pixels, which it leaves undone."""
     key = picture.info.get("transparency")
-    encoding = picture.tile[0][3] if picture.format == "PNG" and picture.tile else None
+    tiles = picture.tile if isinstance(picture, PngImagePlugin.PngImageFile) else ()
+    encoding = tiles[0][3] if tiles else None
     if encoding in ("L;2", "L;4") and isinstance(key, int):
         picture.info["transparency"] = key * (85 if encoding == "L;2" else 17)
     elif encoding == "RGB;16B" and isinstance(key, tuple):
