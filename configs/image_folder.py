@@ -15,7 +15,7 @@ def get_config(text=""):
     args = arguments(text, folder="")
     config = default_config("image_classification")
     config.batch_size = 32
-    config.total_steps = 600
+    config.total_steps = 400
     config.log_every_steps = 50
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200

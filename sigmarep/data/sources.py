@@ -218,15 +218,15 @@ def _opened(dataset: Any, split: str, name: str) -> Source:
     return stored.DecodedPictures(dataset, split, pictures, name) if pictures else dataset.as_data_source(split)
 
 
-def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: str = "") -> str:
-    """Fingerprint of the examples of a split; it differs between versions, files and splits.
+def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: str = "", **options: Any) -> str:
+    """Fingerprint of the examples of a split; it differs between versions, files and splits. Arguments as of `builder`.
 
     Raises:
       BadInput: see `builder`.
     """
     if is_supplied(name):
         return supplied.fingerprint(name, split, open_source(name, split, data_dir=data_dir, folder=folder))
-    info = builder(name, data_dir=data_dir, folder=folder).info
+    info = builder(name, data_dir=data_dir, folder=folder, **options).info
     sizes = {each: (details.num_examples, details.num_bytes) for each, details in info.splits.items()}
     return hashlib.sha256(f"{info.full_name}|{split}|{sorted(sizes.items())}".encode()).hexdigest()
 

@@ -21,8 +21,8 @@ ROWS = 64
 
 
 def where(data: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Arguments of `sigmarep.data.sources` from `config.data`."""
-    return {name: data[name] for name in ("data_dir", "folder", "held_out")}
+    """Arguments of `sigmarep.data.sources` from `config.data`, where a task's data have these fields."""
+    return {name: data[name] for name in ("data_dir", "folder", "held_out") if name in data}
 
 
 class PictureData(TaskData):
@@ -60,7 +60,7 @@ class PictureData(TaskData):
         data, examples = self.config.data, sorted(self.description.splits.items())
         identity = f"{self.description.full_name}|{data.train_split}|{examples}"
         if not examples:
-            identity += sources.fingerprint(data.name, data.train_split, data_dir=data.data_dir, folder=data.folder)
+            identity += sources.fingerprint(data.name, data.train_split, **where(data))
         facts = {"fingerprint": hashlib.sha256(identity.encode()).hexdigest(), "examples": self.num_train_examples}
         if self.description.summary:
             facts["summary"] = self.description.summary

@@ -103,7 +103,7 @@ def _pixels(picture: Image.Image, channels: int | None) -> np.ndarray:
         picture = on_white(picture.convert("RGBA"))
     # By way of RGB: not every mode can become gray.
     direct = channels == 1 and picture.mode in ("1", "L")
-    picture = picture if direct else picture.convert("RGB")
+    picture = picture if direct or picture.mode == "RGB" else picture.convert("RGB")
     pixels = np.asarray(picture.convert("L") if channels == 1 else picture)
     return pixels[..., None] if channels == 1 else pixels
 
