@@ -14,7 +14,6 @@ import numpy as np
 
 from masked_images.model import MaskedViT, patches
 from sigmarep import configuration
-from sigmarep.data import sources
 from sigmarep.data.images import files as picture_files
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
@@ -177,7 +176,7 @@ class MaskedImageData(PictureData):
             return self._masked(image, np.random.default_rng(zlib.crc32(image.tobytes())))
 
         def batches(*, process_index, process_count):
-            source = sources.open_source(data.name, split, data_dir=data.data_dir)
+            source = self.open_source(split)
             return self.evaluated(source, transform, process_index, process_count)
 
         return Evaluation(split_name(split), batches, model.evaluate, measures)

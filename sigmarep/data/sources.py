@@ -58,6 +58,7 @@ class Description(NamedTuple):
       splits: number of examples by split.
       class_names: in the order of the labels; () if unknown.
       full_name: name with variant and version; "" if unknown.
+      summary: one line on the files of a folder, those that were left out among them; "" for other data sets.
     """
 
     num_classes: int
@@ -65,6 +66,7 @@ class Description(NamedTuple):
     splits: dict[str, int]
     class_names: tuple[str, ...] = ()
     full_name: str = ""
+    summary: str = ""
 
 
 # Modules and classes of this project's builders.
@@ -81,6 +83,7 @@ OWN = {
 FOLDERS = {
     "text_folder": ("sigmarep.data.datasets.text_folder", "TextFolder"),
     "speech_folder": ("sigmarep.data.datasets.speech_folder", "SpeechFolder"),
+    "image_folder": ("sigmarep.data.datasets.image_folder", "ImageFolder"),
 }
 # Reasons for which a folder cannot be written.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -123,13 +126,14 @@ def data_folder(data_dir: str | None) -> str:
     return folder
 
 
-def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
+def builder(name: str, *, data_dir: str | None = None, folder: str = "", **options: Any):
     """Returns the prepared TFDS builder of a data set.
 
     Args:
       name: name of the data set, `dataset[/variant][:version]`; without a version the newest prepared one is taken.
       data_dir: see `data_folder`.
-      folder: files of "text_folder" and "speech_folder" (see the modules of these names).
+      folder: files of "text_folder", "speech_folder" and "image_folder" (see the modules of these names).
+      **options: further arguments of their builders, such as `held_out` of "image_folder"; other data sets ignore them.
 
     Raises:
       BadInput: there is no such data set, it is not prepared, or the prepared files cannot be read.
@@ -140,7 +144,7 @@ def builder(name: str, *, data_dir: str | None = None, folder: str = ""):
     place = os.path.join(root, name.partition(":")[0])
     try:
         if _is_own(name) or name in FOLDERS or doors.is_dotted(name):
-            dataset = _own(name, root, folder)
+            dataset = _own(name, root, folder, options)
         else:
             # Reads the folder alone: TFDS's own code for the data set may need TensorFlow or have another version.
             dataset = _read_only(_prepared(name, root) or _missing(name, root))
@@ -191,15 +195,17 @@ def prepare(name: str, *, data_dir: str | None = None) -> str:
     return str(dataset.data_dir)
 
 
-def open_source(name: str, split: str, *, data_dir: str | None = None, folder: str = "") -> Source:
+def open_source(name: str, split: str, *, data_dir: str | None = None, folder: str = "", **options: Any) -> Source:
     """Opens the examples of a split, which may be a TFDS expression such as "train[:90%]" or "train+test".
+
+    Pictures are uint8 (height, width, 1 or 3), decoded by `sigmarep.data.images.files`. Arguments as of `builder`.
 
     Raises:
       BadInput: see `builder`; or there is no such split, or it is empty.
     """
     if is_supplied(name):
         return supplied.open_source(name, split, data_dir=data_dir, folder=folder)
-    dataset = builder(name, data_dir=data_dir, folder=folder)
+    dataset = builder(name, data_dir=data_dir, folder=folder, **options)
     splits = dataset.info.splits
     try:
         count = splits[split].num_examples
@@ -212,22 +218,31 @@ def open_source(name: str, split: str, *, data_dir: str | None = None, folder: s
             f"or a slice such as train[:90%] that holds an example (examples: {examples})"
         )
     try:
-        source = dataset.as_data_source(split)
+        source = _opened(dataset, split, name)
         source[0]
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(_damaged(name, str(dataset.data_dir), error)) from error
     return source
 
 
-def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: str = "") -> str:
-    """Fingerprint of the examples of a split; it differs between versions, files and splits.
+def _opened(dataset: Any, split: str, name: str) -> Source:
+    from sigmarep.data.images import stored
+
+    pictures = stored.picture_features(dataset.info.features)
+    return stored.DecodedPictures(dataset, split, pictures, name) if pictures else dataset.as_data_source(split)
+
+
+def fingerprint(name: str, split: str, *, data_dir: str | None = None, folder: str = "", **options: Any) -> str:
+    """Fingerprint of the examples of a split; it differs between versions, files and splits. Arguments as of `builder`.
 
     Raises:
       BadInput: see `builder`.
     """
     if is_supplied(name):
         return supplied.fingerprint(name, split, open_source(name, split, data_dir=data_dir, folder=folder))
-    info = builder(name, data_dir=data_dir, folder=folder).info
+    info = builder(name, data_dir=data_dir, folder=folder, **options).info
     sizes = {each: (details.num_examples, details.num_bytes) for each, details in info.splits.items()}
     return hashlib.sha256(f"{info.full_name}|{split}|{sorted(sizes.items())}".encode()).hexdigest()
 
@@ -253,8 +268,8 @@ def is_supplied(name: str) -> bool:
     return doors.is_dotted(name) and not _is_builder(supplied.load(name))
 
 
-def describe(name: str, *, data_dir: str | None = None) -> Description:
-    """Describes a prepared data set of images.
+def describe(name: str, *, data_dir: str | None = None, folder: str = "", **options: Any) -> Description:
+    """Describes a prepared data set of images; arguments as of `builder`.
 
     Raises:
       BadInput: see `builder`; or it has no images with labels.
@@ -262,8 +277,8 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
     if is_supplied(name):
         classes = supplied.class_names(name)
         return Description(len(classes), (None, None, None), {}, classes, name)
-    info = builder(name, data_dir=data_dir).info
-    features = info.features
+    dataset = builder(name, data_dir=data_dir, folder=folder, **options)
+    info, features = dataset.info, dataset.info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
         raise BadInput(
             f"config.data.name = {name!r}: has no image with one class as its label; its features are "
@@ -272,17 +287,26 @@ def describe(name: str, *, data_dir: str | None = None) -> Description:
     splits = {split: details.num_examples for split, details in info.splits.items()}
     label = features["label"]
     return Description(
-        label.num_classes, tuple(features["image"].shape), splits, tuple(map(str, label.names)), info.full_name
+        num_classes=label.num_classes,
+        image_shape=tuple(features["image"].shape),
+        splits=splits,
+        class_names=tuple(map(str, label.names)),
+        full_name=info.full_name,
+        summary=dataset.summary() if name == "image_folder" else "",
     )
 
 
-def published(name: str, *, data_dir: str | None = None) -> Description:
+def published(name: str, *, data_dir: str | None = None, folder: str = "", **options: Any) -> Description:
     """Describes a well-known data set by published figures, without preparing it; any other by `describe`.
+
+    The classes of "image_folder" without a folder are made up.
 
     Raises:
       BadInput: see `describe`.
     """
-    return PUBLISHED.get(name) or describe(name, data_dir=data_dir)
+    if name == "image_folder" and not folder:
+        return Description(10, (None, None, 3), {})
+    return PUBLISHED.get(name) or describe(name, data_dir=data_dir, folder=folder, **options)
 
 
 def _is_builder(opener: Any) -> bool:
@@ -296,7 +320,7 @@ def _is_own(name: str) -> bool:
     return name.split("/")[0] in OWN and ":" not in name
 
 
-def _own(name: str, root: str, folder: str = ""):
+def _own(name: str, root: str, folder: str = "", options: Mapping[str, Any] | None = None):
     if doors.is_dotted(name):
         make = supplied.load(name)
         if "folder" in inspect.signature(make).parameters:
@@ -312,7 +336,7 @@ def _own(name: str, root: str, folder: str = ""):
         if variants:
             make = functools.partial(make, config=variant)
         if dataset in FOLDERS:
-            make = functools.partial(make, folder=folder)
+            make = functools.partial(make, folder=folder, **(options or {}))
     prepared = make(data_dir=root, file_format="array_record")
     if prepared.is_prepared():
         return prepared

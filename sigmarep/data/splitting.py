@@ -1,4 +1,4 @@
-"""Splits of texts by their content, which keep similar texts on one side."""
+"""Splits by content: equal pictures, and similar texts, are kept on one side."""
 
 import hashlib
 import re
@@ -9,6 +9,8 @@ PLACEHOLDER = re.compile(
 )
 # Number of letters at the start of a word that are compared, so that "file" equals "files" and "delete" "deleted".
 STEM = 4
+# Share of the examples that is held out for testing where a data set has no part for it.
+HELD_OUT = 0.2
 
 
 def folded(text: str) -> str:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,11 @@ from sigmarep.tasks.protocol import Batch, TaskData
 ROWS = 64
 
 
+def where(data: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Arguments of `sigmarep.data.sources` from `config.data`, where a task's data have these fields."""
+    return {name: data[name] for name in ("data_dir", "folder", "held_out") if name in data}
+
+
 class PictureData(TaskData):
     """The part of the data side that is the same for every task of images."""
 
@@ -27,15 +33,23 @@ class PictureData(TaskData):
 
     @functools.cached_property
     def description(self) -> sources.Description:
-        """The description of `config.data.name`."""
-        return sources.describe(self.config.data.name, data_dir=self.config.data.data_dir)
+        """The description of `config.data.name`; of a folder of pictures, prints one line on its files."""
+        data = self.config.data
+        description = sources.describe(data.name, **where(data))
+        if description.summary and jax.process_index() == 0:
+            # Standard output is the command's own.
+            print(description.summary, file=sys.stderr, flush=True)
+        return description
 
     @functools.cached_property
     def train_source(self) -> sources.Source:
         """Examples of the training split, read once under `config.data.in_memory`."""
-        data = self.config.data
-        source = sources.open_source(data.name, data.train_split, data_dir=data.data_dir)
-        return [source[i] for i in range(len(source))] if data.in_memory else source
+        source = self.open_source(self.config.data.train_split)
+        return [source[i] for i in range(len(source))] if self.config.data.in_memory else source
+
+    def open_source(self, split: str) -> sources.Source:
+        """Examples of a split."""
+        return sources.open_source(self.config.data.name, split, **where(self.config.data))
 
     @property
     def num_train_examples(self):
@@ -46,8 +60,10 @@ class PictureData(TaskData):
         data, examples = self.config.data, sorted(self.description.splits.items())
         identity = f"{self.description.full_name}|{data.train_split}|{examples}"
         if not examples:
-            identity += sources.fingerprint(data.name, data.train_split, data_dir=data.data_dir)
+            identity += sources.fingerprint(data.name, data.train_split, **where(data))
         facts = {"fingerprint": hashlib.sha256(identity.encode()).hexdigest(), "examples": self.num_train_examples}
+        if self.description.summary:
+            facts["summary"] = self.description.summary
         return {"data.json": json.dumps(facts, indent=2).encode() + b"\n"}
 
     def stream(self, *, start: int, process_index: int, process_count: int, **transforms: Any) -> Iterator[Batch]:

@@ -28,6 +28,7 @@ DEFAULTS = GOLDEN / "defaults.txt"
 # Every file with the arguments that stand for its arms.
 ARMS = {
     "quickstart.py": [""],
+    "image_folder.py": [""],
     "asr/quickstart.py": ["", "reparam=none,norm=pre,disjoint=0"],
     "asr/recordings.py": ["", "language=es"],
     "asr/deep.py": ["", "arm=sigma_one", "arm=plain"],

@@ -205,10 +205,12 @@ def test_images_of_another_kind_are_refused(image):
         transforms.with_channels(image, 3)
 
 
-def test_four_channels_are_cyan_magenta_yellow_black():
-    cyan = np.zeros((2, 2, 4), np.uint8)
-    cyan[..., 0] = 255
-    np.testing.assert_array_equal(transforms.with_channels(cyan, 3)[0, 0], (0, 255, 255))
+def test_the_last_of_two_and_four_channels_is_opacity():
+    image = np.array([[(200, 40, 40, 255), (200, 40, 40, 0), (200, 40, 40, 51)]], np.uint8)
+    # A fifth of the color and four fifths of white.
+    expected = [[(200, 40, 40), (255, 255, 255), (244, 212, 212)]]
+    np.testing.assert_array_equal(transforms.with_channels(image, 3), expected)
+    np.testing.assert_array_equal(transforms.with_channels(image[..., 2:], 1)[..., 0], [[40, 255, 212]])
 
 
 @pytest.mark.parametrize(

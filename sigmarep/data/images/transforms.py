@@ -9,18 +9,26 @@ from PIL import Image
 
 from sigmarep import configuration
 from sigmarep.data import sources
-from sigmarep.data.images import augment
+from sigmarep.data.images import augment, files
+from sigmarep.data.splitting import HELD_OUT
 from sigmarep.errors import BadInput
 from sigmarep.fields import field, with_defaults
 
 CROPS = ("none", "pad", "resized")
 # Pillow's modes by number of channels.
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "CMYK"}
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 _SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
 FIELDS: dict[str, Any] = {
     **with_defaults(sources.FIELDS, name="digits", num_threads=8),
+    "folder": field("", "Pictures of the data set image_folder, in a folder for each class."),
+    "held_out": field(
+        HELD_OUT,
+        "Share of image_folder's pictures that becomes the split test, if the folder has neither test nor validation.",
+        at_least=0,
+        below=1,
+    ),
     "image_size": field(8, "Height and width of the model's pictures in pixels.", at_least=1, at_most=2**14),
     "mean": field(
         (0.5,), "Mean of each channel on a scale of 0 to 1; 1 or 3 values, as many as channels.", lengths=(1, 3)
@@ -154,7 +162,7 @@ def eval_transform(config: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """Converts an image to uint8 (height, width, channels), from color to gray or gray to color.
 
-    Four channels are read as CMYK, as in JPEG files; a few images of ImageNet have them.
+    Two channels are gray and opacity, four are color and opacity; the image is laid over white.
 
     Raises:
       BadInput: the image is not uint8, or has no or more than four channels.
@@ -171,6 +179,8 @@ def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
         return image
     height, width, stored_channels = image.shape
     picture = Image.frombytes(MODES[stored_channels], (width, height), image.tobytes())
+    if stored_channels in (2, 4):
+        picture = files.on_white(picture.convert("RGBA"))
     return augment.from_pil(picture.convert("L" if channels == 1 else "RGB"))
 
 

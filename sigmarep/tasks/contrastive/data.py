@@ -55,7 +55,7 @@ class ContrastiveData(PictureData):
     def evaluation_batches(self, split: str, process_index: int, process_count: int) -> Iterator[dict[str, np.ndarray]]:
         """The whole training split, then the whole of `split`, whose batches have `views` beside `image`."""
         data = self.config.data
-        tested = sources.open_source(data.name, split, data_dir=data.data_dir)
+        tested = self.open_source(split)
         for source, transform in (
             (self.train_source, views.evaluation_transform(data)),
             (_Numbered(tested), views.evaluation_transform(data, seed=self.config.seed + EVALUATION_SEED)),

@@ -2,7 +2,6 @@
 
 import ml_collections
 
-from sigmarep.data import sources
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
 from sigmarep.tasks.image_classification.model import LABELS, ImageClassification, label_file
@@ -52,7 +51,7 @@ class ImageClassificationData(PictureData):
         transform = transforms.eval_transform(data)
 
         def batches(*, process_index, process_count):
-            source = sources.open_source(data.name, split, data_dir=data.data_dir)
+            source = self.open_source(split)
             return self.evaluated(source, transform, process_index, process_count)
 
         return Evaluation(split_name(split), batches, model.evaluate, _means)

@@ -21,7 +21,7 @@ from sigmarep.errors import BadInput
 from sigmarep.fields import field
 from sigmarep.models.vit import POOLS, ViT
 from sigmarep.nn.positions import POSITIONS
-from sigmarep.tasks.pictures import apply_to_pictures
+from sigmarep.tasks.pictures import apply_to_pictures, where
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
 from sigmarep.tasks.transformer_config import create_transformer, transformer_fields
 
@@ -58,7 +58,7 @@ def create_model(config: ml_collections.ConfigDict, files: Files) -> "ImageClass
 
 def planned_files(config: ml_collections.ConfigDict) -> dict[str, bytes]:
     """The classes that are published of the data set."""
-    classes = sources.published(config.data.name, data_dir=config.data.data_dir).num_classes
+    classes = sources.published(config.data.name, **where(config.data)).num_classes
     return {LABELS: label_file([str(number) for number in range(classes)])}
 
 
