@@ -1,5 +1,6 @@
 """Digests of the contents of many files, remembered for as long as the files do not change."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -11,8 +12,6 @@ from sigmarep.files import write_atomically
 
 # A file that was changed less than this before it was read may change again within one tick of the file system's clock.
 SETTLED_SECONDS = 2.0
-# Bytes read at a time.
-BLOCK = 2**20
 
 
 def content_digests(paths: Sequence[str], memory: str | None) -> dict[str, str]:
@@ -24,18 +23,21 @@ def content_digests(paths: Sequence[str], memory: str | None) -> dict[str, str]:
         a file with the same size, inode and times of change.
     """
     earlier = _load(memory)
-    digests: dict[str, str] = {}
-    records: dict[str, list] = {}
-    for path in paths:
+
+    def record(path: str) -> list | None:
+        """State and digest of a file, None if it cannot be read."""
         with contextlib.suppress(OSError):
-            state = _state(path)
-            recorded = earlier.get(path)
-            if isinstance(recorded, list) and recorded[:-1] == state:
-                digests[path] = recorded[-1]
-            else:
-                digests[path] = _digest(path)
-            if time.time_ns() - max(state[2:]) > SETTLED_SECONDS * 1e9:
-                records[path] = [*state, digests[path]]
+            state, recorded = _state(path), earlier.get(path)
+            unchanged = isinstance(recorded, list) and recorded[:-1] == state
+            return recorded if unchanged else [*state, _digest(path)]
+        return None
+
+    # Hashing leaves the interpreter to other threads.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        current = {path: each for path, each in zip(paths, pool.map(record, paths), strict=True) if each is not None}
+    digests = {path: each[-1] for path, each in current.items()}
+    settled = time.time_ns() - SETTLED_SECONDS * 1e9
+    records = {path: each for path, each in current.items() if max(each[2:-1]) < settled}
     if memory is not None and records != earlier:
         with contextlib.suppress(OSError):
             os.makedirs(os.path.dirname(memory), exist_ok=True)
@@ -59,8 +61,5 @@ def _state(path: str) -> list[int]:
 
 
 def _digest(path: str) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

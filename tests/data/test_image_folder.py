@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sigmarep import tasks
-from sigmarep.data import content_hashes, sources
+from sigmarep.data import sources
 from sigmarep.data.images import files, transforms
 from sigmarep.errors import BadInput
 from sigmarep.inference import open_run
@@ -172,28 +172,6 @@ def test_a_replaced_picture_of_the_same_size_and_time_gives_another_data_set(tmp
     replaced.write_bytes(content)
     os.utime(replaced, (2, 2))
     assert described(folder).full_name == before
-
-
-def test_hashes_are_kept_until_the_file_changes(tmp_path, monkeypatch):
-    path, kept_in = tmp_path / "a", str(tmp_path / "kept/hashes.json")
-    path.write_text("one")
-    one = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
-    # So fresh a file may change again within the clock's tick.
-    assert content_hashes.hashes([str(path)], kept_in) == [one]
-    assert json.loads((tmp_path / "kept/hashes.json").read_text()) == {}
-    monkeypatch.setattr(content_hashes, "SETTLED_SECONDS", -1)
-    assert content_hashes.hashes([str(path)], kept_in) == [one]
-    kept = json.loads((tmp_path / "kept/hashes.json").read_text())
-    ((name, (stamp, digest)),) = kept.items()
-    assert digest == one
-    # The file itself is not read again: whatever is kept is returned.
-    (tmp_path / "kept/hashes.json").write_text(json.dumps({name: [stamp, "kept"]}))
-    assert content_hashes.hashes([str(path)], kept_in) == ["kept"]
-    path.write_text("two")
-    two = "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
-    assert content_hashes.hashes([str(path)], kept_in) == [two]
-    (tmp_path / "kept/hashes.json").write_text("[damaged")
-    assert content_hashes.hashes([str(path)], kept_in) == [two]
 
 
 def colored(folder, split, count, seed):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from sigmarep.data import content_hashes
+from sigmarep.data.digests import content_digests
 from sigmarep.data.images import files
 from sigmarep.data.splitting import HELD_OUT, fraction
 from sigmarep.errors import BadInput
@@ -104,17 +104,17 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder):
         folders = self._listing.splits
         pictures = [picture for split in folders.values() for picture in split]
         name = hashlib.sha256(os.fsencode(self._folder)).hexdigest()[:20]
-        kept_in = os.path.join(data_dir, self.name, f"contents-{name}.json")
-        try:
-            digests = content_hashes.hashes([os.path.join(self._folder, each.path) for each in pictures], kept_in)
-        except OSError as error:
-            raise BadInput(f"{error.filename}: cannot be read ({error.strerror})") from error
-        hashed = iter(digests)
+        memory = os.path.join(data_dir, self.name, f"contents-{name}.json")
+        paths = [os.path.join(self._folder, picture.path) for picture in pictures]
+        digests = content_digests(paths, memory)
+        for path in paths:
+            if path not in digests:
+                raise BadInput(f"{path}: cannot be read")
         splits: dict[str, list[Picture]] = {}
         holding_out = bool(held_out) and set(folders) <= {"", "train"}
         for split, listed in folders.items():
             for picture in listed:
-                digest = next(hashed)
+                digest = digests[os.path.join(self._folder, picture.path)]
                 aside = holding_out and fraction(digest) < held_out
                 splits.setdefault("test" if aside else split or "train", []).append(picture._replace(digest=digest))
         # Not by class, so that a slice such as train[:10%] has pictures of all.
