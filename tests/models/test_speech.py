@@ -72,7 +72,7 @@ def logits_of(expected, features, frames, *, norm, qkv, conv=False):
 def test_it_equals_the_float64_forward_pass_with_padding(norm, qkv, reparam):
     features, frames = utterances(np.random.default_rng(1))
     found = model(norm=norm, qkv=qkv, reparam=reparam)
-    variables = drifted(found.init(jax.random.key(0), features, frames))
+    variables = drifted(jax.jit(found.init)(jax.random.key(0), features, frames))
     expected = reference.Model(
         reference.flat(variables["params"]), spectral_state(variables), reparam=reparam, training=True
     )
@@ -93,7 +93,7 @@ def test_it_equals_the_float64_forward_pass_with_padding(norm, qkv, reparam):
 def test_the_reparametrised_front_end_equals_it_too():
     features, frames = utterances(np.random.default_rng(1))
     found = model(conv=True)
-    variables = drifted(found.init(jax.random.key(0), features, frames))
+    variables = drifted(jax.jit(found.init)(jax.random.key(0), features, frames))
     expected = reference.Model(
         reference.flat(variables["params"]), spectral_state(variables), reparam="sigma", training=False
     )
@@ -123,7 +123,7 @@ def result_of(found, variables, batch):
         losses = ctc.ctc_losses(output.logits, output.frames, batch["labels"], batch["label_lengths"])
         return jnp.sum(losses.nll), (output.logits, losses.nll, changed["attention"])
 
-    (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    (_, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     return *aux, gradient
 
 
@@ -149,7 +149,7 @@ def test_neither_padding_nor_the_other_rows_nor_their_order_change_anything(norm
     features, frames = utterances(np.random.default_rng(1))
     labels = [[1, 2, 2, 5], [3, 4]]
     found = model(norm=norm)
-    variables = drifted(found.init(jax.random.key(0), features, frames))
+    variables = drifted(jax.jit(found.init)(jax.random.key(0), features, frames))
     one = result_of(found, variables, batch_of(features, frames, labels, length=24, rows=2, most=4))
     other = result_of(found, variables, batch_of(features[::-1], frames[::-1], labels[::-1], length=36, rows=4, most=7))
     for row, real in enumerate(LENGTHS):

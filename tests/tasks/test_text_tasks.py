@@ -98,13 +98,11 @@ def losses(config, steps=6):
     return found
 
 
-def on_one_device(config):
-    config.mesh.data = 1
-    return config
-
-
 def test_losses_do_not_depend_on_devices_or_microbatches(config, monkeypatch):
     """Rows have different numbers of tokens: only sums and weights that are divided once give the same losses."""
+    if config.task == "translation":
+        # One shape of batch, four programs; the others differ in length alone.
+        config.data.buckets = (16,)
     eight = losses(config)
     config.parallel = "pmap"
     replicated = losses(config)
@@ -122,11 +120,14 @@ def test_losses_do_not_depend_on_devices_or_microbatches(config, monkeypatch):
 def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_losses(config, folder):
     config.checkpoint_every_steps = 3
     config.model.dropout = 0.1
+    # Its programs cost half of the time; evaluations of a run that goes on are compared for images.
+    config.data.eval_splits = ()
     whole, parts = run_whole_and_in_parts(config, folder, crash_at=5)
     assert whole == parts
 
 
 def test_changed_data_or_vocabulary_is_refused(config, folder):
+    config.total_steps, config.data.eval_splits = 1, ()
     train_and_evaluate(config, str(folder / "run"))
     kind = config.data.folder
     path = next(p for p in (folder / kind).iterdir() if p.name.startswith("train"))
@@ -144,7 +145,7 @@ def test_changed_data_or_vocabulary_is_refused(config, folder):
         train_and_evaluate(config, str(folder / "run"))
     assert "data.json of its run (sha256 " in str(error.value)
     path.write_text(text)
-    assert train_and_evaluate(config, str(folder / "run"))
+    train_and_evaluate(config, str(folder / "run"))
 
 
 def test_perplexities_are_those_of_every_token_by_hand(folder):
@@ -176,7 +177,8 @@ def test_perplexities_are_those_of_every_token_by_hand(folder):
     assert {"eval/test/unigram_perplexity", "eval/test/gzip_bits_per_byte"} <= set(result)
 
 
-def test_bleu_is_sacrebleus_own_of_what_was_written(folder):
+def test_bleu_is_sacrebleus_own_of_what_was_written(folder, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     config = mt_config(folder)
     config.baselines = True
     config.bleu_tokenizer = "intl"
@@ -322,6 +324,7 @@ def test_what_is_refused(folder, kind, field, value, message):
 
 def test_the_files_of_a_run_are_its_vocabulary_and_its_data(folder):
     config = mt_config(folder)
+    config.total_steps, config.data.eval_splits = 1, ()
     train_and_evaluate(config, str(folder / "run"))
     facts = json.loads((folder / "run/data.json").read_text())
     assert facts["pairs"] == 120
