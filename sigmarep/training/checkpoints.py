@@ -8,6 +8,7 @@ set aside leaves its place by one rename too: a reader beside a running trainer 
 import asyncio
 import concurrent.futures
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -163,11 +164,7 @@ class Checkpointer:
         steps = self.all_steps()
         for step in steps[: -self._keep]:
             if step != self.last_good:
-                deleted = f"{self._path(step)}{TEMPORARY}-deleted"
-                # What cannot be deleted is no reason to lose the one that was just saved.
-                with contextlib.suppress(OSError):
-                    os.rename(self._path(step), deleted)
-                shutil.rmtree(deleted, ignore_errors=True)
+                _delete(self._path(step))
 
     def set_aside_after(self, step: int) -> None:
         """Moves the checkpoints of later steps, left by a run that diverged, to the folder `diverged`."""
@@ -278,6 +275,35 @@ def _steps(directory: str) -> list[int]:
     return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"[0-9]+", name))
 
 
+@contextlib.contextmanager
+def _shielded(path: str) -> Iterator[None]:
+    """Keeps trainers from deleting the checkpoint at `path`: by a shared lock on its manifest, which changes nothing."""
+    with contextlib.ExitStack() as stack:
+        # Without a manifest, or on a file system without locks, it may vanish.
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(os.path.join(path, MANIFEST), "rb"))
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _delete(path: str) -> None:
+    """Deletes the checkpoint at `path`, unless it is being read: then after a later save."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(os.path.join(path, MANIFEST), "rb"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            # As in `_shielded`.
+            pass
+        deleted = f"{path}{TEMPORARY}-deleted"
+        # What cannot be deleted is no reason to lose the one that was just saved.
+        with contextlib.suppress(OSError):
+            os.rename(path, deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
 def _read(path: str, **items: Any) -> Any:
     """Items of the checkpoint at `path`. Unlike a manager, it looks at nothing else in the folder and changes nothing."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -311,9 +337,10 @@ def _newest_whole(directory: str, read: Callable[[int], Any]) -> _Newest | None:
         for step in [*reversed(with_manifest), *reversed(without_manifest)]:
             path = os.path.join(directory, str(step))
             try:
-                problem = _problem(path) if step in with_manifest else None
+                with _shielded(path):
+                    problem = _problem(path) if step in with_manifest else None
+                    content = read(step) if problem is None else None
                 if problem is None:
-                    content = read(step)
                     newer = [(each, damaged.get(each, f"{MANIFEST} is missing")) for each in steps if each > step]
                     return _Newest(step, content, newer, step in without_manifest)
             except BadInput:
