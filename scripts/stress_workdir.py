@@ -50,7 +50,9 @@ def read(folder, say):
             for name, size in (("a", SIZE), ("b", 7))
         }
     }
-    read_step, variables = read_variables(folder, like, say=say)
+    restored = read_variables(folder, like, say=say)
+    assert restored is not None
+    read_step, variables = restored
     expected = state(read_step)["params"]
     return read_step, all(bool((variables["params"][name] == expected[name]).all()) for name in expected)
 
@@ -60,7 +62,9 @@ def readers_beside_a_writer(folder, context, checkpoints=200, reads=50):
     writer.start()
     while not os.path.isdir(os.path.join(folder, "1")) and writer.is_alive():
         time.sleep(0.01)
-    wrong, lines, steps = 0, [], []
+    wrong = 0
+    lines: list[str] = []
+    steps: list[int] = []
     while writer.is_alive() or len(steps) < reads:
         step, right = read(folder, lines.append)
         steps.append(step)
