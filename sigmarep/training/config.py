@@ -39,7 +39,11 @@ FIELDS: dict[str, Any] = {
     "log_every": duration(50, "Interval of the logs of loss and attention entropy."),
     "eval_every": duration(None, "Interval of evaluations; after the last step alone if not set."),
     "checkpoint_every": duration(None, "Interval of checkpoints; after the last step alone if not set."),
-    "keep_checkpoints": field(2, "Checkpoints kept, the newest ones.", at_least=1),
+    "keep_checkpoints": field(
+        2,
+        "Newest checkpoints kept, besides the last that a later step showed to be good.",
+        at_least=1,
+    ),
     "compute_dtype": field("float32", "Type of activations; parameters stay float32.", choices=("float32", "bfloat16")),
     "ema_decay": field(
         0.0, "Decay per step of averaged weights, which evaluation then uses; 0 keeps no average.", at_least=0, below=1

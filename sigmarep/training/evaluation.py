@@ -1,6 +1,7 @@
 """Evaluating variables on every split of their task."""
 
 import collections
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from sigmarep import tasks
-from sigmarep.errors import BadInput
+from sigmarep.errors import BadInput, Diverged
 from sigmarep.tasks.protocol import Evaluation, Outputs
 from sigmarep.training import mesh as meshes
 from sigmarep.training.parallel import check_rows, global_batch
@@ -33,11 +34,18 @@ def evaluate(
 
     Raises:
       BadInput: the folder holds no run or no checkpoint, `config` is of another model, or a split cannot be read.
+      Diverged: a loss is NaN.
     """
     run = restore(config, folder, data=data)
     check_rows(run.config, run.task.batch_rows(), run.mesh)
     opened = tasks.get(run.config.task).open_data(run.config, run.files)
-    return {"step": run.step, **Evaluator(run.mesh, opened.evaluations(run.task))(run.variables)}
+    metrics = Evaluator(run.mesh, opened.evaluations(run.task))(run.variables)
+    for name, value in metrics.items():
+        if name.endswith("/loss") and math.isnan(value):
+            raise Diverged(
+                f"--workdir {folder}: {name} of the checkpoint of step {run.step} is nan: its model diverged"
+            )
+    return {"step": run.step, **metrics}
 
 
 class Evaluator:

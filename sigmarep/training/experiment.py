@@ -37,6 +37,7 @@ class Program:
       total_steps: updates of the whole run.
       intervals: steps between logs, evaluations and checkpoints, and of sharpness, 0 for never.
       intervention_step: the last step before `config.intervention`, None for none.
+      warmup_steps: of the learning rate.
       schedule: the learning rate.
       layers: of the model.
       abstract_state: shapes, types and shardings of the state, in the mesh's layout.
@@ -48,6 +49,7 @@ class Program:
     total_steps: int
     intervals: dict[str, int]
     intervention_step: int | None
+    warmup_steps: int
     schedule: optax.Schedule
     layers: Layers
     runner: parallel.Runner
@@ -176,6 +178,7 @@ def _parts(
         total_steps=total,
         intervals=intervals,
         intervention_step=intervention,
+        warmup_steps=warmup,
         schedule=schedule,
         layers=layers,
         runner=runner,

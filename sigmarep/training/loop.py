@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from sigmarep.errors import Stopped
+from sigmarep.errors import BadInput, Diverged, Stopped
 from sigmarep.tasks.protocol import Batch
 from sigmarep.training import workdir
 from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
-from sigmarep.training.checkpoints import Checkpointer
+from sigmarep.training.checkpoints import Checkpointer, check_path
 from sigmarep.training.config import validate
 from sigmarep.training.diagnosis import diagnose
-from sigmarep.training.divergence import DivergenceCheck
+from sigmarep.training.divergence import DivergenceCheck, GoodCheckpoints
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, build
 from sigmarep.training.mesh import input_share
@@ -26,9 +28,11 @@ from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.processes import ending_together, steps_in_flight
 from sigmarep.training.progress import Clock, Progress, announce
+from sigmarep.training.schedules import create_schedule
 from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 from sigmarep.training.stopped import FILE as STOPPED
 from sigmarep.training.stopped import StoppedEarly, stopped_early, write_stopped
+from sigmarep.training.workdir_lock import WorkdirLock
 
 # Steps given to the devices before the host waits for the oldest: enough to keep them busy, few enough that
 # collectives of several processes cannot pile up.
@@ -50,33 +54,56 @@ def train_and_evaluate(
       `stopped_early`, the reason, if a callback ended the run.
 
     Raises:
-      BadInput: the configuration or the folder is wrong. Nothing was changed.
+      BadInput: the configuration or the folder is wrong, or another process trains in it. Nothing was changed.
       CallbackError: a callback or a writer that is not this project's failed; the message names it.
-      Diverged: see `config.divergence_factor`; the last checkpoint before it is kept, `diagnosis.json` is written.
+      Diverged: see `config.divergence_factor`; the last good checkpoint is the newest then, `diagnosis.json` is written.
       Stopped: SIGTERM arrived; the state is saved.
     """
+    check_path(folder)
     config = validate(config)
     announce(f"{config.task} in {folder}: opens the data, then compiles its first step", mode=config.writers.progress)
     experiment = build(config)
     # What is wrong with a split to be evaluated shows now, before anything is written.
     evaluator = experiment.evaluator()
     others = named_callbacks(experiment.config.callbacks, callbacks)
-    workdir.claim(
-        folder,
-        experiment.config,
-        experiment.data.files(),
-        total_steps=experiment.total_steps,
-        primary_metric=experiment.task.primary_metric,
-    )
-    with Preemption(Stopped.exit_status) as preemption:
-        run = _Run(experiment, evaluator, others, folder, preemption)
+    workdir.check(folder, experiment.config, experiment.data.files())
+    _check_length(folder, experiment)
+    with WorkdirLock(folder) as lock, Preemption(Stopped.exit_status) as preemption:
+        workdir.claim(
+            folder,
+            experiment.config,
+            experiment.data.files(),
+            total_steps=experiment.total_steps,
+            primary_metric=experiment.task.primary_metric,
+        )
+        run = _Run(experiment, evaluator, others, folder, preemption, lock)
         try:
             # Closing waits for all processes: not where one is gone.
             with ending_together():
                 run.train()
+        except Diverged:
+            run.leave_good_checkpoint()
+            raise
         finally:
             run.close()
-    return summary(folder)
+        return summary(folder)
+
+
+def _check_length(folder: str, experiment: Experiment) -> None:
+    """Raises BadInput if the workdir's run was to have another number of steps, and steps that it has made depend on it."""
+    old, new = workdir.stored_total_steps(folder), experiment.total_steps
+    if old is None or old == new:
+        return
+    steps = jnp.arange(min(old, new))
+    config, warmup = experiment.config.optimizer, experiment.warmup_steps
+    rates = [jax.vmap(create_schedule(config, total_steps=each, warmup_steps=warmup))(steps) for each in (old, new)]
+    differing = np.flatnonzero(np.asarray(rates[0] != rates[1]))
+    if differing.size:
+        raise BadInput(
+            f"--workdir {folder}: its run has {old} steps and config.total_* asks for {new}: the learning rate of "
+            f"config.optimizer.schedule = {config.schedule!r} depends on that from step "
+            f"{differing[0] + 1} on; keep {old}, or choose another folder"
+        )
 
 
 def summary(folder: str) -> dict[str, Any]:
@@ -108,9 +135,11 @@ class _Run:
         others: Mapping[str, Callback],
         folder: str,
         preemption: Preemption,
+        lock: WorkdirLock,
     ):
         config = experiment.config
-        self.experiment, self.evaluator, self.workdir, self.preemption = experiment, evaluator, folder, preemption
+        self.experiment, self.evaluator, self.workdir = experiment, evaluator, folder
+        self.preemption, self.lock = preemption, lock
         self.total_steps = experiment.total_steps
         self.clock = Clock()
         # Every process would say the same.
@@ -125,8 +154,10 @@ class _Run:
             self.progress.message(f"resumed from the checkpoint of step {self.step}")
         self._state = experiment.runner.put_state(state)
         self.clock.load_state_dict(extra.get("clock", {}))
+        self.good = GoodCheckpoints(config.divergence_factor, extra.get("good"))
+        self.checkpoints.last_good = self.good.step
         self.divergence = DivergenceCheck(
-            folder, config.divergence_factor, self.checkpoints.all_steps, first_loss=extra.get("first_loss")
+            folder, config.divergence_factor, lambda: self.good.step, first_loss=extra.get("first_loss")
         )
         self.writer = MetricWriter(
             folder,
@@ -135,6 +166,7 @@ class _Run:
             wandb_project=config.writers.wandb_project,
             extra=config.writers.extra,
             run_config=config.to_dict(),
+            say=self.progress.message,
         )
         self.callbacks = Callbacks([self.writer, self.divergence, self.progress], others)
         self.callbacks.load_state_dict(extra.get("callbacks", {}))
@@ -146,6 +178,8 @@ class _Run:
         self.unlogged: tuple[int, StepOutput] | None = None
         self.evaluated_step: int | None = None
         self.saved_step = self.step
+        # The last checkpoint and the loss of the step after it, which judges it.
+        self.unproven: tuple[int, jax.Array] | None = None
 
     @property
     def config(self) -> ml_collections.FrozenConfigDict:
@@ -210,7 +244,10 @@ class _Run:
         self.programs.add(program)
         with self.clock.measure("training" if known else "compiling"):
             self.preemption.nothing_to_save = first
+            self.lock.check()
             self._state, self.output = self.experiment.runner.step(self._state, batch, panel=logging)
+            if self.saved_step == self.step:
+                self.unproven = (self.step, self.output.scalars["loss"])
             self.step = step
             self.in_flight.append(self.output.scalars["loss"])
             if first or len(self.in_flight) > steps_in_flight(STEPS_IN_FLIGHT):
@@ -221,6 +258,24 @@ class _Run:
         self.log()
         if logging:
             self.unlogged = (step, self.output)
+
+    def prove(self, step: int) -> None:
+        """Judges the last checkpoint by the loss of the step after it, where that is `step` or an earlier one."""
+        if self.unproven is None or self.unproven[0] >= step:
+            return
+        (saved, loss), self.unproven = self.unproven, None
+        self.good.judge(saved, float(loss))
+        self.checkpoints.last_good = self.good.step
+
+    def leave_good_checkpoint(self) -> None:
+        """Makes the last good checkpoint the newest, once the run has diverged; the initial state if none was saved."""
+        if self.good.step is None:
+            return
+        self.checkpoints.set_aside_after(self.good.step)
+        if not self.checkpoints.all_steps():
+            good = {**self.good.state_dict(), "step": 0}
+            self.checkpoints.save(0, self.experiment.create_state(), extra={"good": good})
+            self.checkpoints.wait()
 
     def intervene(self) -> None:
         """Goes on with the experiment that `config.intervention` makes of this one."""
@@ -239,6 +294,7 @@ class _Run:
             return
         (step, output), self.unlogged = self.unlogged, None
         output = jax.device_get(output)
+        self.prove(step)
         scalars = {f"train/{name}": float(value) for name, value in output.scalars.items()}
         speed = {f"train/{self.experiment.data.unit}_per_second": self.clock.units_per_second}
         self.callbacks.emit(
@@ -274,7 +330,9 @@ class _Run:
             self.log_undue(self.output)
         with self.clock.measure("saving"):
             self.writer.flush()
+            self.prove(self.step)
             extra = {
+                "good": self.good.state_dict(),
                 "first_loss": self.divergence.first_loss,
                 "clock": self.clock.state_dict(),
                 "next_batch": self.step,

@@ -9,11 +9,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from sigmarep import doors
-from sigmarep.errors import BadInput
+from sigmarep.errors import BadInput, SigmarepError
 from sigmarep.fields import field
 from sigmarep.files import write_atomically
 from sigmarep.training.callbacks import Callback, Run, failing_by_name
@@ -39,15 +41,31 @@ FIELDS: dict[str, Any] = {
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The rows of a metrics file in order; an unfinished last line is left out, a missing file is empty."""
+    """The rows of a metrics file in order, without what is no row; a missing file is empty."""
+    return [row for _, row in _rows(path) if row is not None]
+
+
+def _rows(path: str) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The finished lines of a metrics file and the row of each, None for one that holds none."""
     try:
         with open(path, "rb") as file:
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
     # A finished line ends in a newline: what follows the last one is unfinished or empty.
-    # Most lines have no number that is spelt out: those are taken as they are.
-    return [_decoded(_loads(line)) if b'": "' in line else _loads(line) for line in lines[:-1] if line]
+    return [(line, _row(line)) for line in lines[:-1] if line]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = _loads(line)
+        if type(row) is not dict or type(row.get("step")) is not int:
+            return None
+        # Most lines have no number that is spelt out: those are taken as they are.
+        row = _decoded(row) if b'": "' in line else row
+    except (ValueError, RecursionError):
+        return None
+    return row if set(map(type, row.values())) <= {int, float} else None
 
 
 def metric_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -92,6 +110,7 @@ class MetricWriter(Callback):
       resume_step: rows of metrics.jsonl after this step are dropped.
       tensorboard, wandb_project, extra: see `config.writers`.
       run_config: the resolved configuration.
+      say: is given one line if metrics.jsonl has lines that are no rows.
 
     Raises:
       BadInput: the folder cannot be written, an extra package is missing, or a word of `extra` names no writer.
@@ -106,6 +125,7 @@ class MetricWriter(Callback):
         wandb_project: str = "",
         extra: Sequence[str] = (),
         run_config: Mapping[str, Any] | None = None,
+        say: Callable[[str], object] = print,
     ):
         # Here, not above: reading metrics needs no JAX.
         import jax
@@ -114,7 +134,7 @@ class MetricWriter(Callback):
         self._writers: dict[str, Writer] = {}
         if jax.process_index() != 0:
             return
-        self._writers["metrics.jsonl"] = JsonLines(workdir, resume_step=resume_step)
+        self._writers["metrics.jsonl"] = JsonLines(workdir, resume_step=resume_step, say=say)
         if tensorboard:
             self._writers["TensorBoard"] = TensorBoard(workdir, resume_step=resume_step)
         if wandb_project:
@@ -164,27 +184,31 @@ class MetricWriter(Callback):
 class JsonLines:
     """metrics.jsonl."""
 
-    def __init__(self, workdir: str, *, resume_step: int = 0):
+    def __init__(self, workdir: str, *, resume_step: int = 0, say: Callable[[str], object] = print):
         path = os.path.join(workdir, FILE)
         try:
             os.makedirs(workdir, exist_ok=True)
-            _drop_after(path, resume_step)
+            _drop_after(path, resume_step, say)
             self._file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another") from error
+        self._path = path
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {name: _encoded(value) for name, value in metrics.items()}
-        # In one call, so that a kill leaves at most one unfinished line.
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        self._file.flush()
+        with _written(self._path):
+            # In one call, so that a kill leaves at most one unfinished line.
+            self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            self._file.flush()
 
     def flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _written(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with _written(self._path):
+            self._file.close()
 
 
 class TensorBoard:
@@ -197,8 +221,9 @@ class TensorBoard:
             raise BadInput(
                 'config.writers.tensorboard = True: needs the extra "tensorboard"; pip install "sigmarep[tensorboard]"'
             ) from None
-        purge_step = resume_step + 1 if resume_step else None
-        self._writer = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=purge_step)
+        folder = os.path.join(workdir, "tensorboard")
+        # An earlier start may have been killed before its first checkpoint: its steps are made again.
+        self._writer = SummaryWriter(folder, purge_step=resume_step + 1 if os.path.isdir(folder) else None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -212,7 +237,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases. The name of the workdir identifies it, so that a restart continues it."""
+    """A run of Weights & Biases, which a restart continues: its id is WANDB_RUN_ID, or else that of the workdir's file
+    `wandb_id`, made at the first start."""
 
     def __init__(self, workdir: str, *, project: str, config: Mapping[str, Any] | None = None):
         try:
@@ -223,7 +249,7 @@ class WandB:
             ) from None
         name = os.path.basename(os.path.abspath(workdir))
         self._run = wandb.init(
-            project=project, dir=workdir, id=name, name=name, resume="allow", config=dict(config or {})
+            project=project, dir=workdir, id=wandb_id(workdir), name=name, resume="allow", config=dict(config or {})
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -236,13 +262,38 @@ class WandB:
         self._run.finish()
 
 
-def _drop_after(path: str, step: int) -> None:
-    """Rewrites the file without the rows after `step` and without an unfinished last line, all or nothing."""
-    rows = []
+def wandb_id(workdir: str) -> str:
+    """The id of the workdir's run of Weights & Biases, kept in its file `wandb_id`."""
+    path = os.path.join(workdir, "wandb_id")
+    identity = os.environ.get("WANDB_RUN_ID", "")
+    if not identity and os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    if not identity and os.path.isdir(os.path.join(workdir, "wandb")):
+        # Earlier versions took the folder's name.
+        identity = os.path.basename(os.path.abspath(workdir))
+    identity = identity or uuid.uuid4().hex[:12]
+    write_atomically(path, identity)
+    return identity
+
+
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[None]:
     try:
-        with open(path) as file:
-            lines = file.read().split("\n")
-    except FileNotFoundError:
+        yield
+    except OSError as error:
+        raise SigmarepError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _drop_after(path: str, step: int, say: Callable[[str], object]) -> None:
+    """Rewrites the file without the rows after `step` and without what is no row, all or nothing."""
+    if not os.path.exists(path):
         return
-    rows = [line for line in lines[:-1] if line and _loads(line)["step"] <= step]
-    write_atomically(path, "".join(line + "\n" for line in rows), sync=True)
+    rows = _rows(path)
+    unreadable = sum(row is None for _, row in rows)
+    if unreadable:
+        copy = f"{path}.damaged"
+        shutil.copyfile(path, copy)
+        say(f"{path}: {unreadable} of {len(rows)} lines cannot be read and are left out; {copy} is the file as it was")
+    valid = [line for line, row in rows if row is not None and row["step"] <= step]
+    write_atomically(path, b"".join(line + b"\n" for line in valid), sync=True)

@@ -25,8 +25,13 @@ from sigmarep.files import write_atomically
 from sigmarep.tasks.protocol import Outputs
 from sigmarep.training.config import default_config
 
-# What may differ when a run goes on in its workdir: where it runs and what it reports, not what it computes.
+# What may differ when a run goes on in its workdir: where it runs, how long, and what it reports, not the past that it
+# computed. Of its length, the loop sees to that.
 FREE = (
+    "total_",
+    "divergence_factor",
+    "data.eval_splits",
+    "decoding.",
     "parallel",
     "mesh.",
     "writers.",
@@ -60,15 +65,12 @@ def claim(
       total_steps, primary_metric: of the run and its task, kept in environment.json for those who read it without its task.
 
     Raises:
-      BadInput: it cannot be written, or holds a run of another configuration, vocabulary or data set.
+      BadInput: it cannot be written, or see `check`.
     """
     path = os.path.join(workdir, "config.json")
     try:
         os.makedirs(workdir, exist_ok=True)
-        if os.path.exists(path):
-            same_data = FACTS in files and os.path.exists(os.path.join(workdir, FACTS))
-            _check_same(workdir, config, free_leaves=FREE_LEAVES + (PATH_LEAVES if same_data else ()))
-        check_files(workdir, files)
+        check(workdir, config, files)
         if jax.process_index() != 0:
             return
         for name, content in files.items():
@@ -78,6 +80,28 @@ def claim(
         write_atomically(os.path.join(workdir, "environment.json"), _json(about))
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def check(workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[str, bytes]) -> None:
+    """Checks that `workdir` holds no run, or one that this configuration and the task's `files` can go on with.
+
+    Raises:
+      BadInput: it holds a run of another configuration, vocabulary or data set.
+    """
+    if os.path.exists(os.path.join(workdir, "config.json")):
+        same_data = FACTS in files and os.path.exists(os.path.join(workdir, FACTS))
+        _check_same(workdir, config, free_leaves=FREE_LEAVES + (PATH_LEAVES if same_data else ()))
+    check_files(workdir, files)
+
+
+def stored_total_steps(workdir: str) -> int | None:
+    """The length of the workdir's run, None where that is not known."""
+    try:
+        with open(os.path.join(workdir, "environment.json"), "rb") as file:
+            total = json.load(file)["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return total if isinstance(total, int) and total > 0 else None
 
 
 def stored_config(workdir: str) -> dict[str, Any]:
@@ -158,7 +182,7 @@ def _check_same(
         if old != new:
             raise BadInput(
                 f"--workdir {workdir}: holds a run of another configuration (config.{name} is {old!r} there and {new!r} "
-                "here); choose another folder, or remove this one"
+                f"here, which would change what it has computed); keep {old!r}, or choose another folder"
             )
 
 
@@ -218,7 +242,7 @@ def _environment(workdir: str) -> dict[str, Any]:
         with open(os.path.join(workdir, "environment.json")) as file:
             last = json.load(file)
         earlier = [*last.pop("earlier_starts", []), last]
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError):
         earlier = []
     devices = jax.devices()
     return {

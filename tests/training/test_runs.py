@@ -204,7 +204,7 @@ def test_divergence_has_its_own_status_keeps_a_finite_checkpoint_and_is_diagnose
     assert status == 3
     (line,) = err.strip().splitlines()
     assert "diverged at step" in line
-    assert "last finite checkpoint: step" in line
+    assert "last good checkpoint: step" in line
     diagnosis = json.loads((workdir / "diagnosis.json").read_text())
     assert diagnosis["message"] in line
     kept = max(int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit())
