@@ -3,6 +3,7 @@
 import io
 import resource
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -151,6 +152,7 @@ class Surprises(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)}
+        features["file_name"] = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -165,7 +167,7 @@ class Surprises(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, pictures):
         for i, stored in enumerate(pictures):
-            yield i, {"image": io.BytesIO(stored), "label": 0}
+            yield i, {"image": io.BytesIO(stored), "label": 0, "file_name": f"n0_{i}.JPEG"}
 
 
 def cmyk():
@@ -193,8 +195,10 @@ def test_prepared_data_sets_are_decoded_alike(tmp_path):
 def test_a_cut_off_picture_of_a_prepared_data_set_is_named(tmp_path):
     source = sources.open_source(f"{__name__}.Surprises", "cut", data_dir=str(tmp_path))
     assert source[0]["image"].shape == (1, 4, 1)
-    with pytest.raises(BadInput, match=r"Surprises': example 1 of the split 'cut' has a picture.*truncated") as error:
-        source[1]
+    with pytest.raises(
+        BadInput, match=r"Surprises': example 1 \(n0_1\.JPEG\) of the split 'cut' has a picture.*truncated"
+    ) as error:
+        list(source)
     assert "\n" not in str(error.value)
 
 
@@ -207,6 +211,21 @@ def test_a_huge_picture_is_refused_by_its_header(tmp_path):
         assert "\n" not in str(error.value)
     # Kibibytes; one byte a pixel of the smaller would be 131,000.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_a_small_file_takes_little_memory_to_read_and_an_enormous_one_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "small.png").write_bytes(png((30_000, 30_000), 8, COLOR, b""))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="pixels"):
+            rgb(tmp_path / "small.png")
+        # Bytes asked for, even those that the system never gave because nobody touched them.
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(files, "MOST_BYTES", 20)
+    with pytest.raises(BadInput, match=r"small\.png: cannot be read \(has more than 20 bytes\)"):
+        rgb(tmp_path / "small.png")
 
 
 def test_sixteen_bits_are_scaled_and_not_cut(tmp_path):

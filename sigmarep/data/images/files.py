@@ -21,6 +21,8 @@ GRAY = ("1", "L", "LA", "La", *SIXTEEN_BIT)
 MOST_PIXELS = 2**27
 # No file of so many pixels is larger: 16 bits a value and four channels.
 MOST_BYTES = 8 * MOST_PIXELS
+# Bytes of a file that are read at a time.
+BLOCK_BYTES = 2**18
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -53,11 +55,16 @@ def contents(path: str | os.PathLike) -> bytes:
       OSError: the file cannot be read.
       TooLarge: it has more than `MOST_BYTES`.
     """
+    blocks: list[bytes] = []
+    size = 0
     with open(path, "rb") as file:
-        stored = file.read(MOST_BYTES + 1)
-    if len(stored) > MOST_BYTES:
-        raise TooLarge(f"has more than {MOST_BYTES} bytes")
-    return stored
+        # Python allocates what it is asked to read, whatever the file has.
+        while block := file.read(BLOCK_BYTES):
+            blocks.append(block)
+            size += len(block)
+            if size > MOST_BYTES:
+                raise TooLarge(f"has more than {MOST_BYTES} bytes")
+    return b"".join(blocks)
 
 
 def decode(stored: bytes, channels: int | None = None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Pictures of prepared data sets, decoded by `sigmarep.data.images.files` as those that a trained model is given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,16 @@ class DecodedPictures:
                 example[feature] = files.decode(bytes(example[feature]))
             except files.PictureError as error:
                 raise BadInput(
-                    f"config.data.name = {self._name!r}: example {index} of the split {self._split!r} has a picture that "
-                    f"cannot be read ({error})"
+                    f"config.data.name = {self._name!r}: example {index}{_file_name(example)} of the split {self._split!r} "
+                    f"has a picture that cannot be read ({error})"
                 ) from None
         return example
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+def _file_name(example: Mapping[str, Any]) -> str:
+    """The name that the example's file once had, in parentheses; "" if the data set does not keep it."""
+    name = example.get("file_name")
+    return f" ({name.decode(errors='backslashreplace')})" if isinstance(name, bytes) and name else ""
