@@ -81,8 +81,7 @@ def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> l
         sweeps, failures = _sweeps(judged)
         together, failure = _together([one.run for one in judged])
         drawn = list(drawing)
-    notes += [f"{one.run.name}: {text}." for one in judged for text in one.run.damage]
-    notes += [*failures, *([failure] if failure else [])]
+    notes += [*_damage(judged), *failures, *([failure] if failure else [])]
     all_facts = [one.facts for one in judged]
     all_runs = [one.run for one in judged]
     findings = judged[0].sentences if len(judged) == 1 else overview(all_runs, all_facts)
@@ -100,6 +99,10 @@ def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> l
     )
     pictures = [*([together] if together else []), *(sweep.picture for sweep in sweeps)]
     return _save(output, page, [*pictures, *(picture for each, _ in drawn for picture in each)])
+
+
+def _damage(judged: Sequence[Judged]) -> list[str]:
+    return [f"{one.run.name}: {text}." for one in judged for text in one.run.damage]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -336,17 +337,10 @@ def _newest_whole(directory: str, read: Callable[[int], Any]) -> _Newest | None:
         with_manifest = [step for step in steps if step not in without_manifest]
         for step in [*reversed(with_manifest), *reversed(without_manifest)]:
             path = os.path.join(directory, str(step))
-            try:
-                with _shielded(path):
-                    problem = _problem(path) if step in with_manifest else None
-                    content = read(step) if problem is None else None
-                if problem is None:
-                    newer = [(each, damaged.get(each, f"{MANIFEST} is missing")) for each in steps if each > step]
-                    return _Newest(step, content, newer, step in without_manifest)
-            except BadInput:
-                raise
-            except Exception as error:
-                problem = one_line(error)
+            content, problem = _read_whole(path, functools.partial(read, step), sealed=step in with_manifest)
+            if problem is None:
+                newer = [(each, damaged.get(each, f"{MANIFEST} is missing")) for each in steps if each > step]
+                return _Newest(step, content, newer, step in without_manifest)
             if not os.path.isdir(path):
                 break
             damaged[step] = problem
@@ -358,6 +352,18 @@ def _newest_whole(directory: str, read: Callable[[int], Any]) -> _Newest | None:
                 f"{directory}: every checkpoint is damaged (step {step}: {damaged[step]}); put back whole ones from "
                 "a copy, or choose another workdir"
             )
+
+
+def _read_whole(path: str, read: Callable[[], Any], *, sealed: bool) -> tuple[Any, str | None]:
+    """The content of a checkpoint, and None or the reason for which it cannot be used."""
+    try:
+        with _shielded(path):
+            problem = _problem(path) if sealed else None
+            return (read(), None) if problem is None else (None, problem)
+    except BadInput:
+        raise
+    except Exception as error:
+        return None, one_line(error)
 
 
 def _check_shapes(path: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """The end of a run that diverged, and its `diagnosis.json`."""
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from sigmarep.errors import Diverged
 from sigmarep.files import write_atomically
@@ -12,6 +15,7 @@ from sigmarep.training.callbacks import Callback, Run
 from sigmarep.training.diagnosis import CAUSES, diagnose, divergence_reason
 from sigmarep.training.metrics import FILE, read_metrics
 
+DIAGNOSIS = "diagnosis.json"
 # A checkpoint is good if the next step's loss is at most this multiple of that after the checkpoint before: losses of
 # single batches, so that the mean over a test split stays within twice the one before.
 ACCEPTED_RISE = 1.5
@@ -78,7 +82,7 @@ def write_diagnosis(workdir: str, why: str, rows: Sequence[Mapping[str, Any]], *
         "collapsed": [name for name, _ in diagnosis.collapsed],
         "layers": {name: layer._asdict() for name, layer in diagnosis.layers.items()},
     }
-    write_atomically(os.path.join(workdir, "diagnosis.json"), json.dumps(content, indent=2, allow_nan=False))
+    write_atomically(os.path.join(workdir, DIAGNOSIS), json.dumps(content, indent=2, allow_nan=False))
     return message
 
 
@@ -95,6 +99,12 @@ class DivergenceCheck(Callback):
     def __init__(self, workdir: str, factor: float, last_good: Callable[[], int | None], *, first_loss: float | None):
         self._workdir, self._factor, self._last_good = workdir, factor, last_good
         self.first_loss = first_loss
+
+    def on_start(self, run: Run) -> None:
+        """Removes the diagnosis of an earlier start: a run that goes on has not diverged yet."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self._workdir, DIAGNOSIS))
 
     def on_log(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         """Raises Diverged if the loss says so."""

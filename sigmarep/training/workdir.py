@@ -204,7 +204,7 @@ def _check_file(workdir: str, name: str, content: bytes) -> None:
     try:
         with open(os.path.join(workdir, name), "rb") as file:
             stored = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     if _identity(name, stored) != _identity(name, content):
         old, new = (hashlib.sha256(each).hexdigest()[:12] for each in (stored, content))

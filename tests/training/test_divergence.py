@@ -13,6 +13,7 @@ from sigmarep.errors import Diverged
 from sigmarep.tasks.image_classification.data import ImageClassificationData
 from sigmarep.training import train_and_evaluate
 from sigmarep.training.config import default_config
+from sigmarep.training.divergence import DivergenceCheck
 from sigmarep.training.metrics import read_metrics
 
 
@@ -117,3 +118,11 @@ def test_a_learning_rate_beyond_all_measure_is_no_collapse(norm, data_dir, tmp_p
     assert facts.lowest[0] == pytest.approx(np.log(17), rel=1e-2)
     assert facts.nonfinite == (2, "encoder/block_0")
     assert "fell" not in message
+
+
+def test_a_run_that_goes_on_no_longer_has_the_diagnosis_of_its_last_start(tmp_path):
+    (tmp_path / "diagnosis.json").write_text("{}")
+    check = DivergenceCheck(str(tmp_path), 3.0, lambda: [], first_loss=None)
+    for _ in range(2):
+        check.on_start(None)
+        assert not (tmp_path / "diagnosis.json").exists()

@@ -219,28 +219,35 @@ def find(folder: str, given: str) -> Listing:
         raise BadInput(f"config.data.folder = {given!r}: there is no such folder")
     names, loose = _entries(folder)
     roots = {name: SPLITS[name.lower()] for name in names if name.lower() in SPLITS and _entries(_in(folder, name))[0]}
+    if roots:
+        _check_roots(given, names, roots)
     left_out: dict[str, list[str]] = {}
-    for name in names if roots else ():
-        if name not in roots:
-            problem = "which has no class folders" if name.lower() in SPLITS else "which is no split"
-            raise BadInput(
-                f"config.data.folder = {given!r}: has {next(iter(roots))}/ and {name}/, {problem}; expected folders of "
-                "splits, such as train/ and test/, or folders of classes alone"
-            )
     splits: dict[str, list[Picture]] = {}
     classes: dict[str, set[str]] = {}
     for name, split in (roots or {"": ""}).items():
-        if split in splits:
-            twice = ", ".join(each for each in roots if roots[each] == split)
-            raise BadInput(
-                f"config.data.folder = {given!r}: has several folders of the split {split}: {twice}; keep one"
-            )
         splits[split] = list(_pictures(folder, name, left_out))
         classes[split] = {picture.label for picture in splits[split]}
     for name in loose if roots else ():
         _sort_out(name, left_out)
     _check_classes(given, classes)
     return Listing(splits, sorted(set().union(*classes.values())), left_out)
+
+
+def _check_roots(given: str, names: list[str], roots: dict[str, str]) -> None:
+    """Checks the folders `names`, of which `roots` are those of splits."""
+    for name in names:
+        if name not in roots:
+            problem = "which has no class folders" if name.lower() in SPLITS else "which is no split"
+            raise BadInput(
+                f"config.data.folder = {given!r}: has {next(iter(roots))}/ and {name}/, {problem}; expected folders of "
+                "splits, such as train/ and test/, or folders of classes alone"
+            )
+    for split in roots.values():
+        several = [name for name in roots if roots[name] == split]
+        if len(several) > 1:
+            raise BadInput(
+                f"config.data.folder = {given!r}: has several folders of the split {split}: {', '.join(several)}; keep one"
+            )
 
 
 def _check_classes(given: str, classes: dict[str, set[str]]) -> None:

@@ -52,10 +52,8 @@ def entries_by_split(folder: str) -> dict[str, list[Entry]]:
     if both := tables.keys() & chapters.keys():
         raise BadInput(f"config.data.folder = {folder!r}: has a table and a folder of the split {min(both)}; keep one")
     columns = {split: _columns(path) for split, path in tables.items()}
-    if common_voice := [split for split in tables if columns[split]]:
-        # The others name clips that are of no use or in several splits, and have columns of their own.
-        chosen = [split for split in common_voice if split in COMMON_VOICE_SPLITS] or common_voice
-        return {split: list(_clips(root, tables[split], columns[split])) for split in chosen}
+    if any(columns.values()):
+        return _common_voice(root, tables, columns)
     entries = {split: list(_rows(root, path)) for split, path in tables.items()}
     if tables:
         entries[next(iter(tables))] += _unnamed_by_tables(root, entries)
@@ -70,6 +68,13 @@ def entries_by_split(folder: str) -> dict[str, list[Entry]]:
             "folder wavs, and no transcripts such as train-clean-100/103/1240/103-1240.trans.txt"
         )
     return entries
+
+
+def _common_voice(root: str, tables: dict[str, str], columns: dict[str, dict[str, int]]) -> dict[str, list[Entry]]:
+    splits = [split for split in tables if columns[split]]
+    # The others name clips that are of no use or in several splits, and have columns of their own.
+    chosen = [split for split in splits if split in COMMON_VOICE_SPLITS] or splits
+    return {split: list(_clips(root, tables[split], columns[split])) for split in chosen}
 
 
 def _tables(folder: str, root: str) -> dict[str, str]:
