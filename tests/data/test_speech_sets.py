@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
+import tensorflow_datasets as tfds
 
 from sigmarep.data import digests, sources, splitting
 from sigmarep.data.datasets import speech_folder, spoken_sentences, stamp_recordings
@@ -489,3 +490,10 @@ def test_a_table_with_a_byte_order_mark_keeps_its_first_row(tmp_path):
         ("wav/a.wav", "One"),
         ("wav/b.flac", "\xe9t\xe9"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("python", "expected"), [((3, 11, 7), "3.11.71"), ((3, 13, 0), "3.13.1"), ((3, 12, 10), "3.12.101")]
+)
+def test_every_python_has_a_version_that_can_be_read(python, expected):
+    assert str(tfds.core.Version(spoken_sentences.version(python))) == expected

@@ -58,6 +58,13 @@ class Utterance(NamedTuple):
     voice: str
 
 
+def version(python: tuple[int, int, int]) -> str:
+    """The version of the data set that a version of Python has: each has its own text, and the last digit is the builder's.
+    A number, because a version must not begin a part with a zero."""
+    major, minor, patch = python
+    return f"{major}.{minor}.{10 * patch + 1}"
+
+
 class SpokenSentences(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the utterances; needs the wheel `espeakng-loader` and no TensorFlow.
 
@@ -69,8 +76,7 @@ class SpokenSentences(tfds.core.GeneratorBasedBuilder):
     """
 
     name = "spoken_sentences"
-    # Every version of Python has its own text; the last digit is this builder's version.
-    VERSION = tfds.core.Version("{}.{}.{}1".format(*sys.version_info[:3]))
+    VERSION = tfds.core.Version(version(sys.version_info[:3]))
     RELEASE_NOTES = {str(VERSION): "The help of this Python; the split dev."}  # noqa: RUF012
 
     def __init__(
