@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import errno
 import functools
-import glob
 import hashlib
 import importlib
 import importlib.util
@@ -21,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from sigmarep import doors
-from sigmarep.data import supplied
+from sigmarep.data import prepared, supplied
 from sigmarep.errors import BadInput, one_line
 from sigmarep.fields import field
 from sigmarep.files import locked
@@ -88,7 +87,6 @@ FOLDERS = {
 # Reasons for which a folder cannot be written.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
-VERSION = re.compile(r"\d+\.\d+\.\d+")
 # File formats of TFDS with random access.
 RANDOM_ACCESS = {"array_record", "parquet"}
 # Data sets of TFDS whose preparation decodes audio files.
@@ -147,7 +145,9 @@ def builder(name: str, *, data_dir: str | None = None, folder: str = "", **optio
             dataset = _own(name, root, folder, options)
         else:
             # Reads the folder alone: TFDS's own code for the data set may need TensorFlow or have another version.
-            dataset = _read_only(_prepared(name, root) or _missing(name, root))
+            if not NAME.fullmatch(name):
+                raise BadInput(_unknown(name))
+            dataset = prepared.opened(prepared.newest(name, root) or _missing(name, root))
         place = str(dataset.data_dir)
         if not dataset.info.splits:
             raise ValueError("its dataset_info.json is missing or names no splits")
@@ -326,30 +326,30 @@ def _own(name: str, root: str, folder: str = "", options: Mapping[str, Any] | No
         if "folder" in inspect.signature(make).parameters:
             make = functools.partial(make, folder=folder)
     else:
-        dataset, _, variant = name.partition("/")
-        module, attribute = {**OWN, **FOLDERS}[dataset]
+        base, _, variant = name.partition("/")
+        module, attribute = {**OWN, **FOLDERS}[base]
         make = getattr(importlib.import_module(module), attribute)
         variants = [config.name for config in make.BUILDER_CONFIGS]
         if variant not in (variants or [""]):
-            expected = ", ".join(f"{dataset}/{each}" for each in variants) or dataset
+            expected = ", ".join(f"{base}/{each}" for each in variants) or base
             raise BadInput(f"config.data.name = {name!r}: there is no such variant; expected one of {expected}")
         if variants:
             make = functools.partial(make, config=variant)
-        if dataset in FOLDERS:
+        if base in FOLDERS:
             make = functools.partial(make, folder=folder, **(options or {}))
-    prepared = make(data_dir=root, file_format="array_record")
-    if prepared.is_prepared():
-        return prepared
+    dataset = make(data_dir=root, file_format="array_record")
+    if dataset.is_prepared():
+        return dataset
     with contextlib.ExitStack() as stack:
         try:
             # Several processes may want to prepare it at once.
             stack.enter_context(locked(os.path.join(root, f".{name.replace('/', '-')}")))
         except OSError as error:
             raise BadInput(_unwritable(root, error)) from error
-        prepared = make(data_dir=root, file_format="array_record")
-        if not prepared.is_prepared():
-            _prepare(prepared, name, root)
-    return prepared
+        dataset = make(data_dir=root, file_format="array_record")
+        if not dataset.is_prepared():
+            _prepare(dataset, name, root)
+    return dataset
 
 
 def _prepare(dataset: Any, name: str, root: str) -> None:
@@ -370,54 +370,6 @@ def _prepare(dataset: Any, name: str, root: str) -> None:
 
 def _unwritable(root: str, error: OSError) -> str:
     return f"config.data.data_dir = {root!r}: cannot be written ({error.strerror}); set another with --config.data.data_dir"
-
-
-def _read_only(directory: str):
-    """Builder of a prepared folder.
-
-    TFDS needs TensorFlow for its feature Audio, even for audio that is stored as plain numbers. Such audio is read as the
-    feature Tensor instead.
-    """
-    import tensorflow_datasets as tfds
-
-    with open(os.path.join(directory, "features.json")) as file:
-        features = json.load(file)
-    plain = _plain_audio(features)
-    if plain == features:
-        return tfds.builder_from_directory(directory)
-    info = tfds.core.dataset_info.read_proto_from_builder_dir(directory)
-    info.features.CopyFrom(tfds.features.FeatureConnector.from_json(plain).to_proto())
-    return tfds.core.read_only_builder.ReadOnlyBuilder(directory, info_proto=info)
-
-
-def _plain_audio(features: Any) -> Any:
-    if not isinstance(features, dict):
-        return features
-    audio = features.get("audio", {})
-    if str(features.get("pythonClassName", "")).endswith(".Audio") and not audio.get("lazyDecode"):
-        tensor = {name: audio[name] for name in ("shape", "dtype", "encoding") if name in audio}
-        return {"pythonClassName": "tensorflow_datasets.core.features.tensor_feature.Tensor", "tensor": tensor}
-    return {name: _plain_audio(value) for name, value in features.items()}
-
-
-def _prepared(name: str, folder: str) -> str | None:
-    """Folder of the newest prepared version of `dataset[/variant][:version]`; None if there is none.
-
-    Raises:
-      BadInput: several variants are prepared and none is named.
-    """
-    if not NAME.fullmatch(name):
-        raise BadInput(_unknown(name))
-    dataset, _, asked = name.partition(":")
-    root = glob.escape(os.path.join(folder, *dataset.split("/")))
-    infos = [path for depth in ("*", "*/*") for path in glob.glob(f"{root}/{depth}/dataset_info.json")]
-    # Interrupted preparations leave folders such as 1.0.0.incompleteXY.
-    versions = [path for path in map(os.path.dirname, infos) if VERSION.fullmatch(os.path.basename(path))]
-    variants = sorted({os.path.relpath(os.path.dirname(path), folder) for path in versions})
-    if len(variants) > 1:
-        raise BadInput(f"config.data.name = {name!r}: has variants; expected one of {', '.join(variants)}")
-    versions = [path for path in versions if asked in ("", os.path.basename(path))]
-    return max(versions, key=lambda path: [int(part) for part in os.path.basename(path).split(".")], default=None)
 
 
 def _missing(name: str, folder: str):

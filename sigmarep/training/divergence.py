@@ -57,6 +57,11 @@ class GoodCheckpoints:
         return dict(self._state)
 
 
+def nan_loss(metrics: Mapping[str, float]) -> str | None:
+    """Name of the first loss of an evaluation that is NaN."""
+    return next((name for name, value in metrics.items() if name.endswith("/loss") and math.isnan(value)), None)
+
+
 def write_diagnosis(workdir: str, why: str, rows: Sequence[Mapping[str, Any]], *, factor: float) -> str:
     """Writes `diagnosis.json` into the workdir and returns its message.
 
@@ -118,12 +123,11 @@ class DivergenceCheck(Callback):
 
     def on_evaluation(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         """Raises Diverged if a loss of the evaluation is NaN."""
-        for name, value in metrics.items():
-            if name.endswith("/loss") and math.isnan(value):
-                rows = [row for row in read_metrics(os.path.join(self._workdir, FILE)) if row["step"] <= step]
-                why = f"{name} is nan after its update"
-                message = write_diagnosis(self._workdir, why, [*rows, {"step": step}], factor=self._factor)
-                raise Diverged(f"{message}; {self._checkpoint()}")
+        if name := nan_loss(metrics):
+            rows = [row for row in read_metrics(os.path.join(self._workdir, FILE)) if row["step"] <= step]
+            why = f"{name} is nan after its update"
+            message = write_diagnosis(self._workdir, why, [*rows, {"step": step}], factor=self._factor)
+            raise Diverged(f"{message}; {self._checkpoint()}")
 
     def _checkpoint(self) -> str:
         step = self._last_good()

@@ -1,7 +1,6 @@
 """Evaluating variables on every split of their task."""
 
 import collections
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from sigmarep import tasks
 from sigmarep.errors import BadInput, Diverged
 from sigmarep.tasks.protocol import Evaluation, Outputs
 from sigmarep.training import mesh as meshes
+from sigmarep.training.divergence import nan_loss
 from sigmarep.training.parallel import check_rows, global_batch
 from sigmarep.training.processes import steps_in_flight
 from sigmarep.training.restore import restore
@@ -40,11 +40,8 @@ def evaluate(
     check_rows(run.config, run.task.batch_rows(), run.mesh)
     opened = tasks.get(run.config.task).open_data(run.config, run.files)
     metrics = Evaluator(run.mesh, opened.evaluations(run.task))(run.variables)
-    for name, value in metrics.items():
-        if name.endswith("/loss") and math.isnan(value):
-            raise Diverged(
-                f"--workdir {folder}: {name} of the checkpoint of step {run.step} is nan: its model diverged"
-            )
+    if name := nan_loss(metrics):
+        raise Diverged(f"--workdir {folder}: {name} of the checkpoint of step {run.step} is nan: its model diverged")
     return {"step": run.step, **metrics}
 
 

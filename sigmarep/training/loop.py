@@ -66,13 +66,14 @@ def train_and_evaluate(
     # What is wrong with a split to be evaluated shows now, before anything is written.
     evaluator = experiment.evaluator()
     others = named_callbacks(experiment.config.callbacks, callbacks)
-    workdir.check(folder, experiment.config, experiment.data.files())
+    files = experiment.data.files()
+    workdir.check(folder, experiment.config, files)
     _check_length(folder, experiment)
     with WorkdirLock(folder) as lock, Preemption(Stopped.exit_status) as preemption:
         workdir.claim(
             folder,
             experiment.config,
-            experiment.data.files(),
+            files,
             total_steps=experiment.total_steps,
             primary_metric=experiment.task.primary_metric,
         )
