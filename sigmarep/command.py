@@ -32,6 +32,11 @@ flags.disclaim_key_flags()
 HELP = ("help", "helpshort", "helpfull", "helpxml", "?", "h")
 IMPORT_HELP = "A module of yours that is imported first, by its name or its path; a workdir may then name it."
 flags.DEFINE_multi_string("import", [], IMPORT_HELP)
+flags.DEFINE_string(
+    "compilation_cache",
+    "auto",
+    "Where compiled programs are kept for the next start: auto is your cache folder, off is nowhere, else a folder.",
+)
 # Overrides of fields that the configuration need not have: those of its sections `FREE`.
 _free_overrides: dict[str, Any] = {}
 # Overrides of declared fields by None, which ml_collections would read as a word.
@@ -110,20 +115,34 @@ def required(name: str, value: str | None) -> str:
     return value
 
 
-def run(main: Callable[..., Any], *, positional: bool = False) -> None:
+def run(main: Callable[..., Any], *, positional: bool = False, compiles: bool = False) -> None:
     """Parses the flags, runs `main` and ends the process with the status that its outcome has.
 
     Args:
       positional: `main` takes the list of the arguments that are no flags; without it they are refused.
+      compiles: `main` compiles programs, which are kept for the next start (`sigmarep.compile.cache`).
     """
     logging.set_verbosity(logging.ERROR)
     terminal.escape_unencodable()
     flags.declare_key_flag("import")
+    if compiles:
+        flags.declare_key_flag("compilation_cache")
+        main = _keeping_programs(main)
     flags.FLAGS.set_gnu_getopt(positional)
     app.run(
         lambda rest: _finish(functools.partial(main, rest[1:]) if positional else main),
         flags_parser=functools.partial(_parse, positional=positional),
     )
+
+
+def _keeping_programs(main: Callable[..., Any]) -> Callable[..., Any]:
+    def with_cache(*arguments):
+        from sigmarep.compile import cache
+
+        cache.enable(flags.FLAGS.compilation_cache)
+        return main(*arguments)
+
+    return with_cache
 
 
 def ctrl_c_is_sigterm() -> None:

@@ -41,5 +41,12 @@ def _few_maps():
         gc.collect()
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Programs for one of the devices, for tests in which their number plays no part: they compile and run faster."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+
+
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files of the configurations")

@@ -20,10 +20,13 @@ import os
 from sigmarep.command import load_config_file
 from sigmarep.sweeps import values
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 def get_config(text=""):
     config = load_config_file(os.path.join(ROOT, "examples/masked_images/config.py")).get_config("steps=48")
     config.batch_size, config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 16, 1, 24, 6
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 8, 2, 8
+    config.model.scan = False
     config.optimizer.name, config.optimizer.warmup_steps = "adafactor", 4
     config.optimizer.learning_rate = 0.03
     config.optimizer.arguments.min_dim_size_to_factor = 8

@@ -40,7 +40,7 @@ FIELDS = {"entropy_target": 0.3, "seq_vcr": 0.5, "norm": "pre", "reparam": "none
 @functools.cache
 def stepped(accumulation=1):
     task, optimizer = TinyTask(**FIELDS), optax.sgd(1.0)
-    state = create_state(task, optimizer, seed=0, ema=False)
+    state = create_state(task.init, optimizer, seed=0, ema=False)
     layers = describe(task.init, jax.random.key(0))
     make = make_train_step(task, optimizer, lambda _: 1.0, layers=layers, accumulation=accumulation)
     step = jax.jit(make, static_argnums=2)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sigmarep.core import entropy, spectral
+from sigmarep.core import entropy, norms
 from sigmarep.nn.fold import fold
 
 
@@ -50,7 +50,7 @@ class QueryKeyKernels(NamedTuple):
 
     def norms(self) -> tuple[jax.Array, jax.Array]:
         """‖W_q W_kᵀ‖₂ of every head, (N,), without the biases and with them as a row of each kernel."""
-        products = spectral.product_norm(*self.kernels, self.biases)
+        products = norms.product_norm(*self.kernels, self.biases)
         return (products, products) if self.biases is None else products
 
 
@@ -112,19 +112,19 @@ def norms_of_inputs(
       keys: Y, (B, S, D), what keys are projected from; X itself in self-attention.
       query_mask, key_mask: bool (B, T) and (B, S), True for real tokens.
     """
-    norms = [_sequence_norms(queries, query_mask, ones=True)] * 2
+    pair = [_sequence_norms(queries, query_mask, ones=True)] * 2
     # In self-attention both are one; two loops would be compiled as two.
     if keys is not queries or key_mask is not query_mask:
-        norms[1] = _sequence_norms(keys, key_mask, ones=True)
-    return norms[0] * norms[1]
+        pair[1] = _sequence_norms(keys, key_mask, ones=True)
+    return pair[0] * pair[1]
 
 
 def norms_of_heads(
     query: jax.Array, key: jax.Array, query_mask: jax.Array | None, key_mask: jax.Array | None
 ) -> jax.Array:
     """‖Q‖₂·‖K‖₂ of every head's queries (B, T, N, H) and keys (B, S, N, H), (B, N), padding left out."""
-    norms = [_sequence_norms(jnp.moveaxis(x, 2, 0), real) for x, real in ((query, query_mask), (key, key_mask))]
-    return (norms[0] * norms[1]).T
+    pair = [_sequence_norms(jnp.moveaxis(x, 2, 0), real) for x, real in ((query, query_mask), (key, key_mask))]
+    return (pair[0] * pair[1]).T
 
 
 def _sequence_norms(x: jax.Array, real: jax.Array | None, *, ones: bool = False) -> jax.Array:
@@ -134,4 +134,4 @@ def _sequence_norms(x: jax.Array, real: jax.Array | None, *, ones: bool = False)
     if real is not None:
         x = jnp.where(real[..., None], x, 0)
         column = real.astype(x.dtype) if ones else None
-    return spectral.sequence_norm(x, column)
+    return norms.sequence_norm(x, column)

@@ -35,6 +35,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from sigmarep.nn.linear import ROLES, ReparametrizedLayer
 
@@ -115,6 +116,8 @@ class Layers(Mapping[str, Layer]):
       stacks: by path of every module that `nn.scan` or `nn.vmap` begins at, the number of axes it adds.
       unknown: paths of the matrices that no layer describes.
       variables: shapes of the variables that `init` returns.
+      initialize: makes the variables, from arguments of the same shapes as those of `describe`. It is `init` without
+        another trace of the model.
     """
 
     def __init__(
@@ -125,12 +128,14 @@ class Layers(Mapping[str, Layer]):
         stacks: Mapping[str, int] | None = None,
         unknown: tuple[str, ...] = (),
         variables: Any = None,
+        initialize: Callable[..., Any] | None = None,
     ):
         self._layers = dict(layers)
         self.stacked = dict(stacked)
         self.stacks = dict(stacks or {})
         self.unknown = unknown
         self.variables = variables
+        self.initialize = initialize
 
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]
@@ -157,7 +162,14 @@ def describe(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Layers:
         return init(*args, **kwargs)
 
     with _noting(True), nn.intercept_methods(_intercepted):
-        variables = jax.eval_shape(noted, *args)
+        traced = jax.jit(noted).trace(*args)
+    variables = traced.out_info
+    structure = jax.tree.structure(variables)
+
+    def initialize(*args):
+        leaves = jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(args))
+        return _without_notes(jax.tree.unflatten(structure, leaves))
+
     reader = _Reader()
     reader.read(variables.get("params", {}), (), 0)
     return Layers(
@@ -166,6 +178,7 @@ def describe(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Layers:
         stacks=reader.stacks,
         unknown=tuple(reader.unknown),
         variables=_without_notes(variables),
+        initialize=initialize,
     )
 
 

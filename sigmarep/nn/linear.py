@@ -12,6 +12,7 @@ An apply with a mutable `spectral` makes one power step from the state that it w
 layer. Layers stacked by `nn.scan` are the exception: they make one step per call.
 """
 
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sigmarep.core import spectral
+from sigmarep.core import norms, spectral
 
 REPARAMS = ("none", "sigma", "spectral", "weight")
 ROLES = ("hidden", "input", "output", "projector", "position")
@@ -81,25 +82,18 @@ class ReparametrizedLayer(nn.Module):
         if self.power_vectors < 1:
             raise ValueError(f"power_vectors = {self.power_vectors}: expected at least 1")
         vectors = min(self.power_vectors, *matrix.shape)
-        start = None
-
-        def svd():
-            nonlocal start
-            if start is None:
-                start = spectral.svd_block(matrix, vectors)
-            return start
-
+        start = functools.cache(lambda: norms.leading_vectors(matrix, vectors))
         if not (self.has_variable("spectral", "u") or self.is_mutable_collection("spectral")):
             raise ValueError(
                 f"{type(self).__name__} {'/'.join(self.path)}: no spectral variables were given; pass the 'spectral' "
                 "collection together with 'params', or fold the parameters and use reparam='none'"
             )
-        u = self.variable("spectral", "u", lambda: svd()[0][0])
-        basis = self.variable("spectral", "basis", lambda: svd()[0][1:]) if vectors > 1 else None
-        sigma = self.variable("spectral", "sigma", lambda: svd()[1])
+        u = self.variable("spectral", "u", lambda: start()[0][0])
+        basis = self.variable("spectral", "basis", lambda: start()[0][1:]) if vectors > 1 else None
+        sigma = self.variable("spectral", "sigma", lambda: start()[1])
         gamma = jnp.float32(1.0)
         if self.reparam == "sigma":
-            gamma = self._gamma(svd()[1] if self.is_initializing() else sigma.value)
+            gamma = self._gamma(start()[1] if self.is_initializing() else sigma.value)
         start_u, start_basis = self._start_of_this_apply(u.value, None if basis is None else basis.value)
         result = _reparametrize(kernel, gamma, start_u, basis=start_basis)
         if self.is_mutable_collection("spectral") and not self.is_initializing():

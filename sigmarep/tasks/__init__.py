@@ -3,10 +3,13 @@
 import importlib
 from types import ModuleType
 
+import jax
 import ml_collections
 
 from sigmarep import doors
 from sigmarep.errors import BadInput
+from sigmarep.nn.layers import Layers, describe
+from sigmarep.tasks.protocol import TaskModel
 
 TASKS = ("image_classification", "contrastive", "language_modeling", "translation", "speech_recognition")
 # A task is an object with these; see `sigmarep.tasks.protocol`.
@@ -31,6 +34,18 @@ def get(name: str) -> ModuleType:
     if name not in TASKS:
         raise BadInput(f"config.task = {name!r}: expected one of {', '.join(TASKS)}, or a dotted Python name")
     return importlib.import_module(f"sigmarep.tasks.{name}")
+
+
+def describe_layers(model: TaskModel) -> Layers:
+    """The layers of a task's model, from its one abstract `init`.
+
+    Raises:
+      BadInput: the fields of `config.model` make no model.
+    """
+    try:
+        return describe(model.init, jax.random.key(0))
+    except ValueError as error:
+        raise BadInput(f"config.model.{error}") from error
 
 
 def planned_files(config: ml_collections.ConfigDict) -> dict[str, bytes]:

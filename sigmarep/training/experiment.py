@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import optax
+from jax.sharding import Mesh
 
 from sigmarep import tasks
 from sigmarep.data.pipeline import check_batch_size
 from sigmarep.errors import BadInput
-from sigmarep.nn.layers import Layers, describe
+from sigmarep.nn.layers import Layers
 from sigmarep.nn.qk_clip import clipped_layers
 from sigmarep.tasks.protocol import TaskData, TaskModel
 from sigmarep.training import durations, parallel
@@ -26,6 +28,9 @@ from sigmarep.training.step import TrainState, create_state, make_train_step
 # Size that the training split is taken to have where no data are read. Of the program only the constants of a schedule
 # given in epochs depend on it.
 UNKNOWN_EXAMPLES = 1_000_000
+
+
+LEVEL_FLAG = "xla_backend_optimization_level"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +157,14 @@ def _parts(
     warmup = to_steps(config.optimizer, "warmup", prefix="config.optimizer.") or 0
     schedule = create_schedule(config.optimizer, total_steps=total, warmup_steps=warmup)
 
-    layers = describe(task.init, jax.random.key(0))
+    layers = tasks.describe_layers(task)
     if config.optimizer.qk_clip and not clipped_layers(layers):
         raise BadInput(
             f"config.optimizer.qk_clip = {config.optimizer.qk_clip}: no layer of the model says that it makes queries or "
             "keys (`makes`, see sigmarep.nn.linear.ReparametrizedLayer)"
         )
     optimizer = create_optimizer(config.optimizer, schedule=schedule, params=layers.variables["params"], layers=layers)
-    create = functools.partial(create_state, task, optimizer, seed=config.seed, ema=config.ema_decay > 0)
+    create = functools.partial(create_state, layers.initialize, optimizer, seed=config.seed, ema=config.ema_decay > 0)
     make_step = functools.partial(
         make_train_step,
         task,
@@ -187,5 +192,12 @@ def _parts(
             abstract_state,
             runner.shardings,
         ),
-        create_state=jax.jit(create, out_shardings=runner.shardings),
+        create_state=jax.jit(create, out_shardings=runner.shardings, compiler_options=_compiled_fast(runner.mesh)),
     )
+
+
+def _compiled_fast(mesh: Mesh) -> dict[str, Any]:
+    """Options for a program that runs once: on CPUs half of the default's compilation is optimization, for the same
+    numbers. Nothing where the environment has a level of its own."""
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    return {LEVEL_FLAG: 1} if cpu and LEVEL_FLAG not in os.environ.get("XLA_FLAGS", "") else {}

@@ -27,7 +27,7 @@ from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.processes import ending_together, steps_in_flight
-from sigmarep.training.progress import Clock, Progress, announce
+from sigmarep.training.progress import Clock, Progress, announce, waiting
 from sigmarep.training.schedules import create_schedule
 from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 from sigmarep.training.stopped import FILE as STOPPED
@@ -62,11 +62,12 @@ def train_and_evaluate(
     check_path(folder)
     config = validate(config)
     announce(f"{config.task} in {folder}: opens the data, then compiles its first step", mode=config.writers.progress)
-    experiment = build(config)
-    # What is wrong with a split to be evaluated shows now, before anything is written.
-    evaluator = experiment.evaluator()
-    others = named_callbacks(experiment.config.callbacks, callbacks)
-    files = experiment.data.files()
+    with waiting("opening the data", mode=config.writers.progress):
+        experiment = build(config)
+        # What is wrong with a split to be evaluated shows now, before anything is written.
+        evaluator = experiment.evaluator()
+        others = named_callbacks(experiment.config.callbacks, callbacks)
+        files = experiment.data.files()
     workdir.check(folder, experiment.config, files)
     _check_length(folder, experiment)
     with WorkdirLock(folder) as lock, Preemption(Stopped.exit_status) as preemption:
@@ -150,7 +151,8 @@ class _Run:
             os.path.join(folder, "checkpoints"), keep=config.keep_checkpoints, say=self.progress.message
         )
         restored = self.checkpoints.restore(experiment.abstract_state)
-        self.step, state, extra = restored or (0, experiment.create_state(), {})
+        with self.progress.waiting("initializing the parameters"):
+            self.step, state, extra = restored or (0, jax.block_until_ready(experiment.create_state()), {})
         if restored is not None:
             self.progress.message(f"resumed from the checkpoint of step {self.step}")
         self._state = experiment.runner.put_state(state)
@@ -243,7 +245,10 @@ class _Run:
         program = (logging, *(array.shape for array in batch.values()))
         known = program in self.programs and not first
         self.programs.add(program)
-        with self.clock.measure("training" if known else "compiling"):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.clock.measure("training" if known else "compiling"))
+            if not known:
+                stack.enter_context(self.progress.waiting("compiling the training step"))
             self.preemption.nothing_to_save = first
             self.lock.check()
             self._state, self.output = self.experiment.runner.step(self._state, batch, panel=logging)
@@ -259,6 +264,9 @@ class _Run:
         self.log()
         if logging:
             self.unlogged = (step, self.output)
+            if first:
+                # Nothing waits: the next step is another program, which has to be compiled.
+                self.log()
 
     def prove(self, step: int) -> None:
         """Judges the last checkpoint by the loss of the step after it, where that is `step` or an earlier one."""
@@ -315,7 +323,7 @@ class _Run:
         """Evaluates the state, and keeps what the model made; never one whose loss says that the run diverged."""
         if self.output is not None and self.divergence.reason(float(self.output.scalars["loss"])):
             self.log_undue(self.output)
-        with self.clock.measure("evaluating"):
+        with self.clock.measure("evaluating"), self._first_evaluation():
             metrics = self.evaluator(evaluation_variables(self.state))
         self.evaluated_step = self.step
         self.callbacks.emit("on_evaluation", self, self.step, metrics)
@@ -324,6 +332,10 @@ class _Run:
         for outputs in self.evaluator.outputs.values():
             for line in outputs.samples:
                 self.progress.message(f"  {line}")
+
+    def _first_evaluation(self) -> contextlib.AbstractContextManager[None]:
+        """Says that it takes long, where it has to be compiled; later ones know their steps."""
+        return self.progress.waiting("evaluating") if self.evaluated_step is None else contextlib.nullcontext()
 
     def save(self) -> None:
         """Saves the state; never one whose loss was not finite."""

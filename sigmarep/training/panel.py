@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sigmarep.core import spectral
+from sigmarep.core import norms, spectral
 from sigmarep.nn.layers import Layers
 from sigmarep.training.mesh import path_name
 
@@ -84,9 +84,9 @@ def _of_layer(layer, stacked, params, gradients, updates, state):
         return jnp.sum(x.astype(jnp.float32) ** 2, axis=tuple(axis for axis in range(x.ndim) if axis not in axes))
 
     def norm(matrices):
-        norms = spectral.norm_from_below(matrices, iterations=ITERATIONS)
+        each = norms.norm_from_below(matrices, iterations=ITERATIONS)
         # The matrices within a layer are blocks on the diagonal of one.
-        return jnp.max(norms, axis=tuple(range(lead, norms.ndim))) if layer.batch else norms
+        return jnp.max(each, axis=tuple(range(lead, each.ndim))) if layer.batch else each
 
     name = layer.name.rpartition("/")[2]
     weights, gamma = params[name], params.get("gamma")

@@ -3,8 +3,9 @@
 import collections
 import contextlib
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import rich.console
@@ -123,6 +124,13 @@ class Progress(Callback):
             self._last_line = now
             print(line, flush=True)
 
+    def waiting(self, text: str) -> contextlib.AbstractContextManager[None]:
+        """Says `text`, and for how long by now, while its block takes longer than a few seconds."""
+        if self._live is not None:
+            live = self._live
+            return _repeated(text, lambda line: live.update(rich.text.Text(line, no_wrap=True)), seconds=1.0)
+        return waiting(text, mode=self._mode)
+
     def message(self, text: str) -> None:
         """Shows a line that stays."""
         if self._live is not None:
@@ -140,6 +148,30 @@ def announce(text: str, *, mode: str) -> None:
     if mode != "off" and jax.process_index() == 0:
         terminal.escape_unencodable()
         print(text, flush=True)
+
+
+def waiting(text: str, *, mode: str) -> contextlib.AbstractContextManager[None]:
+    """Says `text`, and for how long by now, every few seconds of its block, in the first process alone."""
+    if mode == "off" or jax.process_index() > 0:
+        return contextlib.nullcontext()
+    return _repeated(text, lambda line: print(line, flush=True), seconds=SECONDS_BETWEEN_PLAIN_LINES)
+
+
+@contextlib.contextmanager
+def _repeated(text: str, say: Callable[[str], None], *, seconds: float) -> Iterator[None]:
+    start, ended = time.perf_counter(), threading.Event()
+
+    def repeat():
+        while not ended.wait(seconds):
+            say(f"{text}, {_duration(time.perf_counter() - start)}")
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from sigmarep import doors, fields, tasks
 from sigmarep.configuration import flatten, nearest
 from sigmarep.errors import BadInput
-from sigmarep.nn.layers import describe
 from sigmarep.tasks.protocol import Files, TaskModel
 from sigmarep.training import mesh as meshes
 from sigmarep.training import workdir
@@ -136,7 +135,7 @@ def _create_model(config: ml_collections.FrozenConfigDict, folder: str, stored: 
 
 
 def _abstract_variables(task: TaskModel, mesh: Mesh, config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
-    layers = describe(task.init, jax.random.key(0))
+    layers = tasks.describe_layers(task)
     variables = dict(layers.variables)
     variables.pop("attention", None)
     return jax.tree.map(

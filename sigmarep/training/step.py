@@ -42,10 +42,18 @@ class StepOutput(NamedTuple):
     panel: dict[str, Any]
 
 
-def create_state(task: TaskModel, optimizer: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
-    """The state before the first step."""
+def create_state(
+    init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, *, seed: int, ema: bool
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      init: makes the variables from a random key.
+      seed: of the variables and of the training's own random numbers.
+      ema: keeps averaged parameters too.
+    """
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    variables = dict(task.init(init_key))
+    variables = dict(init(init_key))
     params = variables.pop("params")
     variables.pop("attention", None)
     return TrainState(

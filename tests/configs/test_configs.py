@@ -15,7 +15,6 @@ import pytest
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput
-from sigmarep.nn import layers
 from sigmarep.training.config import arguments, default_config, validate
 from sigmarep.training.mesh import AXES, partition_spec, path_name
 from sigmarep.training.optimizers import create_optimizer, hidden_matrices
@@ -89,7 +88,7 @@ def resolved(name, text):
     """The validated configuration of an arm and the description of its model's layers."""
     config = validate(load(name).get_config(text))
     model = tasks.get(config.task).create_model(config, tasks.planned_files(config))
-    return config, layers.describe(model.init, jax.random.key(0))
+    return config, tasks.describe_layers(model)
 
 
 def golden_path(name):

@@ -17,7 +17,6 @@ import pytest
 from sigmarep import tasks
 from sigmarep.configuration import flatten
 from sigmarep.errors import BadInput
-from sigmarep.nn import layers
 from sigmarep.training import durations
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.mesh import create_mesh
@@ -184,7 +183,7 @@ def build(config):
     """The state of a run, abstractly, as far as it follows from the configuration alone."""
     create_mesh(config.mesh)
     model = tasks.get(config.task).create_model(config, tasks.planned_files(config))
-    described = layers.describe(model.init, jax.random.key(0))
+    described = tasks.describe_layers(model)
     params = described.variables["params"]
     to_steps = functools.partial(durations.steps, batch_size=config.batch_size, num_examples=10**6)
     warmup = to_steps(config.optimizer, "warmup", prefix="config.optimizer.") or 0

@@ -20,6 +20,8 @@ from sigmarep.training.experiment import build, build_program
 from sigmarep.training.step import evaluation_variables
 from tests.interruption import run_whole_and_in_parts
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parents[2]
 RATE = 8000
 LETTERS = " abcde"
@@ -73,6 +75,7 @@ def small(folder):
     config.data.num_filters = 20
     config.batch_size = 16
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 16, 2, 16
+    config.model.scan = False
     config.total_steps = 8
     config.log_every_steps = 1
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
@@ -99,6 +102,7 @@ def losses(config, steps=5):
 
 def test_losses_do_not_depend_on_devices_or_microbatches(config, monkeypatch):
     config.model.max_global_shift = 0.0
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
     eight = losses(config)
     config.parallel = "pmap"
     replicated = losses(config)
@@ -350,7 +354,8 @@ def test_a_task_without_its_data_has_the_shapes_of_the_real_one_but_for_the_labe
     )
 
 
-def test_a_bucket_that_only_an_evaluation_fills_must_divide_over_the_devices_too(config):
+def test_a_bucket_that_only_an_evaluation_fills_must_divide_over_the_devices_too(config, monkeypatch):
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
     # 8 devices: 16 rows of a second, 4 of three.
     config.data.buckets, config.data.rows_multiple = (2.0, 3.0), 4
     with pytest.raises(BadInput, match="a batch of 4 rows among it, does not divide over 8"):

@@ -22,6 +22,8 @@ from sigmarep.training.experiment import build
 from sigmarep.training.step import evaluation_variables
 from tests.interruption import run_whole_and_in_parts
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 GERMAN = dict(
     zip(WORDS, ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"], strict=True)
@@ -52,6 +54,7 @@ def small(config, folder, kind):
     config.data.vocabulary.kind = "word"
     config.data.vocabulary.size = 100
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 16, 2, 16
+    config.model.scan = False
     config.model.reparam, config.model.norm = "sigma", "post"
     config.total_steps = 8
     config.log_every_steps = 1
@@ -103,6 +106,7 @@ def test_losses_do_not_depend_on_devices_or_microbatches(config, monkeypatch):
     if config.task == "translation":
         # One shape of batch, four programs; the others differ in length alone.
         config.data.buckets = (16,)
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
     eight = losses(config)
     config.parallel = "pmap"
     replicated = losses(config)
@@ -177,8 +181,7 @@ def test_perplexities_are_those_of_every_token_by_hand(folder):
     assert {"eval/test/unigram_perplexity", "eval/test/gzip_bits_per_byte"} <= set(result)
 
 
-def test_bleu_is_sacrebleus_own_of_what_was_written(folder, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+def test_bleu_is_sacrebleus_own_of_what_was_written(folder):
     config = mt_config(folder)
     config.baselines = True
     config.bleu_tokenizer = "intl"

@@ -15,6 +15,8 @@ from sigmarep.training.config import default_config
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.step import TrainState
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -26,6 +28,7 @@ def tiny(data_dir, **fields):
     config.total_steps, config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 6, 2, 3, 4
     config.batch_size, config.writers.progress = 16, "off"
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 8, 2, 8
+    config.model.scan = False
     config.model.patch_size = 4
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
     config.data.data_dir, config.data.in_memory, config.data.num_threads = data_dir, True, 1

@@ -16,6 +16,8 @@ from sigmarep.training.config import default_config
 from sigmarep.training.divergence import DivergenceCheck
 from sigmarep.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):

@@ -16,6 +16,8 @@ from sigmarep.training.external import is_optimizer, is_schedule
 from sigmarep.training.optimizers import create_optimizer
 from sigmarep.training.schedules import create_schedule
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 PARAMS = {"kernel": jnp.asarray([[1.0, -2.0, 0.5], [0.3, 4.0, -1.0]]), "bias": jnp.asarray([0.1, 0.2, -0.3])}
 
 

@@ -101,6 +101,7 @@ def get_config(_=None):
     config.batch_size, config.total_steps, config.log_every_steps = 16, 60, 1
     config.checkpoint_every_steps = 10
     config.model.depth, config.model.width, config.model.mlp_dim, config.model.patch_size = 1, 16, 16, 4
+    config.model.scan = False
     config.model.reparam, config.model.num_heads = "sigma", 2
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.01
     config.data.in_memory, config.data.num_threads = True, 1

@@ -15,12 +15,15 @@ from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
 from sigmarep.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture
 def config():
     config = default_config("image_classification")
     config.batch_size, config.total_steps, config.log_every_steps = 16, 8, 1
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 8, 2, 8
+    config.model.scan = False
     config.model.patch_size = 4
     config.model.reparam, config.model.norm, config.model.init_std = "sigma", "post", 0.3
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = "adam", 1e-2, "constant"
@@ -117,7 +120,8 @@ def test_qk_clip_brings_the_largest_logits_of_the_same_batch_to_its_threshold(co
     state, first = experiment.runner.step(state, batch, panel=True)
     _, second = experiment.runner.step(state, batch, panel=True)
     before, after = (
-        np.ravel(output.panel["attention"]["encoder"]["blocks"]["attention"]["max_logit"]) for output in (first, second)
+        np.ravel(output.panel["attention"]["encoder"]["block_0"]["attention"]["max_logit"])
+        for output in (first, second)
     )
     assert (before > 0.01).all()
     np.testing.assert_allclose(after, 0.01, rtol=1e-4)

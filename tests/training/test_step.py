@@ -140,7 +140,7 @@ def test_asking_for_the_panel_changes_nothing_else():
     task, optimizer = TinyTask(), optax.adam(1e-3)
     layers = describe(task.init, jax.random.key(0))
     step = jax.jit(make_train_step(task, optimizer, lambda _: 1e-3, layers=layers), static_argnums=2)
-    state = create_state(task, optimizer, seed=0, ema=False)
+    state = create_state(task.init, optimizer, seed=0, ema=False)
     batch = next(batches(1))
     (with_panel, shown), (without, hidden) = step(state, batch, True), step(state, batch, False)
     assert shown.panel
@@ -152,7 +152,7 @@ def test_asking_for_the_panel_changes_nothing_else():
 def test_averaged_weights_follow_their_recursion():
     _, plain, _ = run(steps=1)
     _, state, _ = run(steps=1, ema=0.9)
-    first = create_state(TinyTask(), optax.sgd(0.1), seed=0, ema=False).params
+    first = create_state(TinyTask().init, optax.sgd(0.1), seed=0, ema=False).params
     expected = jax.tree.map(lambda a, b: 0.9 * np.asarray(a) + 0.1 * b, first, plain.params)
     for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

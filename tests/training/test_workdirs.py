@@ -23,6 +23,8 @@ from sigmarep.training.divergence import GoodCheckpoints
 from sigmarep.training.metrics import JsonLines, read_metrics, wandb_id
 from sigmarep.training.workdir_lock import FILE, WorkdirLock
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -299,8 +301,9 @@ def data_dir(tmp_path_factory):
 def tiny(data_dir, **fields):
     config = default_config("image_classification")
     config.total_steps, config.log_every_steps, config.checkpoint_every_steps, config.keep_checkpoints = 6, 1, 1, 1
-    config.batch_size, config.writers.progress, config.mesh.data = 16, "off", 8
+    config.batch_size, config.writers.progress = 16, "off"
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 16, 2, 16
+    config.model.scan = False
     config.model.reparam, config.model.norm = "none", "pre"
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = "sgd", 0.01, "constant"
     config.data.data_dir, config.data.in_memory, config.data.num_threads = data_dir, True, 1

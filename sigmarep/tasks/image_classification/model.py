@@ -77,8 +77,6 @@ def create_module(config: ml_collections.ConfigDict, num_classes: int) -> ViT:
     transformer = create_transformer(config)
     try:
         model = ViT(transformer, num_classes=num_classes, **options)
-        size = config.data.image_size
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, len(config.data.mean))))
     except ValueError as error:
         raise BadInput(f"config.model.{error}") from error
     return model

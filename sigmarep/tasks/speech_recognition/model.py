@@ -121,7 +121,6 @@ def create_module(config: ml_collections.ConfigDict, num_labels: int) -> SpeechT
             frame_seconds=config.data.hop_seconds,
             **{name: config.model[name] for name in MODEL_FIELDS},
         )
-        jax.eval_shape(model.init, jax.random.key(0), *example(config))
     except ValueError as error:
         raise BadInput(f"config.model.{error}") from error
     return model

@@ -1,7 +1,6 @@
 """The model side of translation: loss, evaluation and beam search."""
 
 import dataclasses
-import functools
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -108,8 +107,6 @@ def create_module(config: ml_collections.ConfigDict, vocabulary_size: int) -> Se
             positions="none" if rotary else fields.positions,
             **{name: fields[name] for name in MODEL_FIELDS},
         )
-        tokens = jnp.zeros((1, 8), jnp.int32)
-        jax.eval_shape(functools.partial(model.init, method="losses"), jax.random.key(0), tokens, tokens, tokens)
     except ValueError as error:
         raise BadInput(f"config.model.{error}") from error
     return model
