@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from sigmarep.errors import BadInput, SigmarepError
 
 FILE = ".lock"
@@ -60,6 +58,9 @@ class WorkdirLock:
         self._new_owner: dict[str, Any] | None = None
 
     def __enter__(self) -> "WorkdirLock":
+        # Here, not above: `holder` needs no JAX.
+        import jax
+
         if jax.process_index() != 0:
             return self
         try:
@@ -167,6 +168,25 @@ class WorkdirLock:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
             self._descriptor = None
+
+
+def holder(workdir: str) -> str | None:
+    """Names the process of this host that trains in a workdir; None if there is none."""
+    path = os.path.join(workdir, FILE)
+    try:
+        with open(path, "rb") as file:
+            owner = _owner(file.read(4096))
+            if (owner.get("host"), owner.get("boot")) != (socket.gethostname(), _boot()) or not _alive(
+                owner.get("pid")
+            ):
+                return None
+            # The number may be another process's by now.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _name(owner)
+    except OSError:
+        return None
+    return None
 
 
 def _owner(content: bytes) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""Signals that are answered at once, also while the main thread runs code that is not Python's, such as a compilation.
+
+Python runs a signal's handler only between its own instructions. A thread that the signal itself wakes need not wait.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+# Takes the number of a signal; True if that is all of the answer.
+Answer = Callable[[int], bool]
+PARENT = "SIGMAREP_PARENT"
+PARENT_SECONDS = 0.2
+
+_answers: list[Answer] = []
+
+
+@contextlib.contextmanager
+def answered(answer: Answer) -> Iterator[None]:
+    """Calls `answer`, in a thread, for each signal that arrives and has a handler in Python.
+
+    Where it returns False, that of the context around this one is called too. Outside the main thread signals cannot be
+    caught, and nothing happens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _answers.append(answer)
+    stop = _listen() if len(_answers) == 1 else None
+    try:
+        yield
+    finally:
+        _answers.remove(answer)
+        if stop is not None:
+            stop()
+
+
+def _listen() -> Callable[[], None]:
+    """Starts the thread; the function returned ends it."""
+    woken, wake = socket.socketpair()
+    wake.setblocking(False)
+    old = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        with woken:
+            while received := woken.recv(64):
+                for number in received:
+                    any(answer(number) for answer in reversed(_answers))
+
+    def stop() -> None:
+        signal.set_wakeup_fd(old)
+        wake.close()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return stop
+
+
+def _forget() -> None:
+    # A forked process would wake its parent by the signals that it gets itself.
+    if _answers:
+        _answers.clear()
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def end(line: str, status: int) -> None:
+    """Prints the line to the standard error stream and ends the process at once, whatever its threads do."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode(errors="replace"))
+    os._exit(status)
+
+
+def end_with_parent() -> None:
+    """Sends this process SIGTERM when the one that started it, as `child_environment` says, has ended."""
+    parent = os.environ.pop(PARENT, "")
+    if not parent.isdecimal():
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(PARENT_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def child_environment() -> dict[str, str]:
+    """Environment variable for children that are to call `end_with_parent`."""
+    return {PARENT: str(os.getpid())}
