@@ -1,6 +1,6 @@
 """Attacks whole commands, and compares what they leave with runs that nobody disturbed.
 
-    python scripts/stress_runs.py [--attacks kills,flips,trainers,readers] [--kills 100] [--seed 0]
+    python scripts/stress_runs.py [--attacks kills,flips,trainers,readers] [--kills 100] [--commands images,sweep]
 
 kills: kill -9 at random moments of runs of three tasks, of one with worker processes and of sweeps, whose runs are killed
 too; flips: a bit of the newest checkpoint changes after kill -9; trainers: two start in one workdir at random offsets;
@@ -30,6 +30,7 @@ MARK = "SIGMAREP_STRESS"
 # Longest time that runs may take to save and end once the sweep that started them was killed.
 ORPHAN_SECONDS = 20.0
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+COMMANDS = ("images", "self-supervised", "text", "workers", "sweep")
 MODEL = ["depth=1", "width=16", "num_heads=2", "mlp_dim=16"]
 SWEEP = """
 import configs.quickstart
@@ -54,7 +55,7 @@ class Command(NamedTuple):
 
 
 def fields(steps: int, **more: Any) -> dict[str, Any]:
-    common = {"total_steps": steps, "log_every_steps": 1, "checkpoint_every_steps": 20, "writers.progress": "plain"}
+    common = {"total_steps": steps, "log_every_steps": 1, "checkpoint_every_steps": 10, "writers.progress": "plain"}
     return {**common, "optimizer.warmup_steps": 5, **more}
 
 
@@ -66,9 +67,9 @@ def train(config: str, **values: Any) -> Command:
 
 def commands(folder: str) -> dict[str, Command]:
     """The commands that are killed."""
-    images = fields(600, batch_size=16, eval_every_steps=100)
-    ssl = fields(600, batch_size=25, eval_every_steps=300)
-    text = fields(600, batch_size=4, eval_every_steps=300, baselines=False, **{"data.sequence_length": 16})
+    images = fields(200, batch_size=16, eval_every_steps=50)
+    ssl = fields(200, batch_size=25, eval_every_steps=100)
+    text = fields(200, batch_size=4, eval_every_steps=100, baselines=False, **{"data.sequence_length": 16})
     path = os.path.join(folder, "sweep.py")
     model = {f"model.{name}": int(value) for name, value in (each.split("=") for each in MODEL)}
     with open(path, "w") as file:
@@ -78,7 +79,7 @@ def commands(folder: str) -> dict[str, Command]:
         "images": train("quickstart", **images, **{"model.dropout": 0.1}),
         "self-supervised": train("ssl/quickstart", **ssl),
         "text": train("lm/quickstart", **text),
-        "images with workers": train("quickstart", **images, **{"data.num_workers": 1}),
+        "workers": train("quickstart", **images, **{"data.num_workers": 1}),
         "sweep": Command("sweep.py", ["--config", path, "--jobs", "2"], ("seed=0", "seed=1")),
     }
 
@@ -188,10 +189,10 @@ def differences(workdir: str, reference: str) -> list[str]:
 
 
 class Attack:
-    """The folder of an attack, its cache of compiled programs, and what it counts."""
+    """The folder of an attack, its cache of compiled programs, the names of the commands to be killed, and the failures."""
 
-    def __init__(self, folder: str):
-        self.folder, self.cache = folder, os.path.join(folder, "cache")
+    def __init__(self, folder: str, commands: list[str]):
+        self.folder, self.cache, self.commands = folder, os.path.join(folder, "cache"), commands
         self.failures: list[str] = []
         self._number = 0
 
@@ -262,10 +263,10 @@ def await_end_of(mark: str, seconds: float) -> list[int]:
 
 
 def kills(attack: Attack, count: int) -> None:
-    everything = commands(attack.folder)
-    shares = {name: count // len(everything) for name in everything}
-    shares["images"] += count - sum(shares.values())
-    for name, command in everything.items():
+    chosen = {name: each for name, each in commands(attack.folder).items() if name in attack.commands}
+    shares = dict.fromkeys(chosen, count // len(chosen))
+    shares[next(iter(chosen))] += count - sum(shares.values())
+    for name, command in chosen.items():
         reference, before, after = attack.reference(name, command)
         killed, starts, finished, most, orphans = 0, 0, 0, 0, 0
         while killed < shares[name]:
@@ -382,6 +383,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attacks", default="kills,flips,trainers,readers", help="separated by commas")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="those that are killed")
     parser.add_argument("--flips", type=int, default=20)
     parser.add_argument("--trainers", type=int, default=10, help="starts of two")
     parser.add_argument("--readers", type=int, default=200, help="checkpoints of the run that is read")
@@ -399,7 +401,7 @@ def main() -> None:
         if name not in every:
             parser.error(f"--attacks {name}: expected some of {', '.join(every)}")
         with tempfile.TemporaryDirectory(prefix=f"stress-{name}-") as folder:
-            attack = Attack(folder)
+            attack = Attack(folder, given.commands.split(","))
             every[name](attack, getattr(given, name))
             failures += attack.failures
     print(f"{len(failures)} failures")

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep import signals
-from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped
-from sigmarep.files import locked, write_atomically
+from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped, one_line
+from sigmarep.files import locked, read_json, write_atomically
 from sigmarep.training.diagnosis import ENTROPY
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.stopped import stopped_early
@@ -155,12 +155,14 @@ def read_record(workdir: str) -> dict[str, dict[str, Any]]:
     """
     path = os.path.join(workdir, RECORD)
     try:
-        with open(path) as file:
-            return json.load(file)
+        record = read_json(path)
+        if not isinstance(record, dict) or not all(isinstance(each, dict) for each in record.values()):
+            raise ValueError("expected an object of objects")
+        return record
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); remove it to start a new record") from None
+        raise BadInput(f"{path}: cannot be read ({one_line(error)}); move it away to start a new record") from None
 
 
 def execute(

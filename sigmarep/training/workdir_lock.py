@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sigmarep.errors import BadInput, SigmarepError
+from sigmarep.files import read_file
 
 FILE = ".lock"
 HEARTBEAT_SECONDS = 5.0
@@ -139,8 +140,7 @@ class WorkdirLock:
     def _content(self) -> bytes:
         # Opened anew each time: a network file system asks the server only then.
         try:
-            with open(os.path.join(self._workdir, FILE), "rb") as file:
-                return file.read(4096)
+            return read_file(os.path.join(self._workdir, FILE))
         except OSError:
             return b""
 
@@ -174,8 +174,8 @@ def holder(workdir: str) -> str | None:
     """Names the process of this host that trains in a workdir; None if there is none."""
     path = os.path.join(workdir, FILE)
     try:
+        owner = _owner(read_file(path))
         with open(path, "rb") as file:
-            owner = _owner(file.read(4096))
             if (owner.get("host"), owner.get("boot")) != (socket.gethostname(), _boot()) or not _alive(
                 owner.get("pid")
             ):
@@ -193,7 +193,7 @@ def _owner(content: bytes) -> dict[str, Any]:
     """The process that a lock file names; empty where it names none."""
     try:
         owner = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
