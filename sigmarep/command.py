@@ -175,16 +175,6 @@ def _answer(number: int) -> bool:
     return True
 
 
-def _forked() -> None:
-    """Gives a forked process Python's own handlers, as nothing answers its signals."""
-    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        if signal.getsignal(number) in (_sigterm, _interrupt, _ctrl_c):
-            signal.signal(number, default)
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
 def _program() -> str:
     return os.path.basename(sys.argv[0])
 

@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterator
 Answer = Callable[[int], bool]
 PARENT = "SIGMAREP_PARENT"
 PARENT_SECONDS = 0.2
+DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 _answers: list[Answer] = []
+# Signals that were blocked before a fork.
+_masks: list[set[int]] = []
 
 
 @contextlib.contextmanager
@@ -59,14 +62,28 @@ def _listen() -> Callable[[], None]:
     return stop
 
 
+def _block() -> None:
+    if _answers:
+        _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, DEFAULTS))
+
+
+def _unblock() -> None:
+    if _masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+
+
 def _forget() -> None:
-    # A forked process would wake its parent by the signals that it gets itself.
+    """Gives a forked process Python's own handlers: it would wake its parent by the signals that it gets itself."""
     if _answers:
         _answers.clear()
         signal.set_wakeup_fd(-1)
+        for number, default in DEFAULTS.items():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, default)
+    _unblock()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget)
 
 
 def end(line: str, status: int) -> None:
