@@ -109,6 +109,7 @@ class Checkpointer:
             create=True,
         )
         try:
+            os.makedirs(self._directory, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
             raise BadInput(f"{self._directory}: cannot be written ({error.strerror}); choose another folder") from error

@@ -92,6 +92,10 @@ def check(workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[
     Raises:
       BadInput: it holds a run of another configuration, vocabulary or data set, or parts of one.
     """
+    for name, kind, is_kind in (("checkpoints", "folder", os.path.isdir), ("metrics.jsonl", "file", os.path.isfile)):
+        path = os.path.join(workdir, name)
+        if os.path.lexists(path) and not is_kind(path):
+            raise BadInput(f"--workdir {workdir}: {name} is no {kind}; move it away, or choose another folder")
     if os.path.exists(os.path.join(workdir, "config.json")):
         same_data = FACTS in files and os.path.exists(os.path.join(workdir, FACTS))
         _check_same(workdir, config, free_leaves=FREE_LEAVES + (PATH_LEAVES if same_data else ()))
