@@ -134,18 +134,17 @@ def run(main: Callable[..., Any], *, positional: bool = False) -> None:
 @contextlib.contextmanager
 def _answering_signals() -> Iterator[None]:
     """SIGTERM ends the process with a line; so does Ctrl-C where the interpreter does not get to it."""
-    restore = []
-    own = ((signal.SIGTERM, signal.SIG_DFL, _sigterm), (signal.SIGINT, signal.default_int_handler, _interrupt))
-    for number, default, handler in own:
+    restore: dict[int, Any] = {}
+    for number, handler in ((signal.SIGTERM, _sigterm), (signal.SIGINT, _interrupt)):
         # Under nohup and its like a signal is ignored, as asked for.
-        if signal.getsignal(number) is default:
+        if (before := signal.getsignal(number)) == signals.DEFAULTS[number]:
             signal.signal(number, handler)
-            restore.append((number, default))
+            restore[number] = before
     try:
         with signals.answered(_answer):
             yield
     finally:
-        for number, default in restore:
+        for number, default in restore.items():
             signal.signal(number, default)
 
 

@@ -10,16 +10,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Takes the number of a signal; True if that is all of the answer.
 Answer = Callable[[int], bool]
 PARENT = "SIGMAREP_PARENT"
 PARENT_SECONDS = 0.2
-DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+DEFAULTS: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 _answers: list[Answer] = []
 # Signals that were blocked before a fork.
-_masks: list[set[int]] = []
+_masks: list[set[Any]] = []
 
 
 @contextlib.contextmanager
