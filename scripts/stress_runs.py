@@ -142,7 +142,7 @@ def trainers_of(workdir: str) -> int:
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             words = _read(f"/proc/{entry}/cmdline").split(b"\0") if entry.isdecimal() else []
-            count += any(each.endswith(b"/train.py") for each in words[:3]) and workdir.encode() in words
+            count += any(each.endswith(b"/train.py") for each in words[:3]) and workdir.rstrip("/").encode() in words
     return count
 
 

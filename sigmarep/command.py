@@ -144,8 +144,8 @@ def _answering_signals() -> Iterator[None]:
         with signals.answered(_answer):
             yield
     finally:
-        for number, default in restore.items():
-            signal.signal(number, default)
+        for each, default in restore.items():
+            signal.signal(each, default)
 
 
 def _sigterm(*_: Any) -> None:

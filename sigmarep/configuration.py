@@ -124,7 +124,7 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "config.") -> str:
 def with_current_names(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration with the present names of fields; nested dictionaries, changed in place."""
     for old, new in RENAMED.items():
-        section = stored
+        section: Any = stored
         *blocks, leaf = old.split(".")
         for block in blocks:
             section = section.get(block) if isinstance(section, dict) else None

@@ -94,16 +94,23 @@ def end(line: str, status: int) -> None:
     os._exit(status)
 
 
+def end_with(parent: int) -> None:
+    """Ends this process soon after `parent`, the process that started it, has ended in whatever way."""
+    _when_ended(parent, lambda: os._exit(128 + signal.SIGTERM))
+
+
 def end_with_parent() -> None:
     """Sends this process SIGTERM when the one that started it, as `child_environment` says, has ended."""
     parent = os.environ.pop(PARENT, "")
-    if not parent.isdecimal():
-        return
+    if parent.isdecimal():
+        _when_ended(int(parent), lambda: os.kill(os.getpid(), signal.SIGTERM))
 
+
+def _when_ended(parent: int, act: Callable[[], object]) -> None:
     def watch() -> None:
-        while os.getppid() == int(parent):
+        while os.getppid() == parent:
             time.sleep(PARENT_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
+        act()
 
     threading.Thread(target=watch, daemon=True).start()
 
