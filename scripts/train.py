@@ -13,7 +13,7 @@ import shutil
 
 from absl import flags
 
-from sigmarep import command
+from sigmarep import command, signals
 from sigmarep.training import processes
 from sigmarep.training.config import describe, validate
 
@@ -32,6 +32,7 @@ def main() -> None:
         return
     workdir = command.required("workdir", WORKDIR.value)
     command.ctrl_c_is_sigterm()
+    signals.end_with_parent()
     # Importing the trainer starts JAX; a wrong flag should not wait for that.
     from sigmarep.training.loop import train_and_evaluate
 

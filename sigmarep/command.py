@@ -13,14 +13,15 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sigmarep import configuration, doors, fields, terminal
+from sigmarep import configuration, doors, fields, signals, terminal
 from sigmarep.errors import BadInput, SigmarepError, one_line
 from sigmarep.fields import UNITS
 from sigmarep.training.config import FREE, sections
@@ -37,6 +38,9 @@ flags.DEFINE_string(
     "auto",
     "Where compiled programs are kept for the next start: auto is your cache folder, off is nowhere, else a folder.",
 )
+# Time that the interpreter has to get to a Ctrl-C.
+INTERRUPT_SECONDS = 2.0
+_interrupted = threading.Event()
 # Overrides of fields that the configuration need not have: those of its sections `FREE`.
 _free_overrides: dict[str, Any] = {}
 # Overrides of declared fields by None, which ml_collections would read as a word.
@@ -129,10 +133,58 @@ def run(main: Callable[..., Any], *, positional: bool = False, compiles: bool = 
         flags.declare_key_flag("compilation_cache")
         main = _keeping_programs(main)
     flags.FLAGS.set_gnu_getopt(positional)
-    app.run(
-        lambda rest: _finish(functools.partial(main, rest[1:]) if positional else main),
-        flags_parser=functools.partial(_parse, positional=positional),
-    )
+    with _answering_signals():
+        app.run(
+            lambda rest: _finish(functools.partial(main, rest[1:]) if positional else main),
+            flags_parser=functools.partial(_parse, positional=positional),
+        )
+
+
+@contextlib.contextmanager
+def _answering_signals() -> Iterator[None]:
+    """SIGTERM ends the process with a line; so does Ctrl-C where the interpreter does not get to it."""
+    restore: dict[int, Any] = {}
+    for number, handler in ((signal.SIGTERM, _sigterm), (signal.SIGINT, _interrupt)):
+        # Under nohup and its like a signal is ignored, as asked for.
+        if (before := signal.getsignal(number)) == signals.DEFAULTS[number]:
+            signal.signal(number, handler)
+            restore[number] = before
+    try:
+        with signals.answered(_answer):
+            yield
+    finally:
+        for each, default in restore.items():
+            signal.signal(each, default)
+
+
+def _sigterm(*_: Any) -> None:
+    """Stands for "not handled by the command"; `_answer` does what is to be done."""
+
+
+def _interrupt(*_: Any) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _ctrl_c(*_: Any) -> None:
+    """Stands for `ctrl_c_is_sigterm`; `_answer` does what is to be done."""
+
+
+def _answer(number: int) -> bool:
+    """Answers a signal by the handler that is set for it."""
+    handler = signal.getsignal(number)
+    if handler is _sigterm:
+        signals.end(f"{_program()}: stopped by SIGTERM", 128 + signal.SIGTERM)
+    elif handler is _ctrl_c and not _interrupted.is_set():
+        _interrupted.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif handler is _ctrl_c or (handler is _interrupt and not _interrupted.wait(INTERRUPT_SECONDS)):
+        signals.end(f"{_program()}: interrupted", 128 + signal.SIGINT)
+    return True
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0])
 
 
 def _keeping_programs(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,12 +199,7 @@ def _keeping_programs(main: Callable[..., Any]) -> Callable[..., Any]:
 
 def ctrl_c_is_sigterm() -> None:
     """Makes the first Ctrl-C save and stop as SIGTERM does; a second one ends the process at once."""
-
-    def first(*_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, first)
+    signal.signal(signal.SIGINT, _ctrl_c)
 
 
 def stop_with_runs() -> None:
@@ -168,7 +215,7 @@ def stop_with_runs() -> None:
 
 def fail(error: SigmarepError) -> None:
     """Prints the error's line and ends the process with its status."""
-    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+    print(f"{_program()}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_status)
 
 
@@ -179,7 +226,7 @@ def _finish(main: Callable[[], Any]) -> None:
     except SigmarepError as error:
         fail(error)
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+        print(f"{_program()}: interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # Whoever read the output, `head` for one, has seen enough. What is left of it goes nowhere, or the interpreter

@@ -73,7 +73,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key in config:
         value = config[key]
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, ml_collections.ConfigDict | dict):
             leaves.update(flatten(value, f"{prefix}{key}."))
         else:
             leaves[f"{prefix}{key}"] = value
@@ -124,10 +124,10 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "config.") -> str:
 def with_current_names(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration with the present names of fields; nested dictionaries, changed in place."""
     for old, new in RENAMED.items():
-        section = stored
+        section: Any = stored
         *blocks, leaf = old.split(".")
         for block in blocks:
-            section = section.get(block, {})
+            section = section.get(block) if isinstance(section, dict) else None
         if isinstance(section, dict) and leaf in section:
             target = stored
             *blocks, name = new.split(".")

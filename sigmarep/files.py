@@ -1,9 +1,37 @@
-"""Atomic writes and locks for files that several processes share."""
+"""Files that several processes share, or that anybody may have written: reading, atomic writes, locks."""
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
+
+
+def read_file(path: str) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+      OSError: there is none, it cannot be read, or it is a pipe or a device, which would be read for ever.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, f"{os.path.basename(path)} is no file")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_json(path: str) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+      OSError: see `read_file`.
+      ValueError: it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(read_file(path))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_atomically(path: str, content: bytes | str, *, sync: bool = False) -> None:

@@ -21,11 +21,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped
-from sigmarep.files import locked, write_atomically
+from sigmarep import signals
+from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped, one_line
+from sigmarep.files import locked, read_json, write_atomically
 from sigmarep.training.diagnosis import ENTROPY
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.stopped import stopped_early
+from sigmarep.training.workdir_lock import holder
 
 Point = dict[str, Any]
 # State of a run by its exit status.
@@ -42,6 +44,7 @@ STOPPED_EARLY = "stopped early"
 # Runs in these states are not repeated.
 FINAL = ("done", STOPPED_EARLY, "diverged")
 RECORD = "sweep.json"
+HOLDER_SECONDS = 0.5
 
 
 def values(name: str, *each: Any) -> list[Point]:
@@ -152,12 +155,14 @@ def read_record(workdir: str) -> dict[str, dict[str, Any]]:
     """
     path = os.path.join(workdir, RECORD)
     try:
-        with open(path) as file:
-            return json.load(file)
+        record = read_json(path)
+        if not isinstance(record, dict) or not all(isinstance(each, dict) for each in record.values()):
+            raise ValueError("expected an object of objects")
+        return record
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); remove it to start a new record") from None
+        raise BadInput(f"{path}: cannot be read ({one_line(error)}); move it away to start a new record") from None
 
 
 def execute(
@@ -171,8 +176,8 @@ def execute(
     """Makes the runs that are not finished, and returns the record of all.
 
     The output of a run goes to `log.txt` in its folder. The record is updated after every run, so that an interrupted
-    sweep continues where it was; several machines may update it. If this process is interrupted, its runs receive SIGTERM
-    and save their states.
+    sweep continues where it was; several machines may update it. If this process is interrupted, or killed, its runs
+    receive SIGTERM and save their states. A run that another process of this host trains is waited for.
 
     Args:
       todo: the runs of the sweep.
@@ -188,18 +193,23 @@ def execute(
     lock, stopping = threading.Lock(), threading.Event()
     processes: set[subprocess.Popen] = set()
     waiting = [run for run in todo if record.get(run.name, {}).get("state") not in FINAL]
+    variables = {**(os.environ if environment is None else environment), **signals.child_environment()}
     say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs} at a time")
 
     def one(run: PlannedRun) -> None:
-        if stopping.is_set():
-            return
         folder = os.path.join(workdir, run.name)
         os.makedirs(folder, exist_ok=True)
+        if other := holder(folder):
+            say(f"{run.name}: waits for {other} which trains in it")
+        while holder(folder) and not stopping.wait(HOLDER_SECONDS):
+            pass
+        if stopping.is_set():
+            return
         start = time.monotonic()
         with open(os.path.join(folder, "log.txt"), "a") as log:
             # In a process group of its own, so that a terminal's Ctrl-C reaches only this process.
             process = subprocess.Popen(
-                run.command, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
+                run.command, stdout=log, stderr=subprocess.STDOUT, env=variables, process_group=0
             )
             processes.add(process)
             status = process.wait()

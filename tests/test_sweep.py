@@ -13,6 +13,7 @@ import pytest
 
 from sigmarep import sweeps
 from sigmarep.errors import BadInput
+from sigmarep.training.workdir_lock import WorkdirLock, holder
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep.py"
 # A file whose runs are tiny; a huge rate makes the loss overflow, a head too many is refused.
@@ -131,6 +132,22 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path, by):
     assert "1 done" in out
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "train/loss" in line]
     assert steps == list(range(1, 401))
+
+
+def test_a_run_that_another_process_trains_is_waited_for(tmp_path):
+    made = tmp_path / "sweep/run/made"
+    run = sweeps.PlannedRun("run", {}, [sys.executable, "-c", f"open({str(made)!r}, 'w')"])
+    lines = []
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with WorkdirLock(str(made.parent)):
+            record = pool.submit(sweeps.execute, [run], str(tmp_path / "sweep"), jobs=1, say=lines.append)
+            time.sleep(1)
+            assert lines[1:] == [f"run: waits for {holder(str(made.parent))} which trains in it"]
+            assert f"process {os.getpid()} on host" in lines[1]
+            assert not made.exists()
+        assert record.result()["run"]["state"] == "done"
+    assert made.exists()
+    assert holder(str(made.parent)) is None
 
 
 def test_one_run_by_its_number_and_the_table_of_all(tmp_path):

@@ -6,6 +6,8 @@ and wherever the stream was started. A run resumes exactly by starting its strea
 """
 
 import atexit
+import functools
+import os
 import shutil
 import signal
 import weakref
@@ -16,6 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from sigmarep import signals
 from sigmarep.data.sources import Source
 from sigmarep.errors import BadInput
 
@@ -85,10 +88,16 @@ def training_stream(
         # Grain's workers read absl's flags, which nobody has parsed in a notebook.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        # Without this they would outlive a process that is killed.
+        end = functools.partial(_end_with, os.getpid())
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=end)
     stream = _closing(iter(iterable), num_workers)
     _streams.add(stream)
     return stream
+
+
+def _end_with(parent: int, index: int, count: int) -> None:
+    signals.end_with(parent)
 
 
 def evaluation_batches(

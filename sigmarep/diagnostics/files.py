@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from sigmarep.errors import one_line
+from sigmarep.files import read_file
 from sigmarep.training.metrics import FILE, integer, parse
 
 
@@ -16,7 +17,7 @@ def read_rows(path: str) -> tuple[list[dict[str, Any]], str | None]:
     unfinished last line is no damage.
     """
     try:
-        lines = _content(path).split(b"\n")
+        lines = read_file(path).split(b"\n")
     except FileNotFoundError:
         return [], None
     except OSError as error:
@@ -39,7 +40,7 @@ def read_rows(path: str) -> tuple[list[dict[str, Any]], str | None]:
 def read_object(folder: str, name: str) -> tuple[dict[str, Any], str | None]:
     """The JSON object in a file of a run, and words for its damage; a missing file is {}."""
     try:
-        content = json.loads(_content(os.path.join(folder, name)), parse_int=integer)
+        content = json.loads(read_file(os.path.join(folder, name)), parse_int=integer)
     except FileNotFoundError:
         return {}, None
     except (OSError, ValueError, RecursionError) as error:
@@ -53,7 +54,7 @@ def read_object(folder: str, name: str) -> tuple[dict[str, Any], str | None]:
 def last_line(path: str, *, most: int = 500) -> str | None:
     """The last line of a text file, at most `most` characters of it; None if it has none or cannot be read."""
     try:
-        lines = _content(path).decode(errors="replace").strip().splitlines()
+        lines = read_file(path).decode(errors="replace").strip().splitlines()
     except OSError:
         return None
     return lines[-1][:most] if lines else None
@@ -62,11 +63,3 @@ def last_line(path: str, *, most: int = 500) -> str | None:
 def number(value: Any) -> float | None:
     """The value if it is a finite number, else None."""
     return value if type(value) in (int, float) and math.isfinite(value) else None
-
-
-def _content(path: str) -> bytes:
-    """The contents of a regular file; a pipe or a device would be read for ever."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{os.path.basename(path)} is no file")
-    with open(path, "rb") as file:
-        return file.read()

@@ -15,15 +15,16 @@ import logging
 import os
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
 from sigmarep.errors import BadInput, SigmarepError, one_line
-from sigmarep.files import write_atomically
+from sigmarep.files import read_json, write_atomically
 from sigmarep.training.mesh import path_name
 
 # What Orbax logs about a checkpoint is said here, in one line, where it matters.
@@ -108,6 +109,7 @@ class Checkpointer:
             create=True,
         )
         try:
+            os.makedirs(self._directory, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
             raise BadInput(f"{self._directory}: cannot be written ({error.strerror}); choose another folder") from error
@@ -195,6 +197,8 @@ class Checkpointer:
         def read(step):
             about = _read(self._path(step), about=ocp.args.JsonRestore())["about"]
             _check_shapes(self._path(step), about["shapes"], _shapes(abstract_state))
+            if not isinstance(about["extra"], dict):
+                raise TypeError("expected an object of what is kept beside the state")
             return _read(self._path(step), state=ocp.args.StandardRestore(abstract_state))["state"], about["extra"]
 
         newest = _newest_whole(self._directory, read)
@@ -273,7 +277,12 @@ def read_variables(
 
 def _steps(directory: str) -> list[int]:
     # By name: a damaged step may be no step to Orbax, and would be passed over in silence.
-    return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"[0-9]+", name))
+    return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+
+def _open_manifest(path: str) -> IO[bytes]:
+    # Opening a pipe would wait for its other end.
+    return open(os.open(os.path.join(path, MANIFEST), os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 @contextlib.contextmanager
@@ -282,7 +291,7 @@ def _shielded(path: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # Without a manifest, or on a file system without locks, it may vanish.
         with contextlib.suppress(OSError):
-            file = stack.enter_context(open(os.path.join(path, MANIFEST), "rb"))
+            file = stack.enter_context(_open_manifest(path))
             fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
@@ -291,7 +300,7 @@ def _delete(path: str) -> None:
     """Deletes the checkpoint at `path`, unless it is being read: then after a later save."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(os.path.join(path, MANIFEST), "rb"))
+            file = stack.enter_context(_open_manifest(path))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
@@ -341,7 +350,7 @@ def _newest_whole(directory: str, read: Callable[[int], Any]) -> _Newest | None:
             if problem is None:
                 newer = [(each, damaged.get(each, f"{MANIFEST} is missing")) for each in steps if each > step]
                 return _Newest(step, content, newer, step in without_manifest)
-            if not os.path.isdir(path):
+            if not os.path.lexists(path):
                 break
             damaged[step] = problem
         else:
@@ -358,7 +367,7 @@ def _read_whole(path: str, read: Callable[[], Any], *, sealed: bool) -> tuple[An
     """The content of a checkpoint, and None or the reason for which it cannot be used."""
     try:
         with _shielded(path):
-            problem = _problem(path) if sealed else None
+            problem = _irregular(path) or (_problem(path) if sealed else None)
             return (read(), None) if problem is None else (None, problem)
     except BadInput:
         raise
@@ -378,6 +387,15 @@ def _check_shapes(path: str, saved: dict[str, Any], wanted: dict[str, Any]) -> N
 
 def _shapes(state: Any) -> dict[str, list[int]]:
     return {path_name(path): list(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _irregular(path: str) -> str | None:
+    """Words for what is neither file nor folder below `path`, such as a pipe, which would be read for ever."""
+    for folder, folders, names in os.walk(path):
+        for name in [*folders, *names]:
+            if not stat.S_ISREG(mode := os.lstat(os.path.join(folder, name)).st_mode) and not stat.S_ISDIR(mode):
+                return f"{name} is no file"
+    return None if os.path.isdir(path) else f"{os.path.basename(path)} is no folder"
 
 
 def _files(path: str) -> dict[str, int]:
@@ -403,11 +421,10 @@ def _write_manifest(path: str) -> None:
 def _problem(path: str) -> str | None:
     """The first difference from the manifest, None if there is none."""
     try:
-        with open(os.path.join(path, MANIFEST), "rb") as file:
-            expected = json.load(file)
+        expected = read_json(os.path.join(path, MANIFEST))
         if not isinstance(expected, dict):
             raise ValueError
-    except (ValueError, RecursionError):
+    except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
     checksums = _files(path)
     for name, crc in expected.items():

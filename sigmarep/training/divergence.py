@@ -108,7 +108,8 @@ class DivergenceCheck(Callback):
     def on_start(self, run: Run) -> None:
         """Removes the diagnosis of an earlier start: a run that goes on has not diverged yet."""
         if jax.process_index() == 0:
-            with contextlib.suppress(FileNotFoundError):
+            # A folder of this name is not its own.
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
                 os.remove(os.path.join(self._workdir, DIAGNOSIS))
 
     def on_log(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sigmarep.errors import BadInput, Diverged, Stopped
+from sigmarep.errors import BadInput, Diverged, Stopped, one_line
 from sigmarep.tasks.protocol import Batch
 from sigmarep.training import workdir
 from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
@@ -127,6 +127,24 @@ def summary(folder: str) -> dict[str, Any]:
     return last
 
 
+def _checked(extra: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What the checkpoint at `path` holds beside the state, with empty entries for what it lacks.
+
+    Raises:
+      BadInput: it is not what a run saves.
+    """
+    try:
+        good, first_loss = extra.get("good", {}), extra.get("first_loss")
+        return {
+            "clock": {name: float(seconds) for name, seconds in extra.get("clock", {}).items()},
+            "good": {name: None if value is None else value + 0 for name, value in good.items()},
+            "first_loss": None if first_loss is None else float(first_loss),
+            "callbacks": dict(extra.get("callbacks", {})),
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: what is kept beside the state cannot be read ({one_line(error)})") from error
+
+
 class _Run:
     """One call of `train_and_evaluate`: the state between steps, and the order of events. Callbacks see it as their run."""
 
@@ -153,14 +171,15 @@ class _Run:
         restored = self.checkpoints.restore(experiment.abstract_state)
         with self.progress.waiting("initializing the parameters"):
             self.step, state, extra = restored or (0, jax.block_until_ready(experiment.create_state()), {})
+        extra = _checked(extra, os.path.join(folder, "checkpoints", str(self.step)))
         if restored is not None:
             self.progress.message(f"resumed from the checkpoint of step {self.step}")
         self._state = experiment.runner.put_state(state)
-        self.clock.load_state_dict(extra.get("clock", {}))
-        self.good = GoodCheckpoints(config.divergence_factor, extra.get("good"))
+        self.clock.load_state_dict(extra["clock"])
+        self.good = GoodCheckpoints(config.divergence_factor, extra["good"])
         self.checkpoints.last_good = self.good.step
         self.divergence = DivergenceCheck(
-            folder, config.divergence_factor, lambda: self.good.step, first_loss=extra.get("first_loss")
+            folder, config.divergence_factor, lambda: self.good.step, first_loss=extra["first_loss"]
         )
         self.writer = MetricWriter(
             folder,
@@ -172,7 +191,7 @@ class _Run:
             say=self.progress.message,
         )
         self.callbacks = Callbacks([self.writer, self.divergence, self.progress], others)
-        self.callbacks.load_state_dict(extra.get("callbacks", {}))
+        self.callbacks.load_state_dict(extra["callbacks"])
         self.sharpness = experiment.sharpness()
         # Shapes of batches, with and without the panel, whose programs are compiled.
         self.programs: set[Any] = set()

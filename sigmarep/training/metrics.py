@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from sigmarep import doors
 from sigmarep.errors import BadInput, SigmarepError
 from sigmarep.fields import field
-from sigmarep.files import write_atomically
+from sigmarep.files import read_file, write_atomically
 from sigmarep.training.callbacks import Callback, Run, failing_by_name
 
 # Numbers that JSON has no word for.
@@ -60,8 +60,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 def _rows(path: str) -> list[tuple[bytes, dict[str, Any] | None]]:
     """The finished lines of a metrics file and the row of each, None for one that holds none."""
     try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
+        lines = read_file(path).split(b"\n")
     except FileNotFoundError:
         return []
     # A finished line ends in a newline: what follows the last one is unfinished or empty.
@@ -284,8 +283,7 @@ def wandb_id(workdir: str) -> str:
     path = os.path.join(workdir, "wandb_id")
     identity = os.environ.get("WANDB_RUN_ID", "")
     if not identity and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
+        return read_file(path).decode(errors="replace").strip()
     if not identity and os.path.isdir(os.path.join(workdir, "wandb")):
         # Earlier versions took the folder's name.
         identity = os.path.basename(os.path.abspath(workdir))

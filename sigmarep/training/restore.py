@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from sigmarep import doors, fields, tasks
 from sigmarep.configuration import flatten, nearest
-from sigmarep.errors import BadInput
+from sigmarep.errors import BadInput, one_line
 from sigmarep.tasks.protocol import Files, TaskModel
 from sigmarep.training import mesh as meshes
 from sigmarep.training import workdir
@@ -85,15 +85,17 @@ def restored_config(folder: str) -> ml_collections.ConfigDict:
       BadInput: there is none, it does not fit this version, or it names code that the user did not (`sigmarep.doors`).
     """
     stored = workdir.stored_config(folder)
-    doors.check_stored(stored, folder)
     task = stored.get("task", "")
+    if not isinstance(task, str):
+        raise BadInput(f"--workdir {folder}: config.json has task = {fields.shown(task)}; expected a name")
+    doors.check_stored(stored, folder)
     own = [name for name, declared in fields.flatten(sections(task)) if declared.takes_dotted()]
     doors.check_stored(stored, folder, {name: () for name in own if name not in doors.FIELDS})
     config = default_config(task)
     try:
         config.update(_without_none(stored))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"--workdir {folder}: config.json does not fit this version ({error})") from error
+        raise BadInput(f"--workdir {folder}: config.json does not fit this version ({one_line(error)})") from error
     return config
 
 
@@ -130,8 +132,8 @@ def _create_model(config: ml_collections.FrozenConfigDict, folder: str, stored: 
         return model, files
     except BadInput:
         raise
-    except ValueError as error:
-        raise BadInput(f"--workdir {folder}: a file of the run cannot be read ({error})") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise BadInput(f"--workdir {folder}: a file of the run cannot be read ({one_line(error)})") from error
 
 
 def _abstract_variables(task: TaskModel, mesh: Mesh, config: ml_collections.FrozenConfigDict) -> dict[str, Any]:

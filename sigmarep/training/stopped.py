@@ -4,7 +4,7 @@ import json
 import os
 from typing import NamedTuple
 
-from sigmarep.files import write_atomically
+from sigmarep.files import read_json, write_atomically
 
 FILE = "stopped.json"
 
@@ -28,7 +28,6 @@ def write_stopped(workdir: str, stopped: StoppedEarly) -> None:
 def stopped_early(workdir: str) -> StoppedEarly | None:
     """The note of `write_stopped`; None if no callback ended the run."""
     try:
-        with open(os.path.join(workdir, FILE)) as file:
-            return StoppedEarly(**json.load(file))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return StoppedEarly(**read_json(os.path.join(workdir, FILE)))
+    except (OSError, ValueError, TypeError):
         return None

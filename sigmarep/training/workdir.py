@@ -20,10 +20,12 @@ import jax
 import ml_collections
 
 from sigmarep.configuration import flatten, with_current_names
-from sigmarep.errors import BadInput
-from sigmarep.files import write_atomically
+from sigmarep.errors import BadInput, SigmarepError, one_line
+from sigmarep.fields import shown
+from sigmarep.files import read_file, read_json, write_atomically
 from sigmarep.tasks.protocol import Outputs
 from sigmarep.training.config import default_config
+from sigmarep.training.metrics import MOST_STEPS
 
 # What may differ when a run goes on in its workdir: where it runs, how long, and what it reports, not the past that it
 # computed. Of its length, the loop sees to that.
@@ -46,6 +48,8 @@ FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 # Paths of files that a run's own files vouch for, where data.json has a fingerprint of the examples.
 PATH_LEAVES = ("folder", "file")
 FACTS = "data.json"
+# No configuration is nested as deeply.
+MOST_LEVELS = 32
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
 
 
@@ -86,22 +90,38 @@ def check(workdir: str, config: ml_collections.FrozenConfigDict, files: Mapping[
     """Checks that `workdir` holds no run, or one that this configuration and the task's `files` can go on with.
 
     Raises:
-      BadInput: it holds a run of another configuration, vocabulary or data set.
+      BadInput: it holds a run of another configuration, vocabulary or data set, or parts of one.
     """
+    for name, kind, is_kind in (("checkpoints", "folder", os.path.isdir), ("metrics.jsonl", "file", os.path.isfile)):
+        path = os.path.join(workdir, name)
+        if os.path.lexists(path) and not is_kind(path):
+            raise BadInput(f"--workdir {workdir}: {name} is no {kind}; move it away, or choose another folder")
     if os.path.exists(os.path.join(workdir, "config.json")):
         same_data = FACTS in files and os.path.exists(os.path.join(workdir, FACTS))
         _check_same(workdir, config, free_leaves=FREE_LEAVES + (PATH_LEAVES if same_data else ()))
+    elif remains := [name for name in ("checkpoints", "metrics.jsonl") if _size(os.path.join(workdir, name))]:
+        raise BadInput(
+            f"--workdir {workdir}: has {' and '.join(remains)} but no config.json to say of which run; put it back from a "
+            "copy, or choose another folder"
+        )
     check_files(workdir, files)
+
+
+def _size(path: str) -> int:
+    """Bytes of a file, entries of a folder; 0 where there is none."""
+    try:
+        return len(os.listdir(path)) if os.path.isdir(path) else os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def stored_total_steps(workdir: str) -> int | None:
     """The length of the workdir's run, None where that is not known."""
     try:
-        with open(os.path.join(workdir, "environment.json"), "rb") as file:
-            total = json.load(file)["total_steps"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        total = read_json(os.path.join(workdir, "environment.json"))["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return total if isinstance(total, int) and total > 0 else None
+    return total if type(total) is int and 0 < total < MOST_STEPS else None
 
 
 def stored_config(workdir: str) -> dict[str, Any]:
@@ -112,15 +132,23 @@ def stored_config(workdir: str) -> dict[str, Any]:
     """
     path = os.path.join(workdir, "config.json")
     try:
-        with open(path) as file:
-            stored = json.load(file)
+        stored = read_json(path)
         if not isinstance(stored, dict):
             raise ValueError("expected a JSON object")
+        _check_nesting(stored, MOST_LEVELS)
         return with_current_names(stored)
     except FileNotFoundError:
         raise BadInput(f"--workdir {workdir}: holds no run (there is no config.json)") from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"--workdir {workdir}: config.json cannot be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise BadInput(f"--workdir {workdir}: config.json cannot be read ({reason or one_line(error)})") from None
+
+
+def _check_nesting(value: Any, levels: int) -> None:
+    if not levels:
+        raise ValueError("nested too deeply")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_nesting(each, levels - 1)
 
 
 class MissingFile(KeyError):
@@ -139,8 +167,7 @@ class RunFiles(Mapping[str, bytes]):
 
     def __getitem__(self, name: str) -> bytes:
         try:
-            with open(os.path.join(self._folder, name), "rb") as file:
-                return file.read()
+            return read_file(os.path.join(self._folder, name))
         except FileNotFoundError:
             raise MissingFile(name) from None
         except OSError as error:
@@ -173,7 +200,7 @@ def _check_same(
     free_leaves: tuple[str, ...],
 ) -> None:
     # Fields added after the run was made had their defaults.
-    stored = flatten(default_config(config.task)) | flatten(ml_collections.ConfigDict(stored_config(workdir)))
+    stored = flatten(default_config(config.task)) | flatten(stored_config(workdir))
     given = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
     for name in sorted(stored.keys() | given.keys()):
         if not name.startswith(only) or name.startswith(FREE) or name.rsplit(".", 1)[-1] in free_leaves:
@@ -181,8 +208,8 @@ def _check_same(
         old, new = (_plain(side.get(name)) for side in (stored, given))
         if old != new:
             raise BadInput(
-                f"--workdir {workdir}: holds a run of another configuration (config.{name} is {old!r} there and {new!r} "
-                f"here, which would change what it has computed); keep {old!r}, or choose another folder"
+                f"--workdir {workdir}: holds a run of another configuration (config.{name} is {shown(old)} there and "
+                f"{shown(new)} here, which would change what it has computed); keep {shown(old)}, or choose another folder"
             )
 
 
@@ -202,10 +229,11 @@ def check_files(workdir: str, files: Mapping[str, bytes]) -> None:
 
 def _check_file(workdir: str, name: str, content: bytes) -> None:
     try:
-        with open(os.path.join(workdir, name), "rb") as file:
-            stored = file.read()
+        stored = read_file(os.path.join(workdir, name))
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise BadInput(f"--workdir {workdir}: {name} of its run cannot be read ({error.strerror})") from None
     if _identity(name, stored) != _identity(name, content):
         old, new = (hashlib.sha256(each).hexdigest()[:12] for each in (stored, content))
         raise BadInput(
@@ -220,7 +248,7 @@ def _identity(name: str, content: bytes) -> Any:
         return content
     try:
         return json.loads(content)["fingerprint"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return content
 
 
@@ -228,9 +256,12 @@ def write_outputs(workdir: str, outputs: Mapping[str, Outputs]) -> None:
     """Keeps the files that the model made of each split, below `outputs/`."""
     for split, output in outputs.items():
         folder = os.path.join(workdir, "outputs", split)
-        os.makedirs(folder, exist_ok=True)
-        for name, text in output.files.items():
-            write_atomically(os.path.join(folder, name), text.encode())
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for name, text in output.files.items():
+                write_atomically(os.path.join(folder, name), text.encode())
+        except OSError as error:
+            raise SigmarepError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
 def _json(value: Any) -> bytes:
@@ -239,8 +270,7 @@ def _json(value: Any) -> bytes:
 
 def _environment(workdir: str) -> dict[str, Any]:
     try:
-        with open(os.path.join(workdir, "environment.json")) as file:
-            last = json.load(file)
+        last = read_json(os.path.join(workdir, "environment.json"))
         earlier = [*last.pop("earlier_starts", []), last]
     except (OSError, ValueError, AttributeError, TypeError):
         earlier = []

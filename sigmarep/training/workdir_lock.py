@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from sigmarep.errors import BadInput, SigmarepError
+from sigmarep.files import read_file
 
 FILE = ".lock"
 HEARTBEAT_SECONDS = 5.0
@@ -60,6 +59,9 @@ class WorkdirLock:
         self._new_owner: dict[str, Any] | None = None
 
     def __enter__(self) -> "WorkdirLock":
+        # Here, not above: `holder` needs no JAX.
+        import jax
+
         if jax.process_index() != 0:
             return self
         try:
@@ -138,8 +140,7 @@ class WorkdirLock:
     def _content(self) -> bytes:
         # Opened anew each time: a network file system asks the server only then.
         try:
-            with open(os.path.join(self._workdir, FILE), "rb") as file:
-                return file.read(4096)
+            return read_file(os.path.join(self._workdir, FILE))
         except OSError:
             return b""
 
@@ -169,11 +170,30 @@ class WorkdirLock:
             self._descriptor = None
 
 
+def holder(workdir: str) -> str | None:
+    """Names the process of this host that trains in a workdir; None if there is none."""
+    path = os.path.join(workdir, FILE)
+    try:
+        owner = _owner(read_file(path))
+        with open(path, "rb") as file:
+            if (owner.get("host"), owner.get("boot")) != (socket.gethostname(), _boot()) or not _alive(
+                owner.get("pid")
+            ):
+                return None
+            # The number may be another process's by now.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _name(owner)
+    except OSError:
+        return None
+    return None
+
+
 def _owner(content: bytes) -> dict[str, Any]:
     """The process that a lock file names; empty where it names none."""
     try:
         owner = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -104,6 +105,20 @@ def test_a_program_may_end_while_workers_run(tmp_path):
     (tmp_path / "program.py").write_text(ABANDONED)
     done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_program_that_is_killed(tmp_path):
+    (tmp_path / "program.py").write_text(
+        ABANDONED + "    print('begun', flush=True)\n    import time; time.sleep(100)\n"
+    )
+    process = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    # They have the same pipe, which ends with the last of them.
+    killed = time.monotonic()
+    assert process.communicate(timeout=50) == ("", None)
+    assert time.monotonic() - killed < 10
 
 
 def test_every_epoch_has_every_example_once_and_another_order():
