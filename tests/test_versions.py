@@ -1,0 +1,82 @@
+"""Every module with the versions installed; scripts/check_versions.py, which installs the oldest and the newest."""
+
+import importlib.util
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sigmarep
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "check_versions.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("check_versions", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments, path=os.environ["PATH"]):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+
+
+@pytest.mark.parametrize("name", [each.name for each in pkgutil.walk_packages(sigmarep.__path__, "sigmarep.")])
+def test_every_module_can_be_imported(name):
+    importlib.import_module(name)
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_requirements_and_extras(script):
+    pyproject = """
+[project]
+name = "My_Package"
+dependencies = ["jax>=0.10.2", "ml_collections>=1.1,<3"]
+[project.optional-dependencies]
+text = ["SacreBLEU[ja]>=2.4 ; python_version >= '3.8'"]
+all = ["my-package[text]"]
+"""
+    assert script.lower_bounds(pyproject) == ["jax==0.10.2", "ml-collections==1.1", "sacrebleu==2.4"]
+
+
+def test_a_requirement_without_a_lower_bound_is_named(script):
+    with pytest.raises(ValueError, match="'numpy<3' has no lower bound"):
+        script.lower_bounds('[project]\nname = "a"\ndependencies = ["numpy<3"]\n')
+
+
+def test_every_requirement_of_this_project_has_a_lower_bound(script):
+    constraints = script.lower_bounds((ROOT / "pyproject.toml").read_text())
+    assert {"jax", "numpy", "sacrebleu", "wandb"} <= {each.split("==")[0] for each in constraints}
+
+
+def test_interpreters_that_are_not_there_are_named_and_skipped(tmp_path):
+    # The shim of a version manager is on PATH and fails.
+    shim = tmp_path / "python3.13"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    done = run(path=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "oldest, python3.11: SKIPPED" in done.stdout
+    assert "newest, python3.13: SKIPPED" in done.stdout
+
+
+def test_an_interpreter_that_was_asked_for_must_run():
+    done = run("--only", "newest", "--newest", "/nowhere/python")
+    assert done.returncode == 2
+    assert "--newest /nowhere/python: expected a command that starts Python" in done.stderr
+
+
+def test_it_counts_what_pytest_reports(script, tmp_path):
+    source = (
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\ndef test_d(): pass\n"
+    )
+    (tmp_path / "test_it.py").write_text(source)
+    subprocess.run([sys.executable, "-m", "pytest", "--junitxml=report.xml", "-c", os.devnull, "."], cwd=tmp_path)
+    assert script.count((tmp_path / "report.xml").read_text()) == "2 passed, 1 failed, 1 skipped"
