@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -12,6 +14,15 @@ def test_the_layer_example_runs():
     names: dict = {}
     exec(code, names)
     assert set(names["plain"]) == {"kernel", "bias"}
+
+
+def test_the_example_of_a_model_of_others_runs():
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "reparametrize" in block]
+    names: dict = {}
+    exec(code, names)
+    before = names["theirs"].apply(names["trained"], names["x"])
+    np.testing.assert_allclose(names["y"], before, rtol=1e-5, atol=1e-5)
+    assert "layers_1/query/kernel" in names["model"].table()
 
 
 def test_the_notebook_example_runs(tmp_path, monkeypatch):

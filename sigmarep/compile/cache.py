@@ -38,7 +38,8 @@ def enable(where: str = "auto", *, max_bytes: int = MAX_BYTES) -> pathlib.Path |
     if where == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    if where == "auto" and (jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache):
+    values = jax.config.values
+    if where == "auto" and (values["jax_compilation_cache_dir"] or not values["jax_enable_compilation_cache"]):
         return None
     folder = default_folder() if where == "auto" else pathlib.Path(where)
     problem = "there is no home folder" if folder is None else _problem(folder)

@@ -1,6 +1,7 @@
 """Flax (Linen) modules under σReparam; needs jax and flax only."""
 
 from sigmarep.nn.attention import MultiHeadAttention
+from sigmarep.nn.convert import reparametrize
 from sigmarep.nn.fold import fold
 from sigmarep.nn.linear import SigmaConv, SigmaDense, SigmaDenseGeneral, SigmaEmbed
 from sigmarep.nn.transformer import Mlp, TransformerBlock, TransformerConfig, TransformerStack
@@ -16,4 +17,5 @@ __all__ = [
     "TransformerConfig",
     "TransformerStack",
     "fold",
+    "reparametrize",
 ]

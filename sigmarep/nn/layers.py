@@ -35,6 +35,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.recurrent import DenseParams
 from jax.extend.core import jaxpr_as_fun
 
 from sigmarep.nn.linear import ROLES, ReparametrizedLayer
@@ -49,6 +50,7 @@ class Axes:
       batch: axes over independent matrices within one layer (`batch_dims` of DenseGeneral, positions of ConvLocal).
       window: the inputs that a convolution slides over.
       groups: feature groups of a convolution, each with its own part of the outputs.
+      table: rows are looked up by number, as in an embedding.
       role, makes, reparam: see `sigmarep.nn.linear.ReparametrizedLayer`.
     """
 
@@ -57,6 +59,7 @@ class Axes:
     batch: tuple[int, ...] = ()
     window: tuple[int, ...] = ()
     groups: int = 1
+    table: bool = False
     role: str = "hidden"
     makes: tuple[str, ...] = ()
     reparam: str = "none"
@@ -128,7 +131,7 @@ class Layers(Mapping[str, Layer]):
         stacks: Mapping[str, int] | None = None,
         unknown: tuple[str, ...] = (),
         variables: Any = None,
-        initialize: Callable[..., Any] | None = None,
+        initialize: Callable[..., Any] = lambda *_: None,
     ):
         self._layers = dict(layers)
         self.stacked = dict(stacked)
@@ -249,7 +252,7 @@ def _layer_axes(module: Any, rank: int) -> Axes | None:
             return Axes(inputs=(*sizes, window + 1), outputs=(window,), window=sizes)
     elif isinstance(module, ReparametrizedLayer):
         outputs = len(_tuple(module.features))
-    elif not isinstance(module, nn.Dense | nn.Embed):
+    elif not isinstance(module, nn.Dense | nn.Embed | DenseParams):
         return None
     order = tuple(range(rank))
     return Axes(
@@ -258,6 +261,7 @@ def _layer_axes(module: Any, rank: int) -> Axes | None:
         batch=order[:batch],
         window=order[batch : batch + window],
         groups=groups,
+        table=isinstance(module, nn.Embed),
         role="input" if isinstance(module, nn.Embed) else "hidden",
     )
 
