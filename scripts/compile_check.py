@@ -49,6 +49,10 @@ COLUMNS = (
     *("recipe", "topology", "mesh", "batch", "arguments", "outputs", "temporaries", "total of chip, GiB"),
     *("TFLOP", "GB read and written", "collectives, MB (count)", "compiled in"),
 )
+UNPRINTABLE = (
+    'this jaxlib cannot print what the installed libtpu, a newer one, has compiled; pip install "sigmarep[tpu-compile]" '
+    "brings the one that jax names"
+)
 
 
 def main() -> None:
@@ -66,15 +70,20 @@ def main() -> None:
         f"memory a device: {_gib(memory.total)} of {_gib(target.memory)} GiB (arguments {_gib(memory.arguments)}, outputs "
         f"{_gib(memory.outputs)}, temporaries {_gib(memory.temporaries)}, program {_gib(memory.code)})"
     )
-    loops = ", ".join(str(count) for count in costs.trip_counts.values())
-    print(
-        f"a step, each device: {costs.flops / 1e12:.4g} TFLOP, {costs.bytes / 1e9:.4g} GB read and written"
-        + (f" (loops of {loops} iterations counted in full)" if loops else "")
-    )
+    if costs is None:
+        print(f"operations, bytes and collectives are not known: {UNPRINTABLE}")
+    else:
+        loops = ", ".join(str(count) for count in costs.trip_counts.values())
+        print(
+            f"a step, each device: {costs.flops / 1e12:.4g} TFLOP, {costs.bytes / 1e9:.4g} GB read and written"
+            + (f" (loops of {loops} iterations counted in full)" if loops else "")
+        )
     for each in step.collectives:
         print(f"{each.kind}: {each.executions}, {each.bytes / 1e6:.4g} MB of results on each device")
     print(f"compiled in {step.seconds:.0f} s")
-    if HLO.value:
+    if HLO.value and step.text is None:
+        print(f"--hlo {HLO.value}: not written, {UNPRINTABLE}")
+    elif HLO.value and step.text is not None:
         with open(HLO.value, "w") as file:
             file.write(step.text)
 
@@ -106,15 +115,16 @@ def table() -> None:
 
 def _cells(step, target) -> tuple[str, ...]:
     memory = step.memory
-    moved = ", ".join(f"{each.kind} {each.bytes / 1e6:.4g} ({each.executions})" for each in step.collectives)
+    moved = ", ".join(f"{each.kind} {each.bytes / 1e6:.4g} ({each.executions})" for each in step.collectives) or "none"
+    counted = ("not known",) * 3
+    if step.costs is not None:
+        counted = (f"{step.costs.flops / 1e12:.4g}", f"{step.costs.bytes / 1e9:.4g}", moved)
     return (
         _mesh(step.mesh),
         _batch(step.batch),
         *(_gib(part) for part in (memory.arguments, memory.outputs, memory.temporaries)),
         f"{_gib(memory.total)} of {_gib(target.memory)}",
-        f"{step.costs.flops / 1e12:.4g}",
-        f"{step.costs.bytes / 1e9:.4g}",
-        moved or "none",
+        *counted,
         f"{step.seconds:.0f} s",
     )
 

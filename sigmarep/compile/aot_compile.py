@@ -90,19 +90,19 @@ class Compiled(NamedTuple):
       mesh: sizes of the mesh axes.
       batch: shapes of the batch it was compiled for, the largest of the task.
       memory: bytes per device.
-      costs: operations and bytes of one device.
+      costs: operations and bytes of one device; None without a text.
       collectives: communication of one device, by kind.
       seconds: duration of the compilation.
-      text: the optimized HLO program.
+      text: the optimized HLO program; None if this jaxlib cannot print what the compiler, a newer one, has made.
     """
 
     mesh: dict[str, int]
     batch: dict[str, tuple[int, ...]]
     memory: Memory
-    costs: hlo_cost.Costs
+    costs: hlo_cost.Costs | None
     collectives: list[hlo_cost.Collective]
     seconds: float
-    text: str
+    text: str | None
 
 
 def target(topology: str) -> Target:
@@ -184,16 +184,24 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
     memory = Memory(*parts, total=sum(parts))
     if memory.total > on.memory:
         raise DoesNotFit(_advice(config, program, memory.total, on.memory, on))
-    text = compiled.as_text() or ""
+    text = program_text(compiled)
     return Compiled(
         mesh=dict(program.runner.mesh.shape),
         batch={name: tuple(x.shape) for name, x in batch.items()},
         memory=memory,
-        costs=hlo_cost.costs(text, compiled.cost_analysis()),
-        collectives=hlo_cost.collectives(text),
+        costs=None if text is None else hlo_cost.costs(text, compiled.cost_analysis()),
+        collectives=[] if text is None else hlo_cost.collectives(text),
         seconds=seconds,
         text=text,
     )
+
+
+def program_text(compiled: jax.stages.Compiled) -> str | None:
+    """The optimized HLO program; None if it cannot be printed."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def state_bytes(state: Any) -> int:

@@ -189,6 +189,19 @@ def test_a_program_without_data_has_the_shapes_of_the_real_one(task, tmp_path):
     assert all(jax.tree.leaves(same))
 
 
+def test_a_program_that_cannot_be_printed_has_no_text():
+    class Newer:
+        """Stands in for a program of a newer libtpu, whose instructions this jaxlib does not know."""
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError(
+                "INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands"
+            )
+
+    assert aot_compile.program_text(Newer()) is None
+    assert "HloModule" in aot_compile.program_text(jax.jit(jnp.sin).lower(1.0).compile())
+
+
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_step_is_compiled_for_the_devices_present(parallel):
     config = small()
