@@ -14,13 +14,13 @@ from sigmarep.errors import BadInput
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.restore import restored_config
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parents[1]
 CONFIG = """
 import os
 from sigmarep.command import load_config_file
 from sigmarep.sweeps import values
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 def get_config(text=""):
     config = load_config_file(os.path.join(ROOT, "examples/masked_images/config.py")).get_config("steps=48")

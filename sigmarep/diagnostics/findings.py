@@ -19,12 +19,20 @@ SHARPNESS = {
 }
 
 
+class Sentence(NamedTuple):
+    """A sentence about a run, and the topic of the plot that shows it (`panels.Panel`); None where no plot does."""
+
+    text: str
+    topic: str | None = None
+
+
 class Facts(NamedTuple):
     """Facts of a run, None where nothing is known.
 
     Attributes:
       final: name and value of the last evaluation.
       loss: the last logged training loss.
+      short: fewer losses are logged than tell whether they rise.
       diverged: the step at which the run diverged, with its `cause` and `explanation` (`sigmarep.training.diagnosis`).
       rose: the step at which the loss rose (`curves.rise`).
       lowest: the lowest layer's entropy in nats, the layer and the step.
@@ -36,6 +44,7 @@ class Facts(NamedTuple):
 
     final: tuple[str, float] | None
     loss: float | None
+    short: bool
     diverged: int | None
     cause: str | None
     explanation: str
@@ -60,6 +69,7 @@ def facts(run: Run) -> Facts:
     return Facts(
         final=_final(run),
         loss=losses.values[-1] if losses.values else None,
+        short=len(losses.values) < curves.WINDOW,
         diverged=diverged,
         cause=None if diverged is None else diagnosis.cause,
         explanation=diagnosis.explanation,
@@ -83,20 +93,24 @@ def _final(run: Run) -> tuple[str, float] | None:
     return None
 
 
-def sentences(run: Run, known: Facts) -> list[str]:
+def sentences(run: Run, known: Facts) -> list[Sentence]:
     """Sentences that tell a reader about one run, most important first."""
-    texts = [outcome(run, known)]
+    texts = [Sentence(outcome(run, known), "loss")]
     if not run.rows:
         return texts
     if known.cause is not None:
-        texts.append(f"Cause: {known.cause}; {known.explanation}.")
-    texts.append(_entropy(known))
+        texts.append(Sentence(f"Cause: {known.cause}; {known.explanation}.", "loss"))
+    texts.append(Sentence(_entropy(known), "entropy"))
     if known.nonfinite:
         step, layer = known.nonfinite
-        texts.append(f"The first attention statistics that were not finite are those of {layer} at step {step}.")
-    optional = [_intervention(run), *(_sharpness(run, name, limit) for name, limit in SHARPNESS.items())]
-    optional += [_spikes(known), _negative_gammas(run)]
-    return texts + [text for text in optional if text]
+        words = f"The first attention statistics that were not finite are those of {layer} at step {step}."
+        texts.append(Sentence(words, "entropy"))
+    optional = {
+        "loss": (_intervention(run), _spikes(known)),
+        **{name: (_sharpness(run, name, limit),) for name, limit in SHARPNESS.items()},
+        "gamma": (_negative_gammas(run),),
+    }
+    return texts + [Sentence(text, topic) for topic, each in optional.items() for text in each if text]
 
 
 def _intervention(run: Run) -> str | None:
@@ -121,7 +135,7 @@ def _spikes(known: Facts) -> str | None:
 
 def _negative_gammas(run: Run) -> str | None:
     gammas = [name for name in run.names if name.startswith("spectral/gamma/")]
-    negative = [name for name in gammas if any(value < 0 for value in run.series(name).values)]
+    negative = [name for name in gammas if any(row.get(name, 0.0) < 0 for row in run.rows)]
     if not negative:
         return None
     names = ", ".join(name.removeprefix("spectral/gamma/") for name in negative[:3])
@@ -147,7 +161,8 @@ def outcome(run: Run, known: Facts) -> str:
     if run.state == "stopped early":
         return f"Stopped early after step {run.last_step}{of_total}{why}.{rose}"
     words = f" with {known.final[0]} {known.final[1]:.4g}" if known.final else ""
-    return f"Done after {run.last_step} steps{words}.{rose or ' The loss never rose.'}"
+    never = " The run is too short to tell whether the loss rises." if known.short else " The loss never rose."
+    return f"Done after {run.last_step} steps{words}.{rose or never}"
 
 
 def _duration(seconds: float) -> str:
@@ -168,7 +183,7 @@ def _entropy(facts: Facts) -> str:
         )
     first, since = facts.fell[0]
     if facts.rose is None:
-        when = "; the loss never rose"
+        when = "; the run is too short to tell whether the loss rises" if facts.short else "; the loss never rose"
     elif facts.rose == since:
         when = ", the step at which the loss rose"
     else:

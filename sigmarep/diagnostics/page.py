@@ -1,6 +1,7 @@
-"""Rendering of a report as one self-contained HTML page: text, tables and embedded pictures, without scripts."""
+"""Rendering of a report as one self-contained HTML page: text, tables, and plots that a script draws from inert data."""
 
 import base64
+import hashlib
 import html
 import json
 import math
@@ -8,64 +9,33 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import sensitivity
-from sigmarep.diagnostics.findings import Facts, differences
+from sigmarep.diagnostics.findings import Facts, Sentence, differences
+from sigmarep.diagnostics.lines import Steps
+from sigmarep.diagnostics.panels import Panel
 from sigmarep.diagnostics.runs import Run
 
 # Largest number of runs whose configurations are compared in a table with one column per run.
 MOST_COLUMNS = 8
 
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; color: #1b1b1b; background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.5rem; margin: 24px 0 4px; overflow-wrap: anywhere; }
-h2 { overflow-wrap: anywhere; font-size: 1.2rem; margin: 40px 0 8px; padding-top: 12px; border-top: 1px solid #ccc; }
-h3 { font-size: 1rem; margin: 28px 0 4px; overflow-wrap: anywhere; }
-p, ul { margin: 6px 0; max-width: 80ch; }
-ul { padding-left: 22px; }
-li { margin: 3px 0; overflow-wrap: anywhere; }
-.quiet { color: #595959; font-size: 0.875rem; overflow-wrap: anywhere; }
-.note { border-left: 4px solid #d55e00; padding: 4px 12px; background: #fdf3ec; }
-.table { overflow-x: auto; border: 1px solid #ccc; border-radius: 4px; margin: 10px 0; max-height: 80vh; }
-table { border-collapse: separate; border-spacing: 0; font-size: 0.8125rem; line-height: 1.35; width: 100%; }
-th, td { padding: 5px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid #e3e3e3; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-thead th { position: sticky; top: 0; background: #f1f1f1; z-index: 1; white-space: nowrap; }
-tbody th { position: sticky; left: 0; background: #fff; font-weight: 600; min-width: 120px; max-width: 260px;
-  overflow-wrap: anywhere; }
-thead th:first-child { left: 0; z-index: 2; }
-tr:last-child > * { border-bottom: 0; }
-.state { white-space: nowrap; padding: 1px 7px; border-radius: 9px; background: #e9e9e9; }
-.state.diverged, .state.failed, .state.bad, .state.unreadable { background: #f9d9c3; }
-.state.done { background: #d3ece3; }
-.pictures { display: grid; gap: 16px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
-figure { margin: 8px 0; }
-figure img { width: 100%; max-width: 720px; height: auto; display: block; }
-figcaption { font-size: 0.8125rem; color: #595959; }
-@media (max-width: 480px) {
-  body { padding: 0 12px 32px; }
-  tbody th { min-width: 104px; max-width: 150px; }
-  th, td { padding: 5px 7px; }
-}
-"""
 # Characters that no text shows.
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Characters of a field's value that are shown.
 MOST_CHARACTERS = 200
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-class Picture(NamedTuple):
-    """A picture: the name of its file, its caption, and the PNG file's bytes."""
-
-    name: str
-    caption: str
-    png: bytes
+# Fewer fields that differ are shown at once.
+FEW_FIELDS = 8
+# Content of the page in order of use; the library's license goes wherever its code goes.
+STYLES = ("vendor/uplot/uPlot.min.css", "assets/page.css")
+LICENSE = "vendor/uplot/LICENSE"
+SCRIPTS = ("vendor/uplot/uPlot.iife.min.js", "assets/plot.js", "assets/lines.js", "assets/heat.js", "assets/page.js")
+# The one script and the one style of the page are named by their hashes: nothing else runs, and nothing is fetched.
+POLICY = (
+    "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'"
+)
 
 
 class Sweep(NamedTuple):
@@ -75,21 +45,48 @@ class Sweep(NamedTuple):
       folder: folder of the sweep.
       table: outcomes of its runs.
       missing: number of its runs that are not in the table.
-      picture: the table as a picture.
+      panels: the table as plots.
     """
 
     folder: str
     table: sensitivity.Table
     missing: int
-    picture: Picture
+    panels: list[Panel]
 
 
 class Detail(NamedTuple):
-    """A run that is shown individually, with findings in words and pictures."""
+    """A run that is shown individually, with findings in words and plots."""
 
     run: Run
-    sentences: list[str]
-    pictures: list[Picture]
+    sentences: list[Sentence]
+    panels: list[Panel]
+
+
+class _Figures:
+    """The plots of the page, numbered as they are placed in it."""
+
+    def __init__(self) -> None:
+        self.steps = Steps()
+        self.panels: list[dict[str, Any]] = []
+
+    def place(self, panels: Sequence[Panel]) -> list[str]:
+        """HTML of places for the plots; the script draws into them."""
+        return ['<div class="pictures">', *map(self._figure, panels), "</div>"] if panels else []
+
+    def _figure(self, panel: Panel) -> str:
+        number = len(self.panels)
+        self.panels.append(panel.data(self.steps))
+        wide = " wide" if panel.kind == "heat" or len(panel.axes) > 1 else ""
+        return (
+            f'<figure class="plot{wide}" id="plot-{number}" data-panel="{number}"><figcaption><b>{_text(panel.title)}</b>'
+            f"{_text(panel.caption)}</figcaption><details><summary>In words and numbers</summary>"
+            f'<p id="words-{number}">{_text(panel.words())}</p></details></figure>'
+        )
+
+    def data(self) -> str:
+        """The plots as JSON, in which no character can end the element that holds it."""
+        text = json.dumps({"steps": self.steps.lists, "panels": self.panels}, separators=(",", ":"))
+        return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def render(
@@ -99,7 +96,7 @@ def render(
     findings: Sequence[str],
     notes: Sequence[str],
     sweeps: Sequence[Sweep],
-    together: Picture | None,
+    together: Sequence[Panel],
     details: Sequence[Detail],
 ) -> str:
     """Renders the page.
@@ -107,24 +104,25 @@ def render(
     Args:
       runs: all runs, with at least the metrics shown in tables.
       facts: facts of each run.
-      findings: findings about all runs together, in words.
+      findings: findings about all runs together, in words; none for one run, whose own stand in their place.
       notes: problems with the folders, in words.
       sweeps: the sweeps that the runs are part of.
-      together: picture of all runs; None for one run.
+      together: plots of all runs; none for one run.
       details: runs that are shown individually.
     """
     title = f"Training stability: {runs[0].name}" if len(runs) == 1 else f"Training stability: {len(runs)} runs"
+    figures = _Figures()
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="quiet">Read on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates.</p>',
         *[f'<p class="note">{_text(note)}</p>' for note in notes],
         "<h2>Findings</h2>",
-        _list(findings),
+        _list(findings) if findings else "",
     ]
     if len(runs) > 1 and together:
-        parts += ["<h2>All runs</h2>", '<div class="pictures">', _figure(together), "</div>"]
+        parts += ["<h2>All runs</h2>", *figures.place(together)]
     for sweep in sweeps:
-        parts += _sweep(sweep)
+        parts += _sweep(sweep, figures)
     if len(runs) > 1:
         parts += ["<h2>Runs</h2>", _runs_table(runs, facts)]
         parts += _differences(runs)
@@ -136,22 +134,40 @@ def render(
                 "then those that diverged. For others give their folders, or a larger --plots.</p>"
             )
     for detail in details:
-        parts += _detail(detail, alone=len(runs) == 1)
+        parts += _detail(detail, figures, alone=len(runs) == 1)
     body = "\n".join(parts)
+    license_text = _asset(LICENSE)
+    style, script = _joined(STYLES), f"/*\n{license_text}*/\n{_joined(SCRIPTS)}"
+    policy = POLICY.format(script=_hash(script), style=_hash(style))
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{_text(title)}</title>
-<style>{STYLE}</style>
+<style>{style}</style>
 </head>
 <body>
 {body}
+<noscript><p class="note">The plots need JavaScript; their contents in words are below each.</p></noscript>
+<script type="application/json" id="data">{figures.data()}</script>
+<script>{script}</script>
 </body>
 </html>
 """
+
+
+def _asset(path: str) -> str:
+    return resources.files("sigmarep.diagnostics").joinpath(*path.split("/")).read_text(encoding="utf-8")
+
+
+def _joined(paths: Sequence[str]) -> str:
+    return "\n".join(_asset(path).rstrip("\n") for path in paths) + "\n"
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _text(value: Any) -> str:
@@ -167,12 +183,17 @@ def _list(items: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
 
 
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
-    return (
-        f'<figure><img alt="{_text(picture.caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
-    )
+def _told(sentences: Sequence[Sentence], panels: Sequence[Panel], first: int) -> str:
+    """The sentences as a list, each with a link to the plot that shows it; the plots are numbered from `first`."""
+    plots: dict[str, tuple[int, str]] = {}
+    for number, panel in enumerate(panels, first):
+        plots.setdefault(panel.topic, (number, panel.title))
+    items = []
+    for text, topic in sentences:
+        number, title = plots.get(topic, (0, "")) if topic else (0, "")
+        link = f' <a href="#plot-{number}">{_text(title)}</a>' if title else ""
+        items.append(f"<li>{_text(text)}{link}</li>")
+    return f"<ul>{''.join(items)}</ul>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *, numbers: bool = True) -> str:
@@ -236,17 +257,33 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         return [*parts, "<p>Nothing: all runs have the same configuration.</p>"]
     if len(runs) <= MOST_COLUMNS:
         rows = [[_text(name), *(_text(_value(each)) for each in values)] for name, values in fields.items()]
-        return [
-            *parts,
-            _table(["field", *(run.name for run in runs)], rows, "Fields that differ, by run", numbers=False),
-        ]
-    rows = []
-    for name, values in fields.items():
-        counts = Counter(_value(value) for value in values)
-        most = [f"{_text(value)} <span class='quiet'>({count} runs)</span>" for value, count in counts.most_common(12)]
-        rest = len(counts) - len(most)
-        rows.append([_text(name), ", ".join(most) + (f" and {rest} more" if rest else "")])
-    return [*parts, _table(["field", "values"], rows, "Fields that differ", numbers=False)]
+        table = _table(["field", *(run.name for run in runs)], rows, "Fields that differ, by run", numbers=False)
+    else:
+        rows = []
+        for name, values in fields.items():
+            counts = Counter(_value(value) for value in values)
+            most = [
+                f"{_text(value)} <span class='quiet'>({count} runs)</span>" for value, count in counts.most_common(12)
+            ]
+            rest = len(counts) - len(most)
+            rows.append([_text(name), ", ".join(most) + (f" and {rest} more" if rest else "")])
+        table = _table(["field", "values"], rows, "Fields that differ", numbers=False)
+    names = ", ".join(list(fields)[:FEW_FIELDS]) + (", …" if len(fields) > FEW_FIELDS else "")
+    return [*parts, _folded(f"{_count(len(fields))}: {names}", table, shown=len(fields) <= FEW_FIELDS)]
+
+
+def _folded(summary: str, content: str, *, shown: bool = False) -> str:
+    return f'<details class="settings"{" open" if shown else ""}><summary>{_text(summary)}</summary>{content}</details>'
+
+
+def _count(fields: int) -> str:
+    return f"{fields} field{'' if fields == 1 else 's'}"
+
+
+def _settings(run: Run) -> str:
+    rows = [[_text(name), _text(_value(value))] for name, value in run.config.items()]
+    table = _table(["field", "value"], rows, "Settings", numbers=False)
+    return _folded(f"Settings: {_count(len(rows))}", table) if rows else ""
 
 
 def _value(value: Any) -> str:
@@ -256,7 +293,7 @@ def _value(value: Any) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
-def _sweep(sweep: Sweep) -> list[str]:
+def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
     rows = []
     for row in sensitivity.findings(sweep.table):
         loss = f"{row['loss']:.4g}" if math.isfinite(row["loss"]) else "diverged"
@@ -280,15 +317,12 @@ def _sweep(sweep: Sweep) -> list[str]:
         f"({words} per rate). An arm trains where its loss is within {sensitivity.WITHIN:.0%} of the best of any arm. "
         "Sensitivity is the mean over rates of the loss, capped at the first loss, minus the arm's best loss (Wortsman et "
         f"al., 2023).{missing}</p>",
-        '<div class="pictures">',
-        _figure(sweep.picture),
-        "<div>",
+        *figures.place(sweep.panels),
         _table(
             ("arm", "best loss", "at rate", "trains at", "of its own best", "sensitivity", "lowest entropy"),
             rows,
             "Arms of the sweep",
         ),
-        "</div></div>",
     ]
 
 
@@ -297,7 +331,7 @@ def _section(environment: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _detail(detail: Detail, *, alone: bool) -> list[str]:
+def _detail(detail: Detail, figures: _Figures, *, alone: bool) -> list[str]:
     run = detail.run
     versions, devices = (_section(run.environment, name) for name in ("packages", "devices"))
     facts = [run.folder, run.config.get("task")]
@@ -307,11 +341,10 @@ def _detail(detail: Detail, *, alone: bool) -> list[str]:
         facts.append(f"jax {versions['jax']}")
     if run.environment.get("git_revision"):
         facts.append(f"revision {str(run.environment['git_revision'])[:12]}")
+    told = _told(detail.sentences, detail.panels, first=len(figures.panels))
+    about = f'<p class="quiet">{_text(" · ".join(str(fact) for fact in facts if fact))}</p>'
     return [
-        "" if alone else f"<h3>{_text(run.name)} {_state(run)}</h3>",
-        f'<p class="quiet">{_text(" · ".join(str(fact) for fact in facts if fact))}</p>',
-        "" if alone else _list(detail.sentences),
-        '<div class="pictures">',
-        *map(_figure, detail.pictures),
-        "</div>",
+        *([told, about] if alone else [f"<h3>{_text(run.name)} {_state(run)}</h3>", about, told]),
+        *figures.place(detail.panels),
+        _settings(run),
     ]

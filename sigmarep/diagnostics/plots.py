@@ -1,4 +1,4 @@
-"""Pictures of runs, as PNG. Color-blind readers can distinguish the colors, and no color carries information alone."""
+"""Static pictures of runs, for papers. Color-blind readers can distinguish the colors, and none carries meaning alone."""
 
 import io
 import math
@@ -10,6 +10,8 @@ from typing import Any
 from sigmarep.diagnostics import sensitivity
 from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.findings import SHARPNESS, Facts
+from sigmarep.diagnostics.lines import LARGEST
+from sigmarep.diagnostics.panels import LOSS, LOWEST
 from sigmarep.diagnostics.runs import Run
 from sigmarep.errors import BadInput
 from sigmarep.training import diagnosis
@@ -22,21 +24,16 @@ LEGEND_COLUMNS = 3
 DPI = 130
 # Longer curves are thinned: more points than pixels cost time and show nothing.
 MOST_POINTS = 600
-# Larger values are left out: the distance of two of them, or the end of an axis beyond them, would be no number.
-LARGEST = 1e100
-LOSS, LOWEST = "train/loss", "attention/entropy_min"
-# The metrics that `together` draws.
-ALL = (LOSS, LOWEST)
 # Ticks are multiples of these.
 ROUND = (1, 2, 2.5, 5, 10)
 BLOCK = re.compile(r"block_(\d+)")
 
 
-def png(figure: Any) -> bytes:
-    """Renders a figure as the bytes of a PNG file."""
+def rendered(figure: Any, kind: str) -> bytes:
+    """Renders a figure as the bytes of a file, "png", "svg" or "pdf"."""
     _arrange(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format=kind, dpi=DPI)
     return buffer.getvalue()
 
 
@@ -55,7 +52,7 @@ def load() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise BadInput('a report needs matplotlib; pip install "sigmarep[report]"') from None
+        raise BadInput('static pictures need matplotlib; pip install "sigmarep[report]"') from None
     return Figure
 
 

@@ -1,4 +1,4 @@
-"""The report of runs: reads them, judges them, draws their pictures and writes the page."""
+"""The report of runs: reads them, judges them, and writes the page and, on request, static pictures."""
 
 import concurrent.futures
 import contextlib
@@ -8,42 +8,55 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from sigmarep.diagnostics import plots, runs, sensitivity
-from sigmarep.diagnostics.findings import Facts, facts, overview, sentences
-from sigmarep.diagnostics.page import Detail, Picture, Sweep, render
+from sigmarep.diagnostics import panels, plots, runs, sensitivity
+from sigmarep.diagnostics.findings import Facts, Sentence, facts, overview, sentences
+from sigmarep.diagnostics.page import Detail, Sweep, render
+from sigmarep.diagnostics.panels import Panel
 from sigmarep.diagnostics.runs import Place, Run
 from sigmarep.errors import BadInput, one_line
 
-# Bytes of metrics per process. A new process needs 0.8 s to start and load matplotlib; in that time another one reads and
-# judges 130 MB.
+# Bytes of metrics per process. A new process needs up to 0.8 s to start; in that time another one reads and judges 130 MB.
 WORTH_A_PROCESS = 64 * 2**20
 # Bytes of a run's name in those of its pictures; file systems take 255 in all.
 MOST_BYTES = 200
+Made = TypeVar("Made")
 
-PICTURES: tuple[tuple[str, str, Callable[[Run, Facts], Any]], ...] = (
-    (
-        "entropy",
-        "Training loss, and attention entropy of every layer and head. Dashed: 0.1 nats. Dotted: the lower bound of "
-        "Theorem 3.1, and a vertical line where the loss rose.",
-        plots.entropy,
-    ),
-    (
-        "spectra",
-        "Spectral norms, γ, stable ranks and largest attention logits; dashes tell stacks apart.",
-        plots.spectra,
-    ),
-    ("updates", "Gradient norms and update-to-weight ratios of all layers.", plots.updates),
-    ("sharpness", "Sharpness, and the threshold above which a step no longer descends.", plots.sharpness),
+PICTURES: tuple[tuple[str, Callable[[Run, Facts], Any]], ...] = (
+    ("entropy", plots.entropy),
+    ("spectra", plots.spectra),
+    ("updates", plots.updates),
+    ("sharpness", plots.sharpness),
 )
+
+
+class Picture(NamedTuple):
+    """A static picture: the name of its file, without ending, and the file's bytes."""
+
+    name: str
+    content: bytes
+
+
+class Drawn(NamedTuple):
+    """Drawings of one run.
+
+    Attributes:
+      panels: its plots.
+      pictures: its static pictures, if asked for.
+      failures: words for those that could not be drawn.
+    """
+
+    panels: list[Panel]
+    pictures: list[Picture]
+    failures: list[str]
 
 
 class Judged(NamedTuple):
     """A run as far as the comparison of all runs needs it, small enough to hold hundreds in memory.
 
     Attributes:
-      run: the run with only the metrics of `plots.ALL`.
+      run: the run with only the metrics of `panels.ALL`.
       facts: its facts.
       sentences: the findings about it in words.
       outcome: its outcome as a run of a sweep.
@@ -51,54 +64,62 @@ class Judged(NamedTuple):
 
     run: Run
     facts: Facts
-    sentences: list[str]
+    sentences: list[Sentence]
     outcome: sensitivity.RunOutcome
 
 
-def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1) -> list[str]:
-    """Writes the report of the runs in `folders` to `output`, and its pictures into a folder next to it.
+def write(folders: Sequence[str], output: str, *, most: int, jobs: int = 1, static: str | None = None) -> list[str]:
+    """Writes the report of the runs in `folders` to `output`.
 
     Args:
       folders: runs, sweeps, or folders of runs.
-      output: path of the page, FILE.html; pictures go into FILE_plots.
+      output: path of the page, FILE.html.
       most: largest number of runs that are drawn one by one.
       jobs: number of processes that may read and draw. Like all of `multiprocessing` they import the main module.
+      static: "png", "svg" or "pdf" also writes static pictures of this kind into a folder FILE_plots.
 
     Returns:
       Paths of the files, the page first.
 
     Raises:
-      BadInput: no folder has a run, matplotlib is missing, or the page cannot be written.
+      BadInput: no folder has a run, the page cannot be written, or static pictures are asked for without matplotlib.
     """
+    if static:
+        plots.load()
     places, notes = runs.find(folders)
     with _processes(places, jobs) as each:
-        reading = each(_judge, places)
-        # Loads matplotlib while the other processes read.
-        plots.load()
-        judged = list(reading)
+        judged = list(each(_judge, places))
         chosen = select(judged, most)
-        drawing = each(_draw, [places[i] for i in chosen], [judged[i].facts for i in chosen])
-        sweeps, failures = _sweeps(judged)
-        together, failure = _together([one.run for one in judged])
+        drawing = each(functools.partial(_draw, most=len(chosen), static=static), *_columns(places, judged, chosen))
+        sweeps, pictures, failures = _sweeps(judged, static)
+        together, failure = _guarded("all", lambda: panels.together([one.run for one in judged], arm))
         drawn = list(drawing)
     notes += [*_damage(judged), *failures, *([failure] if failure else [])]
+    if static and len(judged) > 1:
+        picture, failure = _picture("all", functools.partial(plots.together, [one.run for one in judged], arm), static)
+        pictures[:0] = [picture] if picture else []
+        notes += [failure] if failure else []
     all_facts = [one.facts for one in judged]
     all_runs = [one.run for one in judged]
-    findings = judged[0].sentences if len(judged) == 1 else overview(all_runs, all_facts)
+    told = overview(all_runs, all_facts) if len(judged) > 1 else []
+    notes += [f"{all_runs[i].name}: {text}" for i, one in zip(chosen, drawn, strict=True) for text in one.failures]
     page = render(
         runs=all_runs,
         facts=all_facts,
-        findings=[*findings, *(text for sweep in sweeps for text in _sweep_findings(sweep))],
+        findings=[*told, *(text for sweep in sweeps for text in _sweep_findings(sweep))],
         notes=notes,
         sweeps=sweeps,
-        together=together,
-        details=[
-            Detail(all_runs[i], [*judged[i].sentences, *missing], pictures)
-            for i, (pictures, missing) in zip(chosen, drawn, strict=True)
-        ],
+        together=together or [],
+        details=[Detail(all_runs[i], judged[i].sentences, one.panels) for i, one in zip(chosen, drawn, strict=True)]
+        or [Detail(one.run, one.sentences, []) for one in judged[:1] if len(judged) == 1],
     )
-    pictures = [*([together] if together else []), *(sweep.picture for sweep in sweeps)]
-    return _save(output, page, [*pictures, *(picture for each, _ in drawn for picture in each)])
+    return _save(output, page, [*pictures, *(picture for one in drawn for picture in one.pictures)], static)
+
+
+def _columns(
+    places: Sequence[Place], judged: Sequence[Judged], chosen: Sequence[int]
+) -> tuple[list[Place], list[Facts]]:
+    return [places[i] for i in chosen], [judged[i].facts for i in chosen]
 
 
 def _damage(judged: Sequence[Judged]) -> list[str]:
@@ -130,40 +151,46 @@ def _judge(place: Place) -> Judged:
 def _judged(run: Run) -> Judged:
     run_facts = facts(run)
     outcome = sensitivity.outcome(run.rows, diverged=run.state == "diverged")
-    return Judged(run.only(plots.ALL), run_facts, sentences(run, run_facts), outcome)
+    return Judged(run.only(panels.ALL), run_facts, sentences(run, run_facts), outcome)
 
 
-def _draw(place: Place, run_facts: Facts) -> tuple[list[Picture], list[str]]:
-    """Draws the pictures of one run, and says which could not be drawn.
+def _draw(place: Place, run_facts: Facts, *, most: int, static: str | None) -> Drawn:
+    """Draws one of `most` runs.
 
     Reads it again, because only a few of possibly hundreds of runs are drawn.
     """
     run = runs.read(place)
-    pictures, failures = [], []
-    for name, caption, draw in PICTURES:
-        picture, failure = _picture(f"{_slug(run.name)}-{name}", caption, functools.partial(draw, run, run_facts))
-        pictures += [picture] if picture else []
-        failures += [failure] if failure else []
-    return pictures, failures
+    drawn = Drawn([], [], [])
+    for name, make in panels.of_run(run, run_facts, runs=most):
+        made, failure = _guarded(name, make)
+        drawn.panels.extend(made or [])
+        drawn.failures.extend([failure] if failure else [])
+    for name, draw in PICTURES if static else ():
+        picture, failure = _picture(f"{_slug(run.name)}-{name}", functools.partial(draw, run, run_facts), static)
+        drawn.pictures.extend([picture] if picture else [])
+        drawn.failures.extend([failure] if failure else [])
+    return drawn
 
 
-def _picture(name: str, caption: str, draw: Callable[[], Any]) -> tuple[Picture | None, str | None]:
+def _picture(name: str, draw: Callable[[], Any], static: str | None) -> tuple[Picture | None, str | None]:
     """The picture of what `draw` returns, None for None; and words for what kept it from being drawn."""
-    try:
+
+    def make() -> Picture | None:
         figure = draw()
-        return (None, None) if figure is None else (Picture(name, caption, plots.png(figure)), None)
+        return None if figure is None else Picture(name, plots.rendered(figure, static or "png"))
+
+    return _guarded(name, make)
+
+
+def _guarded(name: str, make: Callable[[], Made]) -> tuple[Made | None, str | None]:
+    """What `make` returns, and words for what kept it from that."""
+    try:
+        return make(), None
     except BadInput:
         raise
     except Exception as error:
         # As in `_judge`.
         return None, f"The picture {name} could not be drawn ({type(error).__name__}: {one_line(error)})."
-
-
-def _together(all_runs: Sequence[Run]) -> tuple[Picture | None, str | None]:
-    if len(all_runs) < 2:
-        return None, None
-    caption = "Training loss and lowest layer's entropy of all runs."
-    return _picture("all", caption, functools.partial(plots.together, all_runs, arm))
 
 
 def arm(run: Run) -> str:
@@ -193,24 +220,26 @@ def select(judged: Sequence[Judged], most: int) -> list[int]:
     return sorted(list(dict.fromkeys(order))[:most])
 
 
-def _sweeps(judged: Sequence[Judged]) -> tuple[list[Sweep], list[str]]:
-    """The sweeps that the runs are part of, and words for those that could not be drawn."""
-    sweeps, failures = [], []
+def _sweeps(judged: Sequence[Judged], static: str | None) -> tuple[list[Sweep], list[Picture], list[str]]:
+    """The sweeps that the runs are part of, their static pictures, and words for what could not be drawn."""
+    sweeps, pictures, failures = [], [], []
     for folder in dict.fromkeys(each.run.sweep for each in judged if each.run.sweep):
         members = [each for each in judged if each.run.sweep == folder]
         ended = [each for each in members if each.run.state in ("done", "diverged") and each.run.point]
-        table = sensitivity.tabulate([(each.run.point, each.outcome) for each in ended])
+        outcomes = [(each.run.point, each.outcome) for each in ended]
+        table = sensitivity.tabulate(outcomes)
         if not table:
             continue
         counted = sum(len(each) for by_rate in table.values() for each in by_rate.values())
-        caption = "Training loss at the end against the learning rate, median and spread over seeds; crosses diverged. "
-        caption += "Below, the lowest entropy."
         name = f"{_slug(os.path.basename(folder))}-rates"
-        picture, failure = _picture(name, caption, functools.partial(plots.rates, table))
+        drawn, failure = _guarded(name, functools.partial(panels.rates, table, outcomes, folder))
         failures += [failure] if failure else []
-        if picture:
-            sweeps.append(Sweep(folder, table, len(members) - counted, picture))
-    return sweeps, failures
+        sweeps.append(Sweep(folder, table, len(members) - counted, drawn or []))
+        if static:
+            picture, failure = _picture(name, functools.partial(plots.rates, table), static)
+            pictures += [picture] if picture else []
+            failures += [failure] if failure else []
+    return sweeps, pictures, failures
 
 
 def _sweep_findings(sweep: Sweep) -> list[str]:
@@ -242,14 +271,15 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _save(output: str, page: str, pictures: Sequence[Picture]) -> list[str]:
+def _save(output: str, page: str, pictures: Sequence[Picture], static: str | None) -> list[str]:
     folder = f"{os.path.splitext(output)[0]}_plots"
-    files = [output, *(os.path.join(folder, f"{name}.png") for name in _distinct([each.name for each in pictures]))]
+    names = _distinct([each.name for each in pictures])
+    files = [output, *(os.path.join(folder, f"{name}.{static}") for name in names)]
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(folder if pictures else os.path.dirname(os.path.abspath(output)), exist_ok=True)
         for path, picture in zip(files[1:], pictures, strict=True):
             with open(path, "wb") as file:
-                file.write(picture.png)
+                file.write(picture.content)
         with open(output, "wb") as file:
             # Names of files need not be text; what is none becomes "?".
             file.write(page.encode("utf-8", "replace"))

@@ -2,14 +2,16 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import jax
 import ml_collections
 
 from sigmarep import doors
 from sigmarep.errors import BadInput
-from sigmarep.nn.layers import Layers, describe
-from sigmarep.tasks.protocol import TaskModel
+
+if TYPE_CHECKING:
+    from sigmarep.nn.layers import Layers
+    from sigmarep.tasks.protocol import TaskModel
 
 TASKS = ("image_classification", "contrastive", "language_modeling", "translation", "speech_recognition")
 # A task is an object with these; see `sigmarep.tasks.protocol`.
@@ -36,12 +38,17 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"sigmarep.tasks.{name}")
 
 
-def describe_layers(model: TaskModel) -> Layers:
+def describe_layers(model: "TaskModel") -> "Layers":
     """The layers of a task's model, from its one abstract `init`.
 
     Raises:
       BadInput: the fields of `config.model` make no model.
     """
+    # Commands that only read files of runs import this module and start no JAX.
+    import jax
+
+    from sigmarep.nn.layers import describe
+
     try:
         return describe(model.init, jax.random.key(0))
     except ValueError as error:

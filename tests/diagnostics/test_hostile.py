@@ -231,7 +231,7 @@ def test_hostile_names_and_numbers_can_be_drawn(place, tmp_path):
     write(tmp_path / "$$", {"metrics.jsonl": b"".join(json.dumps(each).encode() + b"\n" for each in rows)})
     drawn = ("loss_huge", "loss_beyond", "entropy_huge", "spikes_huge", "sharpness_half", "config_huge", "good")
     folders = [str(tmp_path / "$$"), *(f"{place}/runs/{name}" for name in drawn)]
-    written, *pictures = report.write(folders, str(tmp_path / "page.html"), most=100)
+    written, *pictures = report.write(folders, str(tmp_path / "page.html"), most=100, static="png")
     assert len(set(pictures)) == len(pictures) > len(folders)
     for picture in pictures:
         assert Path(picture).read_bytes().startswith(b"\x89PNG")
@@ -317,7 +317,7 @@ def test_numbers_are_the_same_with_and_without_the_faster_reader(place, monkeypa
 def test_what_no_reader_foresaw_costs_its_own_row_or_picture():
     judged = report._judge(runs.Place("a\0b", "a name that no system call takes", None, {}))
     assert judged.run.state == "unreadable"
-    assert judged.sentences == ["Cannot be read: ValueError: embedded null byte."]
-    picture, failure = report._picture("a", "A picture.", lambda: 1 / 0)
+    assert [sentence.text for sentence in judged.sentences] == ["Cannot be read: ValueError: embedded null byte."]
+    picture, failure = report._picture("a", lambda: 1 / 0, "png")
     assert picture is None
     assert failure == "The picture a could not be drawn (ZeroDivisionError: division by zero)."

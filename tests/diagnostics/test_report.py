@@ -57,8 +57,13 @@ def read(folder):
     return run, findings.facts(run)
 
 
-def page_of(tmp_path, *folders, most=6):
-    files = report.write([str(each) for each in folders], str(tmp_path / "out" / "page.html"), most=most)
+def told(run, facts):
+    return [sentence.text for sentence in findings.sentences(run, facts)]
+
+
+def page_of(tmp_path, *folders, most=6, static=None):
+    output = str(tmp_path / "out" / "page.html")
+    files = report.write([str(each) for each in folders], output, most=most, static=static)
     return Path(files[0]).read_text(), [Path(each).name for each in files[1:]]
 
 
@@ -67,7 +72,7 @@ def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
     assert found.fell == [("encoder/block_1", 340), ("encoder/block_0", 360)]
     assert found.rose == 400
     assert found.lowest == (0.05, "encoder/block_0", 360)
-    said = findings.sentences(run, found)
+    said = told(run, found)
     assert said[0] == "Done after 500 steps. The loss rose at step 400."
     assert said[1] == (
         "encoder/block_1 fell below 0.1 nats at step 340, 60 steps before the loss rose. 1 more of 2 layers followed. The "
@@ -85,7 +90,7 @@ def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
 )
 def test_collapse_before_with_after_and_without_a_rise(tmp_path, rise, words):
     run, found = read(run_folder(tmp_path / "a", collapsing(rise), total=500))
-    assert words in findings.sentences(run, found)[1]
+    assert words in told(run, found)[1]
 
 
 def test_a_run_that_kept_its_entropy(tmp_path):
@@ -93,7 +98,7 @@ def test_a_run_that_kept_its_entropy(tmp_path):
     rows.append({"step": 50, "eval/test/loss": 0.7, "eval/test/accuracy": 0.9125})
     run, found = read(run_folder(tmp_path / "a", rows, total=50))
     assert found.final == ("test/accuracy", 0.9125)
-    assert findings.sentences(run, found)[:2] == [
+    assert told(run, found)[:2] == [
         "Done after 50 steps with test/accuracy 0.9125. The loss never rose.",
         "No layer's attention entropy fell below 0.1 nats: the lowest was 1 in encoder/block_1 at step 50.",
     ]
@@ -105,7 +110,7 @@ def test_sharpness_interventions_and_negative_gammas_are_spoken_of(tmp_path):
         each |= {"sharpness/hessian": each["step"] * 10.0, "sharpness/threshold": 75.0}
         each["spectral/gamma/head"] = 1.0 - each["step"] / 5
     config = {"intervention": {"at_steps": 4.0, "attention_temperature": 0.1, "learning_rate_factor": 1.0}}
-    said = " ".join(findings.sentences(*read(run_folder(tmp_path / "a", rows, config=config, total=10))))
+    said = " ".join(told(*read(run_folder(tmp_path / "a", rows, config=config, total=10))))
     assert "Sharpness was above its threshold at 3 of 10 measurements, first at step 8." in said
     assert (
         "After step 4 the run was changed on purpose: attention temperature times 0.1, learning rate times 1." in said
@@ -117,9 +122,9 @@ def test_a_run_still_going_has_half_a_line_at_its_end(tmp_path):
     folder = run_folder(tmp_path / "a", [row(step, 1.0, 2.0) for step in (1, 50)], total=100, end='\n{"step": 75, "tr')
     run, found = read(folder)
     assert (run.state, run.last_step) == ("unfinished", 50)
-    said = findings.sentences(run, found)[0]
+    said = told(run, found)[0]
     assert re.fullmatch(r"Unfinished, at step 50 of 100; the last line was written \d+ seconds ago\.", said)
-    page, pictures = page_of(tmp_path, folder)
+    page, pictures = page_of(tmp_path, folder, static="png")
     assert "Unfinished, at step 50 of 100" in page
     assert pictures == ["a-entropy.png"]
 
@@ -129,7 +134,7 @@ def test_a_run_that_diverged_at_once(tmp_path, rows):
     folder = run_folder(tmp_path / "a", rows, total=100, diagnosis={"step": rows[0]["step"], "reason": "it broke"})
     run, found = read(folder)
     assert found.diverged == found.rose == rows[0]["step"]
-    assert findings.sentences(run, found)[0] == f"Diverged at step {rows[0]['step']} of 100: it broke."
+    assert told(run, found)[0] == f"Diverged at step {rows[0]['step']} of 100: it broke."
     page, _ = page_of(tmp_path, folder)
     assert f"Diverged at step {rows[0]['step']} of 100" in page
 
@@ -142,7 +147,7 @@ def test_without_a_diagnosis_a_broken_loss_says_it(tmp_path):
 def test_a_run_that_has_just_started(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.json").write_text("{}")
-    page, pictures = page_of(tmp_path, tmp_path / "a")
+    page, pictures = page_of(tmp_path, tmp_path / "a", static="png")
     assert "Nothing is logged yet." in page
     assert pictures == []
 
@@ -191,7 +196,7 @@ def sweep(tmp_path, arms=("pre_ln", "sigma"), rates=(0.001, 0.01, 0.1), seeds=2)
 
 
 def test_a_sweeps_ranges_and_sensitivities(tmp_path):
-    page, pictures = page_of(tmp_path, sweep(tmp_path), most=3)
+    page, pictures = page_of(tmp_path, sweep(tmp_path), most=3, static="png")
     assert "12 runs: 10 done, 2 diverged." in page
     assert "In 4 of 12 runs with a record, a layer&#x27;s attention entropy fell below 0.1 nats" in page
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
@@ -228,17 +233,13 @@ def test_only_fields_that_differ_are_shown(tmp_path):
     assert findings.differences(found) == {"model.norm": ["pre", "post"], "new": [None, 0.5]}
 
 
-def test_the_page_needs_nothing_else_and_escapes_names(tmp_path):
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_static_pictures_are_written_on_request(tmp_path, kind, start):
     folder = run_folder(tmp_path / "a<b>&", collapsing(), total=500)
-    page, pictures = page_of(tmp_path, folder, run_folder(tmp_path / "c", collapsing(9999)))
-    assert "a&lt;b&gt;&amp;" in page
-    assert "a<b>" not in page
-    assert not re.findall(r"(?:src|href)=\"(?!data:image/png;base64,)", page)
-    assert "<script" not in page
-    assert "url(" not in page
-    assert page.count("<img alt=") == len(pictures)
+    _, pictures = page_of(tmp_path, folder, run_folder(tmp_path / "c", collapsing(9999)), static=kind)
+    assert pictures == [f"all.{kind}", f"a_b_-entropy.{kind}", f"c-entropy.{kind}"]
     for name in pictures:
-        assert (tmp_path / "out/page_plots" / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out/page_plots" / name).read_bytes().startswith(start)
 
 
 def test_names_tell_runs_of_one_name_apart(tmp_path):
@@ -252,14 +253,16 @@ def test_two_hundred_runs_are_all_in_the_table_and_a_few_are_drawn(tmp_path):
     folder = sweep(tmp_path, arms=[f"arm_{i}" for i in range(10)], rates=(1e-4, 1e-3, 1e-2, 0.1), seeds=5)
     page, pictures = page_of(tmp_path, folder, most=2)
     assert page.count('<th scope="row">arm=arm_') == 200
-    assert len(pictures) == 4
+    assert page.count("<h3>arm=arm_") == 2
+    assert pictures == []
+    assert os.listdir(tmp_path / "out") == ["page.html"]
 
 
 def test_processes_of_their_own_write_the_same_report(tmp_path, monkeypatch):
     folder = sweep(tmp_path)
 
     def written(jobs):
-        files = report.write([str(folder)], str(tmp_path / str(jobs) / "page.html"), most=3, jobs=jobs)
+        files = report.write([str(folder)], str(tmp_path / str(jobs) / "page.html"), most=3, jobs=jobs, static="png")
         page, *pictures = [Path(each).read_bytes() for each in files]
         return re.sub(rb"Read on .{19}", b"", page), [Path(each).name for each in files], pictures
 
@@ -272,10 +275,12 @@ def test_processes_of_their_own_write_the_same_report(tmp_path, monkeypatch):
     assert written(2) == alone
 
 
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
+def test_the_page_needs_no_matplotlib_and_static_pictures_say_that_they_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(BadInput, match="a report needs matplotlib"):
-        page_of(tmp_path, run_folder(tmp_path / "a", [row(1, 1.0)]))
+    folder = run_folder(tmp_path / "a", collapsing())
+    assert "<figure" in page_of(tmp_path, folder)[0]
+    with pytest.raises(BadInput, match="static pictures need matplotlib"):
+        page_of(tmp_path, folder, static="pdf")
 
 
 def test_a_gradient_norm_of_zero_leaves_the_axis_logarithmic(tmp_path):
@@ -317,7 +322,7 @@ def test_the_command_starts_no_jax_and_refuses_in_one_line(tmp_path):
 
     output = str(tmp_path / "page.html")
     status, out, _ = call(str(folder), "--output", output)
-    assert (status, out) == (0, [f"report: {output}, 1 pictures beside it", "False"])
+    assert (status, out) == (0, [f"report: {output}", "False"])
     status, _, err = call("--output", output)
     assert status == 2
     assert len(err) == 1
@@ -330,7 +335,7 @@ def test_the_command_starts_no_jax_and_refuses_in_one_line(tmp_path):
 
 def test_infinities_do_not_reach_the_pictures(tmp_path):
     rows = [row(step, 1.0, 2.0, **{"sharpness/hessian": 1.0, "sharpness/threshold": "inf"}) for step in (1, 2)]
-    _, pictures = page_of(tmp_path, run_folder(tmp_path / "a", rows))
+    _, pictures = page_of(tmp_path, run_folder(tmp_path / "a", rows), static="png")
     assert "a-sharpness.png" in pictures
     assert math.isinf(read(tmp_path / "a")[0].rows[0]["sharpness/threshold"])
 
@@ -348,7 +353,7 @@ def test_a_nan_is_no_entropy_and_the_cause_of_a_divergence_is_told(tmp_path):
     run, facts = read(folder)
     assert (facts.cause, facts.diverged, facts.fell) == ("logits", 3, [])
     assert facts.lowest == (1.5, "encoder/block_1", 1)
-    assert findings.sentences(run, facts)[1:4] == [
+    assert told(run, facts)[1:4] == [
         "Cause: logits; the attention logits of encoder/block_0 were out of range at step 3; step 2, the last one recorded "
         "before, was healthy (loss 2, lowest entropy 1.5 nats in encoder/block_1).",
         "No layer's attention entropy fell below 0.1 nats: the lowest was 1.5 in encoder/block_1 at step 1.",
@@ -366,6 +371,6 @@ def test_a_sharpness_and_a_gamma_that_are_nan_are_neither_below_nor_hidden(tmp_p
     rows = [row(step, 1.0, 2.0) for step in (1, 2, 3)]
     for each, sharpness, gamma in zip(rows, (10.0, "nan", 20.0), ("nan", -1.0, "nan"), strict=True):
         each |= {"sharpness/hessian": sharpness, "sharpness/threshold": 75.0, "spectral/gamma/head": gamma}
-    sentences = " ".join(findings.sentences(*read(run_folder(tmp_path / "a", rows, total=3))))
+    sentences = " ".join(told(*read(run_folder(tmp_path / "a", rows, total=3))))
     assert "Sharpness stayed below its threshold at 2 measurements. It was NaN at 1, first at step 2." in sentences
     assert "γ became negative in 1 layers, head among them." in sentences

@@ -83,7 +83,7 @@ def test_a_run_names_the_cause_of_its_divergence(cause, data_dir, tmp_path, monk
     assert f"cause: {cause}; {diagnosis['explanation']}" in message
     assert diagnosis["step"] == facts.diverged == run.last_step
     sentences = findings.sentences(run, facts)
-    assert sentences[1] == f"Cause: {cause}; {diagnosis['explanation']}."
+    assert sentences[1].text == f"Cause: {cause}; {diagnosis['explanation']}."
     collapsed = cause == "entropy collapse"
     assert [bool(diagnosis["collapsed"]), "fell first" in message, bool(facts.fell)] == [collapsed] * 3
     if cause != "initial values":

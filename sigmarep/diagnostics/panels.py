@@ -1,0 +1,460 @@
+"""Interactive plots of runs as data: which lines, axes and marks each has, and its alternative in words."""
+
+import collections
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sigmarep.diagnostics import lines, sensitivity
+from sigmarep.diagnostics.files import number
+from sigmarep.diagnostics.findings import SHARPNESS, Facts
+from sigmarep.diagnostics.lines import Steps, Values, by_step
+from sigmarep.diagnostics.runs import Run
+from sigmarep.training.diagnosis import COLLAPSED
+
+LOSS, LOWEST = "train/loss", "attention/entropy_min"
+# The metrics that `together` draws.
+ALL = (LOSS, LOWEST)
+ENTROPY, HEADS, BOUND = "attention/entropy/", "attention/entropy_head/", "attention/bound/"
+# By prefix of the metrics: title of the plot, and label of its axis.
+KINDS = {
+    "spectral/sigma/": ("Spectral norm of the kernels", "σ(W)"),
+    "spectral/gamma/": ("Gain γ", "γ"),
+    "spectral/norm/": ("Effective norm of the kernels", "‖Ŵ‖₂"),
+    "spectral/stable_rank/": ("Stable rank of the kernels", "stable rank"),
+    "attention/max_logit/": ("Largest attention logit", "logit"),
+    "gradient/norm/": ("Gradient norm", "gradient norm"),
+    "update/ratio/": ("Update-to-weight ratio", "update / weight"),
+}
+BLOCK = re.compile(r"block_(\d+)")
+# Colors and dashes of the page's style; of more arms no color is told apart.
+COLORS, DASHES = 10, 3
+MOST_ARMS = 12
+# Steps of a plot. More than pixels show nothing.
+MOST_STEPS = 300
+LEAST_STEPS = 60
+# Numbers of one run, and of all runs, that a page may carry; one takes 5.3 bytes.
+RUN_NUMBERS = 120_000
+PAGE_NUMBERS = 600_000
+
+
+class Line(NamedTuple):
+    """A line of a plot.
+
+    Attributes:
+      name: shown with the value under the pointer.
+      legend: name of its entry in the legend, which lines may share.
+      values: by step or learning rate.
+      color: ("depth", 0 to 1), ("kind", number of the color) or ("plain", 0).
+      dash: 0 solid, 1 dashed, 2 dotted.
+      axis: 0 left, 1 right.
+      dots: drawn as dots without a line.
+    """
+
+    name: str
+    legend: str
+    values: Values
+    color: tuple[str, float] = ("plain", 0)
+    dash: int = 0
+    axis: int = 0
+    dots: bool = False
+
+
+class Axis(NamedTuple):
+    """A vertical axis: its label, whether it starts logarithmic, and whether it begins at zero."""
+
+    label: str
+    log: bool = False
+    zero: bool = False
+
+
+class Panel(NamedTuple):
+    """A plot.
+
+    Attributes:
+      title: in a few words.
+      caption: says how to read it.
+      lines: its lines; rows of a heat map from the top.
+      axes: the left axis, and the right one if there is one.
+      marks: vertical lines: step, words, and "fell", "rose", "diverged" or "changed".
+      levels: horizontal lines: value, axis and words.
+      kind: "lines", or "heat" for a heat map.
+      group: plots of one group share cursor and zoom.
+      topic: joins it to the sentences that it shows (`findings.Sentence`).
+      rates: the horizontal axis is a learning rate, logarithmic; infinite values are diverged runs.
+    """
+
+    title: str
+    caption: str
+    lines: list[Line]
+    axes: list[Axis]
+    marks: Sequence[tuple[int, str, str]] = ()
+    levels: Sequence[tuple[float, int, str]] = ()
+    kind: str = "lines"
+    group: str = ""
+    topic: str = ""
+    rates: bool = False
+
+    def words(self) -> str:
+        """The alternative to the plot for those who cannot see it: its extent, extremes and marks."""
+        texts = []
+        for place, axis in enumerate(self.axes):
+            members = [line for line in self.lines if line.axis == place]
+            ends = [_ends(line) for line in members if any(map(lines.drawn, line.values.values()))]
+            if not ends:
+                texts.append(f"{axis.label}: no finite value.")
+                continue
+            (low, low_name, low_at), (high, high_name, high_at) = min(ends)[0], max(ends, key=lambda each: each[1])[1]
+            first, last = min(min(line.values) for line in members), max(max(line.values) for line in members)
+            texts.append(
+                f"{axis.label}: {len(members)} {'line' if len(members) == 1 else 'lines'} over "
+                f"{'learning rates' if self.rates else 'steps'} {first:g} to {last:g}; lowest {low:.4g} ({low_name}, at "
+                f"{low_at:g}), highest {high:.4g} ({high_name}, at {high_at:g})."
+            )
+        texts += [f"{text} at step {step}." for step, text, _ in self.marks]
+        return " ".join(texts)
+
+    def data(self, steps: Steps) -> dict[str, Any]:
+        """The plot as the page's script reads it; lists of steps go into `steps`."""
+        return {
+            "title": self.title,
+            "kind": self.kind,
+            "group": self.group,
+            "rates": self.rates,
+            "axes": [axis._asdict() for axis in self.axes],
+            "marks": [{"at": at, "text": lines.shortened(text), "kind": kind} for at, text, kind in self.marks],
+            "levels": [{"value": value, "axis": axis, "text": text} for value, axis, text in self.levels],
+            "collapsed": COLLAPSED,
+            "lines": [
+                {
+                    "name": lines.shortened(line.name),
+                    "legend": lines.shortened(line.legend),
+                    "color": line.color,
+                    "dash": line.dash,
+                    "axis": line.axis,
+                    "dots": line.dots,
+                    "steps": steps.place(list(line.values)),
+                    "values": lines.packed(list(line.values.values())),
+                }
+                for line in self.lines
+            ],
+        }
+
+
+def _ends(line: Line) -> tuple[tuple[float, str, float], tuple[float, str, float]]:
+    """Lowest and highest finite value of a line, each with its name and the first step of it."""
+    finite = list(filter(lines.drawn, line.values.values()))
+    low, high = min(finite), max(finite)
+    low_at, high_at = (next(at for at, value in line.values.items() if value == end) for end in (low, high))
+    return (low, line.name, low_at), (high, line.name, high_at)
+
+
+def of_run(run: Run, facts: Facts, *, runs: int) -> Iterator[tuple[str, Callable[[], list[Panel]]]]:
+    """Yields names of pictures of one run, and functions that make their plots.
+
+    Args:
+      runs: number of runs that the page draws one by one, which share its size.
+    """
+    most = max(min(RUN_NUMBERS, PAGE_NUMBERS // runs) // max(len(run.names), 1), LEAST_STEPS)
+    most = min(most, MOST_STEPS)
+    yield "loss", lambda: _finish(_loss(run, facts), run, most)
+    yield "entropy", lambda: _finish([*_heads(run), *_layers(run)], run, most, _events(run, facts))
+    yield "metrics", lambda: _finish(_metrics(run), run, most, _events(run, facts))
+    yield "spectra", lambda: _finish(_by_kind(run), run, most, _events(run, facts))
+    yield "sharpness", lambda: _finish(_sharpness(run), run, most, _events(run, facts))
+    yield "pace", lambda: _finish(_pace(run), run, most)
+
+
+def _finish(panels: Iterable[Panel], run: Run, most: int, marks: Sequence[tuple[int, str, str]] = ()) -> list[Panel]:
+    """The plots that have a value, thinned, with the run's marks."""
+    finished = []
+    for panel in panels:
+        if not any(line.values for line in panel.lines):
+            continue
+        always = [step for step, _, _ in (*marks, *panel.marks)]
+        values = lines.thinned([line.values for line in panel.lines], most, always)
+        finished.append(
+            panel._replace(
+                lines=[line._replace(values=each) for line, each in zip(panel.lines, values, strict=True) if each],
+                marks=panel.marks or marks,
+                group=run.folder,
+            )
+        )
+    return finished
+
+
+def _events(run: Run, facts: Facts) -> list[tuple[int, str, str]]:
+    changed = number(run.config.get("intervention.at_steps"))
+    events = [
+        (None if changed is None else int(changed), "changed on purpose", "changed"),
+        (facts.rose if facts.rose != facts.diverged else None, "loss rose", "rose"),
+        (facts.diverged, "diverged", "diverged"),
+    ]
+    return [(step, text, kind) for step, text, kind in events if step is not None and step <= run.last_step]
+
+
+def _loss(run: Run, facts: Facts) -> list[Panel]:
+    losses, lowest = by_step(run, LOSS), by_step(run, LOWEST)
+    shown = [Line("training loss", "training loss", losses, ("kind", 0))]
+    axes = [Axis("training loss", log=_decades(losses.values()))]
+    caption = "The run in one picture."
+    if lowest:
+        shown.append(Line("lowest layer's entropy", "lowest layer's entropy", lowest, ("kind", 1), 1, axis=1))
+        axes.append(Axis("entropy, nats", zero=True))
+        caption = (
+            "Training loss (left), and attention entropy of the lowest layer (right, dashed); ▼ a layer fell below "
+            f"{COLLAPSED} nats."
+        )
+    marks = [(step, f"{layer} fell", "fell") for layer, step in facts.fell]
+    levels = [(COLLAPSED, 1, f"{COLLAPSED} nats")] if lowest else []
+    return [
+        Panel("Loss and lowest entropy", caption, shown, axes, [*_events(run, facts), *marks], levels, topic="loss")
+    ]
+
+
+def _named(run: Run, prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): name for name in run.names if name.startswith(prefix)}
+
+
+def _order(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts names by their numbers: block_2 before block_10."""
+    parts = re.findall(r"\d+|\D+", name[: lines.MOST_CHARACTERS])
+    return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _heads(run: Run) -> list[Panel]:
+    names, what = _named(run, HEADS), "heads"
+    if not names:
+        names, what = _named(run, ENTROPY), "layers"
+    if not names:
+        return []
+    groups = _groups(sorted(names, key=_order))
+    rows = [
+        Line(_head(name) if what == "heads" else name, group, by_step(run, names[name]))
+        for group, members in groups.items()
+        for name in members
+    ]
+    caption = f"A row for each of {len(rows)} {what}, first layers on top. Orange: below {COLLAPSED} nats."
+    title = f"Attention entropy of all {what}"
+    return [Panel(title, caption, rows, [Axis("entropy, nats")], kind="heat", topic="entropy")]
+
+
+def _head(name: str) -> str:
+    layer, _, head = name.rpartition("/")
+    return f"{layer}, head {head}"
+
+
+def _groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Groups names that differ in numbers alone: `encoder`, `decoder/cross_attention`, …"""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = [part for part in name.split("/") if not BLOCK.fullmatch(part) and not part.isdigit()]
+        groups.setdefault("/".join(parts) or name, []).append(name)
+    return groups
+
+
+def _layers(run: Run) -> list[Panel]:
+    names = _named(run, ENTROPY)
+    groups = _groups(sorted(names, key=_order))
+    panels = []
+    for group, layers in groups.items():
+        shown, bounds = [], []
+        for i, layer in enumerate(layers):
+            color = ("depth", i / max(len(layers) - 1, 1))
+            block = BLOCK.search(layer)
+            label = f"block {block[1]}" if block else layer
+            shown.append(Line(layer, label, by_step(run, names[layer]), color))
+            if bound := by_step(run, BOUND + layer):
+                bounds.append(Line(f"{layer}, lower bound", "lower bounds", bound, color, 2))
+        where = f": {group}" if len(groups) > 1 else ""
+        panels.append(
+            Panel(
+                f"Attention entropy of layers{where}",
+                "From the first layer (dark) to the last." + (" Dotted: the bound of Theorem 3.1." if bounds else ""),
+                [*shown, *bounds],
+                [Axis("entropy, nats", zero=True)],
+                levels=[(COLLAPSED, 0, f"{COLLAPSED} nats")],
+            )
+        )
+    return panels
+
+
+def _metrics(run: Run) -> list[Panel]:
+    evaluated = [name for name in run.names if name.startswith("eval/")]
+    kinds = dict.fromkeys(name.rsplit("/", 1)[-1] for name in evaluated)
+    panels = []
+    for kind in kinds:
+        names = [name for name in evaluated if name.rsplit("/", 1)[-1] == kind]
+        if f"train/{kind}" in run.names:
+            names.insert(0, f"train/{kind}")
+        shown = [Line(name, name, by_step(run, name), ("kind", i % COLORS), i % DASHES) for i, name in enumerate(names)]
+        if max(len(line.values) for line in shown) > 1:
+            panels.append(Panel(f"Metric: {kind}", "Training, and evaluations.", shown, [Axis(kind)]))
+    return panels
+
+
+def _by_kind(run: Run) -> list[Panel]:
+    """A plot for each kind of metric, with a color per kind of layer and dashes per stack, the same in all of them."""
+    metrics = {prefix: names for prefix in KINDS if (names := _named(run, prefix))}
+    places = {name: _kind_and_stack(name) for names in metrics.values() for name in names}
+    kinds, stacks = ([*dict.fromkeys(place[i] for place in places.values())] for i in (0, 1))
+    panels = []
+    for prefix, names in metrics.items():
+        title, label = KINDS[prefix]
+        shown = [
+            Line(
+                layer,
+                places[layer][0],
+                by_step(run, names[layer]),
+                ("kind", kinds.index(places[layer][0]) % COLORS),
+                stacks.index(places[layer][1]) % DASHES,
+            )
+            for layer in names
+        ]
+        values = itertools.chain.from_iterable(line.values.values() for line in shown)
+        caption = "A color per kind of layer" + (", dashes per stack." if len(stacks) > 1 else ".")
+        topic = "gamma" if prefix == "spectral/gamma/" else ""
+        panels.append(Panel(title, caption, shown, [Axis(label, log=_decades(values))], topic=topic))
+    return panels
+
+
+def _kind_and_stack(layer: str) -> tuple[str, str]:
+    """Splits the name of a layer, without block numbers, into its last part and the stack before it."""
+    *stack, kind = [part for part in layer.split("/") if not BLOCK.fullmatch(part)] or [layer]
+    return kind, "/".join(stack)
+
+
+def _sharpness(run: Run) -> list[Panel]:
+    panels = []
+    for name, limit in SHARPNESS.items():
+        if values := by_step(run, name):
+            threshold = by_step(run, limit)
+            shown = [Line("measured", "measured", values, ("kind", 0))]
+            shown += [Line("threshold", "threshold", threshold, ("kind", 1), 1)] if threshold else []
+            label = "largest eigenvalue of the " + ("preconditioned Hessian" if "precond" in name else "Hessian")
+            log = _decades([*values.values(), *threshold.values()])
+            caption = "Above its threshold (dashed) a step no longer descends."
+            panels.append(Panel(f"Sharpness: {label}", caption, shown, [Axis("sharpness", log=log)], topic=name))
+    return panels
+
+
+def _pace(run: Run) -> list[Panel]:
+    rates = {"Learning rate": ["train/learning_rate"]}
+    rates["Throughput"] = [name for name in run.names if name.startswith("train/") and name.endswith("_per_second")]
+    panels = []
+    for title, names in rates.items():
+        shown = [
+            Line(name.removeprefix("train/"), name.removeprefix("train/"), by_step(run, name), ("kind", i % COLORS))
+            for i, name in enumerate(names)
+        ]
+        panels.append(Panel(title, "As logged.", shown, [Axis(title.lower(), zero=True)]))
+    return panels
+
+
+def _decades(values: Iterable[float]) -> bool:
+    """True if no value is negative and the positive ones span more than a decade."""
+    finite = [value for value in values if lines.drawn(value)]
+    positive = [value for value in finite if value > 0]
+    return bool(positive) and min(finite) >= 0 and max(positive) > 10 * min(positive)
+
+
+def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
+    """Loss and lowest layer's entropy of all runs, colored by arm; tasks, whose losses differ in kind, have their own."""
+    tasks: dict[str, list[Run]] = {}
+    for run in runs:
+        if any(LOSS in row for row in run.rows):
+            tasks.setdefault(str(run.config.get("task", "")), []).append(run)
+    panels = []
+    for task, members in tasks.items():
+        # Sorted as those of a sweep are, so that an arm has one color on the page.
+        arms = sorted({arm(run) for run in members})
+        most = max(min(PAGE_NUMBERS // 4 // len(runs), MOST_STEPS), LEAST_STEPS)
+        curves = [lines.thinned([by_step(run, name) for name in ALL], most) for run in members]
+        where = f": {lines.shortened(task)}" if len(tasks) > 1 else ""
+        for i, (title, label) in enumerate((("Training loss", "training loss"), ("Lowest entropy", "entropy, nats"))):
+            shown = [
+                Line(run.name, lines.shortened(arm(run)), each[i], *_style(arms.index(arm(run)), len(arms)))
+                for run, each in zip(members, curves, strict=True)
+                if each[i]
+            ]
+            if not shown:
+                continue
+            if len(arms) > MOST_ARMS:
+                shown = [line._replace(legend="all runs") for line in shown]
+            log = i == 0 and _decades(value for line in shown for value in line.values.values())
+            panels.append(
+                Panel(
+                    f"{title} of all runs{where}",
+                    "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm."),
+                    shown,
+                    [Axis(label, log=log, zero=i == 1)],
+                    levels=[(COLLAPSED, 0, f"{COLLAPSED} nats")] if i == 1 else [],
+                    group=f"all runs {task}",
+                )
+            )
+    return panels
+
+
+def _style(place: int, count: int) -> tuple[tuple[str, float], int]:
+    if count > MOST_ARMS:
+        return ("plain", 0), 0
+    return ("kind", place % COLORS), place // COLORS % DASHES
+
+
+def rates(
+    table: sensitivity.Table, outcomes: Sequence[tuple[Mapping[str, Any], sensitivity.RunOutcome]], folder: str
+) -> list[Panel]:
+    """Loss at the end and lowest entropy against the learning rate, all seeds as dots and their median as a line."""
+    dots: dict[tuple[str, str], dict[float, sensitivity.RunOutcome]] = collections.defaultdict(dict)
+    for point, outcome in outcomes:
+        if where := sensitivity.place(point):
+            seed = next((value for key, value in point.items() if key.rsplit(".", 1)[-1] == sensitivity.SEED), "")
+            dots[where[0], str(seed)][where[1]] = outcome
+    arms = list(table)
+    losses = sensitivity.medians(table)
+    best = sensitivity.best_loss(losses)
+    lowest = {
+        arm: {
+            rate: statistics.median(finite)
+            for rate, outcomes in by_rate.items()
+            if (finite := [each.lowest for each in outcomes if math.isfinite(each.lowest)])
+        }
+        for arm, by_rate in table.items()
+    }
+    kinds = (
+        ("Training loss at the end", "loss", "loss", losses),
+        ("Lowest entropy of the run", "entropy, nats", "lowest", lowest),
+    )
+    panels = []
+    for title, label, field, medians in kinds:
+        shown = [
+            Line(f"{arm}, median", arm, medians[arm], ("kind", i % COLORS), i // COLORS % DASHES)
+            for i, arm in enumerate(arms)
+        ]
+        shown += [
+            Line(
+                f"{arm}, seed {seed}",
+                arm,
+                {rate: getattr(outcome, field) for rate, outcome in sorted(by_rate.items())},
+                ("kind", arms.index(arm) % COLORS),
+                dots=True,
+            )
+            for (arm, seed), by_rate in dots.items()
+        ]
+        if field == "loss":
+            caption = (
+                "A dot for each seed, lines through the medians; crosses at the top diverged. Below the dashed line an arm "
+                "trains."
+            )
+            within = (1 + sensitivity.WITHIN) * best
+            levels = [(within, 0, f"within {sensitivity.WITHIN:.0%} of the best")] if math.isfinite(within) else []
+        else:
+            caption, levels = "A dot for each seed, lines through the medians.", [(COLLAPSED, 0, f"{COLLAPSED} nats")]
+        axes = [Axis(label, zero=field == "lowest")]
+        panels.append(
+            Panel(title, caption, shown, axes, levels=levels, group=f"rates {folder}", rates=True),
+        )
+    return panels
