@@ -43,11 +43,13 @@ def _few_maps():
         gc.collect()
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Programs for one of the devices, for tests in which their number plays no part: they compile and run faster."""
+@pytest.fixture(scope="module")
+def one_device():
+    """Programs for one of the devices, for files in which their number plays no part: they compile and run faster."""
     first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
 
 
 def pytest_addoption(parser):
