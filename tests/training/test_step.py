@@ -64,7 +64,7 @@ def run(mode="jit", data=1, fsdp=1, accumulation=1, steps=5, task=None, ema=0.0,
     make = functools.partial(
         make_train_step, task, optimizer, lambda _: 0.1, layers=layers, accumulation=accumulation, ema_decay=ema
     )
-    create = functools.partial(create_state, task, optimizer, seed=0, ema=ema > 0)
+    create = functools.partial(create_state, layers.initialize, optimizer, seed=0, ema=ema > 0)
     mesh_config = ml_collections.ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})
     mesh = meshes.create_mesh(mesh_config, jax.devices()[: data * fsdp])
     runner = parallel.RUNNERS[mode](mesh, make, meshes.state_shardings(jax.eval_shape(create), mesh, layers))
@@ -103,7 +103,7 @@ def test_sharded_kernels_are_really_sharded():
     task = TinyTask()
     mesh = meshes.create_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
     layers = describe(task.init, jax.random.key(0))
-    create = functools.partial(create_state, task, optax.adam(1e-3), seed=0, ema=False)
+    create = functools.partial(create_state, layers.initialize, optax.adam(1e-3), seed=0, ema=False)
     state = jax.jit(create, out_shardings=meshes.state_shardings(jax.eval_shape(create), mesh, layers))()
     up = state.params["encoder"]["blocks"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.shape == (2, 8, 64)
