@@ -10,11 +10,12 @@
 or, from a configuration, `config.callbacks = ("my_package.Prune",)`: a class or function that is called without arguments
 and returns a callback, or a callback.
 
-After step s the loop calls, in this order, what is due: `on_step`, `on_log`, `on_evaluation`, `on_checkpoint`. A log that
-nothing else waits for is fetched while the devices make step s + 1, so that they never wait for it: its `on_log` comes
-just before `on_step` of s + 1, and an evaluation or a checkpoint after step s comes after it. At each event the
-product's own callbacks go first (metric writers, the test for divergence, the progress line), then those of the
-configuration, then those given in Python. `on_end` goes the other way round.
+After step s the loop calls, in this order, what is due: `on_step`, `on_log`, `on_evaluation`, `on_checkpoint`. A log
+that nothing else waits for is fetched while the devices make step s + 1, so that they never wait for it: its `on_log`
+comes just before `on_step` of s + 1, and an evaluation or a checkpoint after step s comes after it. The first step of
+a start is logged at once: the second may have to be compiled. At each event the product's own callbacks go first
+(metric writers, the test for divergence, the progress line), then those of the configuration, then those given in
+Python. `on_end` goes the other way round.
 
 Every process of a run on several hosts calls its callbacks, with the same metrics. They must decide alike: one that
 stops alone leaves the others waiting for it. Only `run.write` keeps to process 0 by itself.

@@ -233,8 +233,12 @@ class _Run:
         for step, batch in zip(range(self.step + 1, total + 1), stream, strict=False):
             if self.callbacks.stop:
                 break
+            first = not self.programs
             self.make_step(step, batch)
             self.callbacks.emit("on_step", self)
+            if first:
+                # No device waits: the next step may be another program, which has to be compiled.
+                self.log()
             if due("sharpness", step):
                 self.log()
                 self.measure_sharpness()
@@ -283,9 +287,6 @@ class _Run:
         self.log()
         if logging:
             self.unlogged = (step, self.output)
-            if first:
-                # Nothing waits: the next step is another program, which has to be compiled.
-                self.log()
 
     def prove(self, step: int) -> None:
         """Judges the last checkpoint by the loss of the step after it, where that is `step` or an earlier one."""

@@ -314,7 +314,8 @@ def test_weights_are_the_targets_that_are_no_padding(folder):
         ),
     ],
 )
-def test_what_is_refused(folder, kind, field, value, message):
+def test_what_is_refused(folder, kind, field, value, message, monkeypatch):
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
     config = CONFIGS[kind](folder)
     if field == "data.rows_multiple":
         config.batch_size, message = 96, message.replace("128", "96")

@@ -121,7 +121,7 @@ def test_events_come_in_the_order_that_is_promised(whole):
     assert whole[0].events == [
         ("start", 0),
         ("step", 1),
-        ("log", 2, 1),
+        ("log", 1, 1),
         ("step", 2),
         ("log", 3, 2),
         ("step", 3),
