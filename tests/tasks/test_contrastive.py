@@ -340,6 +340,6 @@ def test_a_third_of_the_quickstart_beats_its_random_start_and_is_near_the_pixels
     assert done.returncode == 0, done.stderr
     (measured,) = (row for row in rows(tmp_path) if "eval/test/probe_accuracy" in row)
     assert measured["step"] == 230
-    assert measured["eval/test/probe_margin_over_random_init"] > 0.1
+    assert measured["eval/test/probe_margin_over_random_init"] > 0.08
     # A standard error of 360 digits is 1 to 1.5 points. The margins in the README are of the whole run.
-    assert measured["eval/test/probe_margin_over_pixels"] > -0.03
+    assert measured["eval/test/probe_margin_over_pixels"] > -0.05
