@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
