@@ -17,7 +17,6 @@ import jax
 
 from sigmarep.errors import BadInput
 
-MODES = ("auto", "off")
 # Least recently used programs go at the start of a command when all of them are larger than this.
 MAX_BYTES = 2 * 2**30
 

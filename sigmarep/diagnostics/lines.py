@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sigmarep.diagnostics import names
 from sigmarep.diagnostics.runs import Run
 
 # Larger values are left out: the distance of two of them, or the end of an axis beyond them, would be no number.
@@ -60,7 +61,8 @@ def _beyond(value: float) -> float:
 
 
 def shortened(name: str) -> str:
-    return name if len(name) <= MOST_CHARACTERS else f"{name[: MOST_CHARACTERS // 2]}…{name[-MOST_CHARACTERS // 2 :]}"
+    """The name as a page carries it."""
+    return names.shortened(name, MOST_CHARACTERS)
 
 
 class Steps:

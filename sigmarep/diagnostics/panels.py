@@ -12,6 +12,7 @@ from sigmarep.diagnostics import lines, sensitivity
 from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.findings import SHARPNESS, Facts
 from sigmarep.diagnostics.lines import Steps, Values, by_step
+from sigmarep.diagnostics.names import BLOCK, by_group, kind_and_stack
 from sigmarep.diagnostics.runs import Run
 from sigmarep.training.diagnosis import COLLAPSED
 
@@ -29,7 +30,6 @@ KINDS = {
     "gradient/norm/": ("Gradient norm", "gradient norm"),
     "update/ratio/": ("Update-to-weight ratio", "update / weight"),
 }
-BLOCK = re.compile(r"block_(\d+)")
 # Colors and dashes of the page's style; of more arms no color is told apart.
 COLORS, DASHES = 10, 3
 MOST_ARMS = 12
@@ -231,7 +231,7 @@ def _heads(run: Run) -> list[Panel]:
         names, what = _named(run, ENTROPY), "layers"
     if not names:
         return []
-    groups = _groups(sorted(names, key=_order))
+    groups = by_group(sorted(names, key=_order))
     rows = [
         Line(_head(name) if what == "heads" else name, group, by_step(run, names[name]))
         for group, members in groups.items()
@@ -247,18 +247,9 @@ def _head(name: str) -> str:
     return f"{layer}, head {head}"
 
 
-def _groups(names: Sequence[str]) -> dict[str, list[str]]:
-    """Groups names that differ in numbers alone: `encoder`, `decoder/cross_attention`, …"""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        parts = [part for part in name.split("/") if not BLOCK.fullmatch(part) and not part.isdigit()]
-        groups.setdefault("/".join(parts) or name, []).append(name)
-    return groups
-
-
 def _layers(run: Run) -> list[Panel]:
     names = _named(run, ENTROPY)
-    groups = _groups(sorted(names, key=_order))
+    groups = by_group(sorted(names, key=_order))
     panels = []
     for group, layers in groups.items():
         shown, bounds = [], []
@@ -299,7 +290,7 @@ def _metrics(run: Run) -> list[Panel]:
 def _by_kind(run: Run) -> list[Panel]:
     """A plot for each kind of metric, with a color per kind of layer and dashes per stack, the same in all of them."""
     metrics = {prefix: names for prefix in KINDS if (names := _named(run, prefix))}
-    places = {name: _kind_and_stack(name) for names in metrics.values() for name in names}
+    places = {name: kind_and_stack(name) for names in metrics.values() for name in names}
     kinds, stacks = ([*dict.fromkeys(place[i] for place in places.values())] for i in (0, 1))
     panels = []
     for prefix, names in metrics.items():
@@ -319,12 +310,6 @@ def _by_kind(run: Run) -> list[Panel]:
         topic = "gamma" if prefix == "spectral/gamma/" else ""
         panels.append(Panel(title, caption, shown, [Axis(label, log=_decades(values))], topic=topic))
     return panels
-
-
-def _kind_and_stack(layer: str) -> tuple[str, str]:
-    """Splits the name of a layer, without block numbers, into its last part and the stack before it."""
-    *stack, kind = [part for part in layer.split("/") if not BLOCK.fullmatch(part)] or [layer]
-    return kind, "/".join(stack)
 
 
 def _sharpness(run: Run) -> list[Panel]:

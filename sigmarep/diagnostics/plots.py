@@ -11,6 +11,7 @@ from sigmarep.diagnostics import sensitivity
 from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.findings import SHARPNESS, Facts
 from sigmarep.diagnostics.lines import LARGEST
+from sigmarep.diagnostics.names import BLOCK, by_group, kind_and_stack, shortened
 from sigmarep.diagnostics.panels import LOSS, LOWEST
 from sigmarep.diagnostics.runs import Run
 from sigmarep.errors import BadInput
@@ -22,11 +23,12 @@ DASHES = ("-", "--", ":")
 WIDTH = 4.8
 LEGEND_COLUMNS = 3
 DPI = 130
+# Of a name in a legend.
+MOST_CHARACTERS = 28
 # Longer curves are thinned: more points than pixels cost time and show nothing.
 MOST_POINTS = 600
 # Ticks are multiples of these.
 ROUND = (1, 2, 2.5, 5, 10)
-BLOCK = re.compile(r"block_(\d+)")
 
 
 def rendered(figure: Any, kind: str) -> bytes:
@@ -144,15 +146,6 @@ def _events(axes: Sequence[Any], run: Run, facts: Facts) -> None:
                 each.axvline(step, color="#666666", linewidth=0.9, linestyle=dash)
 
 
-def _groups(names: Sequence[str]) -> dict[str, list[str]]:
-    """Groups layers whose names differ only in the number of their block: `encoder`, `decoder/cross_attention`, …"""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        group = "/".join(part for part in name.split("/") if not BLOCK.fullmatch(part)) or name
-        groups.setdefault(group, []).append(name)
-    return groups
-
-
 def _by_depth(layers: Sequence[str]) -> Mapping[str, Any]:
     """Assigns a color to every layer, from dark to light with depth, on a scale suited to color-blind readers."""
     from matplotlib import colormaps
@@ -171,7 +164,7 @@ def _label(layer: str, layers: Sequence[str]) -> str | None:
 def entropy(run: Run, facts: Facts) -> Any | None:
     """Draws the loss, below it the entropy of every layer, then of every head; None if no entropy was recorded."""
     prefix = "attention/entropy/"
-    groups = _groups([name.removeprefix(prefix) for name in run.names if name.startswith(prefix)])
+    groups = by_group([name.removeprefix(prefix) for name in run.names if name.startswith(prefix)])
     if not groups:
         return None
     figure, axes = _figure([1.5, *[1.5, 1.5] * len(groups)])
@@ -216,12 +209,6 @@ def updates(run: Run, facts: Facts) -> Any | None:
     return _by_kind(run, facts, {"gradient norm": "gradient/norm/", "update / weight": "update/ratio/"})
 
 
-def _kind_and_stack(layer: str) -> tuple[str, str]:
-    """Splits the name of a layer, without block numbers, into its last part and the stack before it."""
-    *stack, kind = [part for part in layer.split("/") if not BLOCK.fullmatch(part)] or [layer]
-    return kind, "/".join(stack)
-
-
 def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str]) -> Any | None:
     """Draws a panel for each prefix of metrics that was recorded, with a color per kind of layer and dashes per stack."""
     shown = {
@@ -233,7 +220,7 @@ def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str]) -> Any | None:
         return None
     figure, axes = _figure([1.5] * len(shown))
     # A kind of layer has the same color, and a stack the same dashes, in all panels.
-    places = {name: _kind_and_stack(name) for names in shown.values() for name in names}
+    places = {name: kind_and_stack(name) for names in shown.values() for name in names}
     kinds, stacks = (list(dict.fromkeys(each)) for each in zip(*places.values(), strict=True))
     named: set[str] = set()
     for (title, names), each in zip(shown.items(), axes, strict=True):
@@ -299,7 +286,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
             _line(axes[1], *run.series(LOWEST), **options)
         if named and arm(run) not in seen:
             seen.add(arm(run))
-            axes[0].plot([], [], label=plain(_shortened(arm(run))), **(options | {"alpha": 1.0}))
+            axes[0].plot([], [], label=plain(shortened(arm(run), MOST_CHARACTERS)), **(options | {"alpha": 1.0}))
     _scale(axes[0], everything)
     axes[0].set_ylabel("training loss")
     if with_entropy:
@@ -309,10 +296,6 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
     _legend(axes[0], len(seen))
     axes[-1].set_xlabel("step")
     return figure
-
-
-def _shortened(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[-most // 2 + 1 :]}"
 
 
 def rates(table: sensitivity.Table) -> Any:
@@ -326,7 +309,7 @@ def rates(table: sensitivity.Table) -> Any:
     for i, (arm, by_rate) in enumerate(table.items()):
         style = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
         # Slightly shifted, so that arms that diverge at one rate do not cover each other.
-        _final_losses(axes[0], by_rate, top, shift=1.06**i, label=plain(_shortened(arm)), **style)
+        _final_losses(axes[0], by_rate, top, shift=1.06**i, label=plain(shortened(arm, MOST_CHARACTERS)), **style)
         _lowest_entropies(axes[1], by_rate, **style)
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)

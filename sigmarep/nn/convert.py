@@ -24,7 +24,7 @@ import jax
 from flax.core.scope import CollectionFilter, in_filter, subtract_filters
 
 from sigmarep.nn import trees
-from sigmarep.nn.layers import Layer, Layers, describe
+from sigmarep.nn.layers import Layer, Layers, describe, path_name
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm, nn.InstanceNorm)
 
@@ -174,7 +174,7 @@ class Reparametrized:
         """One line for each parameter: its path and shape, and "sigma" or why it is plain."""
         rows = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.layers.variables["params"]):
-            name = trees.name(path)
+            name = path_name(path)
             if name in self.reasons:
                 why = f"plain: {self.reasons[name]}" if self.reasons[name] else "sigma"
             else:

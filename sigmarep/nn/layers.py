@@ -150,6 +150,11 @@ class Layers(Mapping[str, Layer]):
         return len(self._layers)
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """'/'-joined name of a pytree path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def describe(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Layers:
     """Describes the layers of the model whose variables `init(*args, **kwargs)` returns; computes shapes alone.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.core import norms, spectral
-from sigmarep.nn.layers import Axes, Layer
+from sigmarep.nn.layers import Axes, Layer, path_name
 
 State = dict[str, dict[str, jax.Array]]
 
@@ -26,11 +26,6 @@ class Params(NamedTuple):
 
     weights: Any
     gamma: dict[str, jax.Array]
-
-
-def name(path: tuple[Any, ...]) -> str:
-    """The '/'-joined path of a leaf, as the layers are named by."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def matrices(weights: Any, rules: Sequence[tuple[str, Axes | None]] = ()) -> dict[str, Layer]:
@@ -48,7 +43,7 @@ def matrices(weights: Any, rules: Sequence[tuple[str, Axes | None]] = ()) -> dic
             continue
         axes = Axes(inputs=tuple(range(leaf.ndim - 1)), outputs=(leaf.ndim - 1,)) if leaf.ndim > 1 else None
         for pattern, of_rule in rules:
-            if re.search(pattern, name(path)):
+            if re.search(pattern, path_name(path)):
                 axes = of_rule
                 break
         if axes is None:
@@ -57,11 +52,11 @@ def matrices(weights: Any, rules: Sequence[tuple[str, Axes | None]] = ()) -> dic
         stacked = tuple(axis for axis in range(leaf.ndim) if axis not in used)
         if max(used, default=-1) >= leaf.ndim or not axes.inputs or not axes.outputs or axes.batch:
             raise ValueError(
-                f"rules: {axes} do not fit {name(path)} of shape {leaf.shape}; expected inputs and outputs among its axes, "
-                "all others are stacked"
+                f"rules: {axes} do not fit {path_name(path)} of shape {leaf.shape}; expected inputs and outputs among "
+                "its axes, all others are stacked"
             )
-        layers[name(path)] = Layer(
-            inputs=axes.inputs, outputs=axes.outputs, name=name(path), shape=leaf.shape, stacked=stacked
+        layers[path_name(path)] = Layer(
+            inputs=axes.inputs, outputs=axes.outputs, name=path_name(path), shape=leaf.shape, stacked=stacked
         )
     return layers
 
@@ -83,7 +78,7 @@ def init(
     Raises:
       ValueError: a layer has no leaf, or γ is neither "sigma" nor a number.
     """
-    leaves = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
     gamma, state = {}, {}
     for path, layer in layers.items():
         if path not in leaves:
@@ -123,7 +118,7 @@ def apply(params: Params, state: State, layers: Mapping[str, Layer]) -> tuple[An
     new: State = {}
 
     def effective(path, leaf):
-        own = name(path)
+        own = path_name(path)
         if own not in layers:
             return leaf
         layer = layers[own]
@@ -131,8 +126,7 @@ def apply(params: Params, state: State, layers: Mapping[str, Layer]) -> tuple[An
             layer.ordered(leaf), params.gamma[own], state[own]["u"], state[own].get("basis")
         )
         new[own] = {"u": result.u, "sigma": result.sigma} | ({} if result.basis is None else {"basis": result.basis})
-        inverse = sorted(range(leaf.ndim), key=layer.order.__getitem__)
-        return jnp.transpose(result.kernel, inverse)
+        return layer.restored(result.kernel)
 
     return jax.tree_util.tree_map_with_path(effective, params.weights), new
 

@@ -33,7 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sigmarep.errors import BadInput
 from sigmarep.fields import field
-from sigmarep.nn.layers import Layer
+from sigmarep.nn.layers import Layer, path_name
 
 AXES = ("data", "fsdp", "tensor")
 FIELDS: dict[str, Any] = {
@@ -87,11 +87,6 @@ def fits(config: ml_collections.ConfigDict) -> bool:
     except BadInput:
         return False
     return True
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """'/'-joined name of a pytree path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def read_rules(rules: Sequence[str]) -> list[Rule]:
