@@ -327,19 +327,21 @@ class Once(Callback):
         raise StopTraining("one evaluation is enough")
 
 
-train_and_evaluate(get_config(), sys.argv[1], callbacks=[Once()])
+config = get_config()
+config.eval_every_epochs = 5
+train_and_evaluate(config, sys.argv[1], callbacks=[Once()])
 """
 
 
 @pytest.mark.slow
-def test_a_third_of_the_quickstart_beats_its_random_start_and_is_near_the_pixels(data_dir, tmp_path):
-    # As a user runs it, without the flags that make tiny models compile sooner.
+def test_five_epochs_of_the_quickstart_beat_its_random_start(data_dir, tmp_path):
+    # The flags that make tiny models compile sooner make these steps four times slower.
     environment = {**os.environ, "XLA_FLAGS": "", "TFDS_DATA_DIR": data_dir, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FIRST_EVALUATION, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     (measured,) = (row for row in rows(tmp_path) if "eval/test/probe_accuracy" in row)
-    assert measured["step"] == 230
-    assert measured["eval/test/probe_margin_over_random_init"] > 0.08
-    # A standard error of 360 digits is 1 to 1.5 points. The margins in the README are of the whole run.
-    assert measured["eval/test/probe_margin_over_pixels"] > -0.05
+    assert 55 <= measured["step"] <= 58
+    # A standard error of 360 digits is 1 to 1.5 points. That it beats the pixels too takes the whole run: see the README.
+    assert measured["eval/test/probe_margin_over_random_init"] > 0.03
+    assert measured["eval/test/probe_margin_over_pixels"] > -0.15
