@@ -7,9 +7,11 @@ path of its folder; a workdir's own `config.json` may then name it (`sigmarep.do
 
 import ast
 import contextlib
+import difflib
 import functools
 import importlib.util
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -229,16 +231,21 @@ def _finish(main: Callable[[], Any]) -> None:
         print(f"{_program()}: interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # Whoever read the output, `head` for one, has seen enough. What is left of it goes nowhere, or the interpreter
-        # would fail on it at its end; the status is that of a program that the closed pipe kills.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        _pipe_closed()
+
+
+def _pipe_closed() -> None:
+    # Whoever read the output, `head` for one, has seen enough. What is left of it goes nowhere, or the interpreter
+    # would fail on it at its end; the status is that of a program that the closed pipe kills.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     if asked := [each for each in arguments[1:] if each.startswith("-") and each.lstrip("-") in HELP]:
         _help(arguments[0], asked[0].lstrip("-"))
     try:
+        arguments = _named_configuration(arguments)
         _import(arguments)
         rest = flags.FLAGS(_without_free_overrides(arguments))
         _check(rest[:1] if positional else rest)
@@ -256,6 +263,38 @@ def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     return []
 
 
+def configurations() -> dict[str, str]:
+    """The paths of the configurations that come with the package, by name: quickstart, vit/cifar10, …"""
+    package = os.path.dirname(os.path.abspath(__file__))
+    for folder in (os.path.join(package, "configs"), os.path.join(os.path.dirname(package), "configs")):
+        if os.path.isfile(os.path.join(folder, "quickstart.py")):
+            paths = sorted(pathlib.Path(folder).rglob("*.py"))
+            return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in paths}
+    return {}
+
+
+def _named_configuration(arguments: Sequence[str]) -> list[str]:
+    """Replaces the value of --config by the path of the package's configuration of that name, if it is no file's path."""
+    rest, value_next = [], False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag.lstrip("-") == "config" and flag.startswith("-") and equals:
+            argument = f"{flag}={_configuration_path(value)}"
+        elif value_next:
+            argument = _configuration_path(argument)
+        value_next = argument in ("--config", "-config")
+        rest.append(argument)
+    return rest
+
+
+def _configuration_path(value: str) -> str:
+    path, colon, text = value.partition(":")
+    if os.path.isfile(path):
+        return value
+    name = path.replace(os.sep, "/").removeprefix("configs/").removesuffix(".py")
+    return configurations().get(name, path) + colon + text
+
+
 def _help(program: str, name: str) -> None:
     """Prints the flags and ends the process with status 0; absl has 1."""
     try:
@@ -263,6 +302,8 @@ def _help(program: str, name: str) -> None:
     except SystemExit:
         sys.stdout.flush()
         sys.exit(0)
+    except BrokenPipeError:
+        _pipe_closed()
 
 
 def _import(arguments: Sequence[str]) -> None:
@@ -322,7 +363,12 @@ def _check(rest: list[str]) -> None:
             path.task  # noqa: B018
         except OSError:
             named = config_flags.get_config_filename(flags.FLAGS["config"])
-            raise BadInput(f"--config {named}: there is no such file") from None
+            raise BadInput(f"--config {named}: there is no such file{_near(named)}") from None
+
+
+def _near(path: str) -> str:
+    names = difflib.get_close_matches(path.removesuffix(".py"), configurations(), n=3, cutoff=0.4)
+    return f"; configurations of the package: {', '.join(names)}, …" if names else ""
 
 
 def _flag_error(error: flags.Error) -> str:
