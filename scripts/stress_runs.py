@@ -332,19 +332,28 @@ def flips(attack: Attack, draws: int) -> None:
 def trainers(attack: Attack, starts: int) -> None:
     command = commands(attack.folder)["images"]
     reference, before, _ = attack.reference("trainers", command)
-    for _ in range(starts):
+    met = late = 0
+    while met < starts:
         workdir = attack.place("trainers")
         first = start(command, workdir, attack.cache)
         time.sleep(random.random() * before)
         second = start(command, workdir, attack.cache)
         (trained, _), (refused, output) = results = sorted([first.end(), second.end()])
+        if trained == refused == 0 and any("steps are done already" in text for _, text in results):
+            # On a busy machine the first may have ended before the second looked.
+            late += 1
+            attack.check(late <= 5 * starts, "two trainers: the first has always ended before the second looks")
+            if late > 5 * starts:
+                break
+            continue
+        met += 1
         # Before it looks at the workdir, it says what it is about to do.
         errors = [line for line in output.splitlines() if line.startswith("train.py: ")]
         right = (trained, refused, len(errors)) == (0, 2, 1) and "trains in it" in errors[0]
         attack.check(right and "Traceback" not in output, f"two trainers: {results}")
         differing = differences(workdir, reference)
         attack.check(not differing, f"two trainers: differs in {differing}")
-    print(f"two train.py at random offsets: {starts} starts, {len(attack.failures)} failures", flush=True)
+    print(f"two train.py at random offsets: {met} met, {late} came late, {len(attack.failures)} failures", flush=True)
 
 
 def readers(attack: Attack, checkpoints: int) -> None:
