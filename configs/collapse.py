@@ -8,6 +8,7 @@ Arguments: arm (sigma: σReparam with post-LN; pre_ln: the usual pre-LN ViT with
 Everything else is the same in both arms.
 """
 
+from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, choice, default_config
 
 ARMS = {"pre_ln": ("none", "pre"), "sigma": ("sigma", "post")}
@@ -32,3 +33,7 @@ def get_config(text=""):
     config.data.augment.crop = "resized"
     config.data.augment.crop_scale = (0.6, 1.0)
     return config
+
+
+def sweep():
+    return product(values("arm", *ARMS), seeds(3))

@@ -9,6 +9,7 @@ without it, the plain layers of the paper's code), depth (36), steps (300), lear
 Everything else is the same in all arms, but for the kernels' initial scale, which σReparam does not see.
 """
 
+from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, choice, default_config
 
 # Reparametrisation, γ at the start, and the initialiser of the kernels.
@@ -44,3 +45,7 @@ def get_config(text=""):
     config.data.in_memory = True
     config.divergence_factor = 0.0
     return config
+
+
+def sweep():
+    return product(values("arm", *ARMS), seeds(3))

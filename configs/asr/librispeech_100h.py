@@ -15,6 +15,7 @@ the schedule's steps and the batch of 3,200 s are this project's choice. Reporte
 for the best post-LN model, 6.1 to 6.4 % under σReparam, over a wider range of settings. Not run yet.
 """
 
+from sigmarep.sweeps import product, values, zipped
 from sigmarep.tasks.speech_recognition import DISJOINT
 from sigmarep.training.config import arguments, choice, default_config
 
@@ -72,3 +73,18 @@ def get_config(text=""):
     data.spec_augment.freq_masks, data.spec_augment.freq_width = 2, 30
     data.spec_augment.time_masks, data.spec_augment.time_width = 10, 50
     return config
+
+
+def sweep():
+    """Norms with and without σReparam by both optimizers; rates and starts; projections, front end, depth."""
+    norms = product(values("norm", "post", "pre", "none"), values("reparam", "none", "sigma"))
+    sigma = {"norm": "post", "reparam": "sigma"}
+    return [
+        *product(norms, values("optimizer", "adagrad", "lars")),
+        *({**sigma, "optimizer": "adagrad", "learning_rate": rate} for rate in (0.01, 0.02, 0.05)),
+        *({**sigma, "optimizer": "adagrad", "warmup": updates} for updates in (0, 16_000)),
+        *({**sigma, "init_std": std} for std in (0.01, 0.03, 0.3)),
+        *({**sigma, "disjoint": number} for number in (0, 2)),
+        {**sigma, "conv": "true"},
+        *zipped(values("depth", 72, 72), values("norm", "post", "none")),
+    ]

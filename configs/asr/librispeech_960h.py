@@ -12,6 +12,7 @@ error rates are not known here. Not run yet.
 import os
 
 from sigmarep import command
+from sigmarep.sweeps import product, values
 from sigmarep.training.config import arguments
 
 BASE = os.path.join(os.path.dirname(__file__), "librispeech_100h.py")
@@ -24,3 +25,11 @@ def get_config(text=""):
     config.data.train_split = "train_clean100+train_clean360+train_other500"
     config.total_steps = 800_000
     return config
+
+
+def sweep():
+    return product(
+        values("norm", "post", "pre", "none"),
+        values("reparam", "none", "sigma"),
+        values("optimizer", "adagrad", "lars"),
+    )

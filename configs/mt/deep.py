@@ -10,6 +10,7 @@ Everything else is the same in all arms. Layers have no biases: with them, in a 
 learnt more than the frequencies of tokens in 140 steps.
 """
 
+from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, choice, default_config
 
 # Reparametrisation, and γ at the start.
@@ -40,3 +41,7 @@ def get_config(text=""):
     config.data.vocabulary.size = 2000
     config.data.eval_splits = ()
     return config
+
+
+def sweep():
+    return product(values("arm", *ARMS), seeds(3))

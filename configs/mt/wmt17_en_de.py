@@ -14,6 +14,7 @@ decay 1e-4, beam 4, length penalty 0.6), from memory; the learning rate is this 
 are not known here. Not run yet.
 """
 
+from sigmarep.sweeps import product, seeds, values, zipped
 from sigmarep.training.config import arguments, default_config
 
 
@@ -52,3 +53,12 @@ def get_config(text=""):
     data.vocabulary.size = 32_000
     data.vocabulary.model = "bpe"
     return config
+
+
+def sweep():
+    """The paper's arms at four depths, three seeds."""
+    arms = zipped(
+        values("norm", "pre", "post", "deepnorm", "none", "post", "deepnorm"),
+        values("reparam", *["none"] * 3, *["sigma"] * 3),
+    )
+    return product(arms, values("depth", 6, 18, 50, 100), seeds(3))

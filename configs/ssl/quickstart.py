@@ -7,7 +7,8 @@ Arguments: arm (sigma_pre_ln: σReparam with pre-LN; sigma: σReparam without a 
 patch embedding as initialised), method (simclr), learning_rate (0.003), epochs (60).
 """
 
-from sigmarep.remedies import set_self_supervised_arm
+from sigmarep.remedies import SELF_SUPERVISED, set_self_supervised_arm
+from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, default_config
 
 
@@ -40,3 +41,7 @@ def get_config(text=""):
     views.crop_scale = (0.5, 1.0)
     views.brightness = 0.2
     return config
+
+
+def sweep():
+    return product(values("arm", *SELF_SUPERVISED), seeds(3))

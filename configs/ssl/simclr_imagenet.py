@@ -17,7 +17,8 @@ Not run by this project: it has only been built and checked, for want of the dat
 
 from sigmarep.data.images.views import imagenet_2012
 from sigmarep.models.vit import variant
-from sigmarep.remedies import set_self_supervised_arm
+from sigmarep.remedies import SELF_SUPERVISED, set_self_supervised_arm
+from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, default_config
 
 
@@ -54,3 +55,7 @@ def get_config(text=""):
     # A probe of 1.3 million pictures' pixels is not worth its hours.
     config.probe.baselines = False
     return config
+
+
+def sweep():
+    return product(values("arm", *SELF_SUPERVISED), values("warmup", 40, 10), seeds(5))

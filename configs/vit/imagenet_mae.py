@@ -7,13 +7,15 @@ Arguments: variant (B/16), reparam (none), warmup_epochs (20), epochs (0 for 300
 The recipe (He et al., 2022, appendix): AdamW (0.9, 0.95), batch 4096, base learning rate 1e-4 per 256, weight decay 0.3,
 cosine, 20 epochs of warmup, stochastic depth 0.1 / 0.2 / 0.2, RandAugment 9/0.5, mixup 0.8, CutMix 1.0, label smoothing
 0.1, sine-cosine positions, Xavier initialisation, averaged weights with decay 0.9999. No figure is quoted here for what
-it should reach. The paper on σReparam measures sharpness with it for 100 epochs, with and without warmup: epochs=100.
+it should reach. The paper on σReparam measures sharpness with it for 100 epochs, with and without warmup, and with a
+temperature of attention lowered after ten epochs: `sweep()`.
 Not run by this project: it has only been built and checked, for want of the data.
 """
 
 from sigmarep.data.images.transforms import imagenet_2012
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import variant
+from sigmarep.sweeps import product, values
 from sigmarep.training.config import arguments, default_config
 
 # Epochs and stochastic depth of each size.
@@ -55,3 +57,13 @@ def get_config(text=""):
     config.label_smoothing = 0.1
     imagenet_2012(config.data)
     return config
+
+
+def sweep():
+    """Row V1 of the paper's experiments: warmup on and off, plain and σReparam, and the temperature lowered at epoch 10."""
+    common = {"epochs": 100.0, "config.sharpness.every_steps": 500}
+    temperatures = {"config.intervention.at_epochs": 10.0, "config.intervention.attention_temperature": 0.1}
+    points = product(values("reparam", "none", "sigma"), values("warmup_epochs", 0.0, 20.0))
+    return [
+        common | point for point in [*points, *(point | temperatures for point in points if point["warmup_epochs"])]
+    ]

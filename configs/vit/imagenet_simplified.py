@@ -5,6 +5,9 @@
     python scripts/train.py --config configs/vit/imagenet_simplified.py:reparam=spectral --workdir runs/spectral_norm
     python scripts/train.py --config configs/vit/imagenet_simplified.py:reparam=weight,norm=pre --workdir runs/weight_norm
 
+`sweep()` makes ViT-B with γ starting at σ(W₀) and at 1, its ablations by spectral and weight normalisation, and L and H
+with the small patch convolution and without.
+
 Arguments: variant (B/16, L/16 or H/16), reparam (sigma), norm (none), gamma_init (sigma, as the paper's vision code; one
 is the paper's text), base_learning_rate (0.1, times batch / 256), batch_size (4096).
 
@@ -20,6 +23,7 @@ Not run by this project: it has only been built and checked, for want of the dat
 from sigmarep.data.images.transforms import imagenet_2012
 from sigmarep.errors import BadInput
 from sigmarep.models.vit import variant
+from sigmarep.sweeps import values, zipped
 from sigmarep.training.config import arguments, default_config
 
 # Epochs, stochastic depth and patch gain of each size.
@@ -66,3 +70,13 @@ def get_config(text=""):
     config.label_smoothing = 0.1
     imagenet_2012(config.data)
     return config
+
+
+def sweep():
+    return [
+        *values("gamma_init", "sigma", "one"),
+        {"reparam": "spectral"},
+        *zipped(values("reparam", "weight", "weight"), values("norm", "none", "pre")),
+        *values("variant", "L/16", "H/16"),
+        *({"variant": size, "config.model.patch_gain": 1.0} for size in ("L/16", "H/16")),
+    ]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sigmarep import tasks
+from sigmarep import sweeps, tasks
 from sigmarep.errors import BadInput
 from sigmarep.training.config import arguments, default_config, validate
 from sigmarep.training.mesh import AXES, partition_spec, path_name
@@ -50,7 +50,10 @@ ARMS = {
     "vit/cifar10.py": [""],
     "vit/imagenet_deit.py": ["", "reparam=sigma"],
     "vit/imagenet_mae.py": ["", "variant=L/16", "variant=H/14"],
-    "vit/imagenet_robustness.py": ["", "norm=pre,reparam=none,batch_size=2048,learning_rate=0.001,warmup_epochs=0"],
+    "vit/imagenet_robustness.py": [
+        "",
+        "norm=pre,reparam=none,batch_size=2048,base_learning_rate=0.001,warmup_epochs=0",
+    ],
     "lm/quickstart.py": [""],
     "lm/wikitext103.py": ["", "norm=pre,reparam=none"],
     "mt/deep.py": ["", "arm=sigma_one", "arm=plain"],
@@ -165,6 +168,63 @@ def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
     )
     if full_scale:
         assert "Not run" in doc
+
+
+SWEEPS = [name for name in ARMS if hasattr(load(name), "sweep")]
+# Rows of the paper's experiments that are sweeps, and what this project compares by one.
+SWEPT = {
+    "asr/librispeech_100h.py",
+    "asr/librispeech_960h.py",
+    "asr/deep.py",
+    "collapse.py",
+    "mt/deep.py",
+    "mt/wmt17_en_de.py",
+    "ssl/mocov3_imagenet.py",
+    "ssl/quickstart.py",
+    "ssl/simclr_imagenet.py",
+    "stability/intervention.py",
+    "stability/lm.py",
+    "stability/speech.py",
+    "stability/translation.py",
+    "stability/vit.py",
+    "vit/imagenet_deit.py",
+    "vit/imagenet_mae.py",
+    "vit/imagenet_robustness.py",
+    "vit/imagenet_simplified.py",
+}
+
+
+def test_experiments_that_are_sweeps_have_one():
+    assert set(SWEEPS) == SWEPT
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_of_a_sweep_can_be_built(name, tmp_path):
+    module, models = load(name), set()
+    runs = sweeps.runs(str(CONFIGS / name), module.sweep(), str(tmp_path), "train.py")
+    assert len({run.name for run in runs}) == len(runs) > 1
+    for run in runs:
+        (path,) = (each for each in run.command if each.startswith(str(CONFIGS)))
+        config = module.get_config(path.partition(":")[2])
+        config.update_from_flattened_dict(
+            {key.removeprefix("config."): value for key, value in run.point.items() if key.startswith("config.")}
+        )
+        config = validate(config)
+        create_schedule(config.optimizer, total_steps=1000, warmup_steps=10)
+        # Seeds and rates do not change the model, which takes a second to describe.
+        model = (str(config.model), config.get("method"), config.get("freeze_patch_embedding"))
+        if model not in models:
+            models.add(model)
+            tasks.get(config.task).create_model(config, tasks.planned_files(config))
+
+
+@pytest.mark.parametrize("base_learning_rate", [5e-4, 1e-3])
+@pytest.mark.parametrize("batch_size", [1024, 2048])
+def test_the_grid_of_the_paper_scales_its_rate_with_the_batch(base_learning_rate, batch_size):
+    text = f"base_learning_rate={base_learning_rate},batch_size={batch_size}"
+    for name in ("vit/imagenet_robustness.py", "vit/imagenet_deit.py"):
+        config = load(name).get_config(text)
+        assert config.optimizer.learning_rate == pytest.approx(base_learning_rate * batch_size / 512)
 
 
 @pytest.mark.parametrize("name", [name for name, texts in ARMS.items() if name != "quickstart.py"])
