@@ -52,15 +52,27 @@ class Evaluator:
       outputs: what the model made in the last call, by split.
     """
 
-    def __init__(self, mesh: Mesh, evaluations: Sequence[Evaluation]):
-        """Raises BadInput where two evaluations have one name."""
+    def __init__(
+        self,
+        mesh: Mesh,
+        evaluations: Sequence[Evaluation],
+        compiled: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+    ):
+        """Makes an evaluator.
+
+        Args:
+          compiled: the steps that others of the same mesh have compiled; those of this one are added.
+
+        Raises:
+          BadInput: two evaluations have one name.
+        """
         self._mesh, self._evaluations = mesh, list(evaluations)
         names = [evaluation.name for evaluation in self._evaluations]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise BadInput(f"config.data.eval_splits: has two parts of the split {twice[0]!r}; keep one")
         self.outputs: dict[str, Outputs] = {}
-        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._compiled = {} if compiled is None else compiled
 
     def __call__(self, variables: dict[str, Any]) -> dict[str, float]:
         """{"eval/<split>/<metric>": value} of variables in the mesh's layout."""

@@ -1,13 +1,16 @@
 """A configuration made into things that run: task, optimizer, step, state."""
 
+import collections
 import dataclasses
 import functools
+import json
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,9 +23,9 @@ from sigmarep.tasks.protocol import TaskData, TaskModel
 from sigmarep.training import durations, parallel
 from sigmarep.training.config import validate
 from sigmarep.training.evaluation import Evaluator
-from sigmarep.training.optimizers import create_optimizer
+from sigmarep.training.optimizers import Rates, create_optimizer, read_rates, without_rates
 from sigmarep.training.schedules import create_schedule
-from sigmarep.training.sharpness import Sharpness
+from sigmarep.training.sharpness import Sharpness, make_tridiagonals
 from sigmarep.training.step import TrainState, create_state, make_train_step
 
 # Size that the training split is taken to have where no data are read. Of the program only the constants of a schedule
@@ -37,6 +40,8 @@ LEVEL_FLAG = "xla_backend_optimization_level"
 class Program:
     """All that a validated configuration makes but its data: enough to compile the training step, not to run it.
 
+    The seed and `Rates` are inputs of what is compiled: `bound` gives the program to another run.
+
     Attributes:
       task: the model side.
       total_steps: updates of the whole run.
@@ -44,9 +49,12 @@ class Program:
       intervention_step: the last step before `config.intervention`, None for none.
       warmup_steps: of the learning rate.
       schedule: the learning rate.
+      rates: numbers that the step takes as inputs; the runner hands them over.
       layers: of the model.
       abstract_state: shapes, types and shardings of the state, in the mesh's layout.
-      create_state: makes the state before the first step, in that layout.
+      initialize: compiled; makes the state before the first step from the seed and the rates, in that layout.
+      tridiagonals: compiled, of `Sharpness`.
+      evaluation_steps: compiled, by the function.
     """
 
     config: ml_collections.FrozenConfigDict
@@ -56,10 +64,28 @@ class Program:
     intervention_step: int | None
     warmup_steps: int
     schedule: optax.Schedule
+    rates: Rates
     layers: Layers
     runner: parallel.Runner
     abstract_state: TrainState
-    create_state: Callable[[], TrainState]
+    initialize: Callable[[np.uint32, Rates], TrainState]
+    tridiagonals: Callable[..., Any]
+    evaluation_steps: dict[Callable[..., Any], Callable[..., Any]]
+
+    def create_state(self) -> TrainState:
+        """The state before the first step, in the mesh's layout."""
+        return self.initialize(np.uint32(self.config.seed), jax.tree.map(np.float32, self.rates))
+
+    def bound(self, config: ml_collections.FrozenConfigDict) -> Self:
+        """The same program for a configuration of the same `program_key`."""
+        rates = read_rates(config.optimizer)
+        return dataclasses.replace(
+            self,
+            config=config,
+            rates=rates,
+            schedule=create_schedule(config.optimizer, total_steps=self.total_steps, warmup_steps=self.warmup_steps),
+            runner=self.runner.with_inputs(rates),
+        )
 
     def due(self, event: str, step: int) -> bool:
         """True if `event` ("log", "eval", "checkpoint" or "sharpness") happens after `step`; all do after the last, but
@@ -68,11 +94,45 @@ class Program:
         return bool(interval) and (step % interval == 0 or step == self.total_steps)
 
 
+def program_key(config: Mapping[str, Any]) -> str:
+    """A text that is the same for configurations whose programs are the same, given the same data."""
+    values = json.loads(json.dumps(dict(config), default=repr))
+    values.pop("seed", None)
+    values["optimizer"] = without_rates(values["optimizer"])
+    values["intervention"].pop("learning_rate_factor")
+    return json.dumps(values, sort_keys=True)
+
+
+class Programs:
+    """The last programs that were made in this process, for runs that can use them again.
+
+    Args:
+      most: number of programs kept. A run with an intervention has two.
+    """
+
+    def __init__(self, most: int = 2):
+        self._most = most
+        self._made: collections.OrderedDict[Any, Program] = collections.OrderedDict()
+
+    def get(self, key: Any, make: Callable[[], Program]) -> Program:
+        """The program of `key`, made if it is not kept."""
+        program = self._made.pop(key, None) or make()
+        self._made[key] = program
+        while len(self._made) > self._most:
+            self._made.popitem(last=False)
+        return program
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment(Program):
-    """A program with its data."""
+    """A program with its data.
+
+    Attributes:
+      programs: those that it shares with other experiments.
+    """
 
     data: TaskData
+    programs: Programs
 
     def evaluator(self) -> Evaluator:
         """The evaluator of its splits.
@@ -80,12 +140,12 @@ class Experiment(Program):
         Raises:
           BadInput: one cannot be evaluated.
         """
-        return Evaluator(self.runner.mesh, self.data.evaluations(self.task))
+        return Evaluator(self.runner.mesh, self.data.evaluations(self.task), self.evaluation_steps)
 
     def sharpness(self) -> Sharpness:
         """Measures the sharpness of its training loss."""
         return Sharpness(
-            self.config, self.task, self.data, layers=self.layers, schedule=self.schedule, mesh=self.runner.mesh
+            self.tridiagonals, self.config, self.data, schedule=self.schedule, rates=self.rates, mesh=self.runner.mesh
         )
 
     def intervened(self) -> "Experiment":
@@ -93,19 +153,25 @@ class Experiment(Program):
         config = ml_collections.ConfigDict(self.config.to_dict())
         config.model.attention_temperature *= config.intervention.attention_temperature
         config.optimizer.learning_rate *= config.intervention.learning_rate_factor
-        return _experiment(validate(config), self.data)
+        return _experiment(validate(config), self.data, self.programs)
 
 
-def build(config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None) -> Experiment:
+def build(
+    config: ml_collections.FrozenConfigDict,
+    *,
+    devices: Sequence[Any] | None = None,
+    programs: Programs | None = None,
+) -> Experiment:
     """The experiment of a validated configuration. Opens its data; compiles and writes nothing.
 
     Args:
       devices: those of all processes if None.
+      programs: to take the program from, if one of the same `program_key` and data is among them.
 
     Raises:
       BadInput: a field is impossible, alone or with the data or the devices.
     """
-    return _experiment(config, tasks.get(config.task).open_data(config), devices)
+    return _experiment(config, tasks.get(config.task).open_data(config), programs or Programs(), devices)
 
 
 def build_program(config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None) -> Program:
@@ -118,21 +184,27 @@ def build_program(config: ml_collections.FrozenConfigDict, *, devices: Sequence[
       BadInput: a field is impossible, alone or with the devices.
     """
     model = tasks.get(config.task).create_model(config, tasks.planned_files(config))
-    return Program(**_parts(config, model, UNKNOWN_EXAMPLES, devices))
+    return _program(config, model, UNKNOWN_EXAMPLES, devices)
 
 
-def _experiment(config, data: TaskData, devices=None) -> Experiment:
+def _experiment(config, data: TaskData, programs: Programs, devices=None) -> Experiment:
     # Before the model: what is wrong with the training split shows first.
     num_examples = data.num_train_examples
     check_batch_size(config.batch_size, num_examples)
-    model = tasks.get(config.task).create_model(config, data.files())
-    return Experiment(**_parts(config, model, num_examples, devices), data=data)
+    files = data.files()
+
+    def make() -> Program:
+        return _program(config, tasks.get(config.task).create_model(config, files), num_examples, devices)
+
+    key = (program_key(config.to_dict()), num_examples, tuple(sorted(files.items())), tuple(devices or ()))
+    program = programs.get(key, make).bound(config)
+    own = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
+    return Experiment(**own, data=data, programs=programs)
 
 
-def _parts(
+def _program(
     config: ml_collections.FrozenConfigDict, task: TaskModel, num_examples: int, devices: Sequence[Any] | None
-) -> dict[str, Any]:
-    """The fields of a Program."""
+) -> Program:
     if config.accumulation > 1 and not task.microbatches:
         raise BadInput(
             f"config.accumulation = {config.accumulation}: the loss of {config.task} compares all examples of a batch, and "
@@ -163,21 +235,35 @@ def _parts(
             f"config.optimizer.qk_clip = {config.optimizer.qk_clip}: no layer of the model says that it makes queries or "
             "keys (`makes`, see sigmarep.nn.linear.ReparametrizedLayer)"
         )
-    optimizer = create_optimizer(config.optimizer, schedule=schedule, params=layers.variables["params"], layers=layers)
-    create = functools.partial(create_state, layers.initialize, optimizer, seed=config.seed, ema=config.ema_decay > 0)
-    make_step = functools.partial(
-        make_train_step,
-        task,
-        optimizer,
-        schedule,
-        layers=layers,
-        accumulation=config.accumulation,
-        ema_decay=config.ema_decay,
-        qk_clip=config.optimizer.qk_clip,
-    )
-    abstract_state = jax.eval_shape(create)
+    rates = read_rates(config.optimizer)
+
+    def optimizer_of(rates: Rates) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        scheduled = create_schedule(config.optimizer, total_steps=total, warmup_steps=warmup, peak=rates.learning_rate)
+        params = layers.variables["params"]
+        made = create_optimizer(config.optimizer, schedule=scheduled, params=params, layers=layers, rates=rates)
+        return made, scheduled
+
+    def create(seed, rates):
+        return create_state(layers.initialize, optimizer_of(rates)[0], seed=seed, ema=config.ema_decay > 0)
+
+    def make_step(*, axis_name):
+        def step(state, batch, panel, rates):
+            own = make_train_step(
+                task,
+                *optimizer_of(rates),
+                layers=layers,
+                accumulation=config.accumulation,
+                ema_decay=config.ema_decay,
+                qk_clip=config.optimizer.qk_clip,
+                axis_name=axis_name,
+            )
+            return own(state, batch, panel)
+
+        return step
+
+    abstract_state = jax.eval_shape(create, np.uint32(config.seed), jax.tree.map(np.float32, rates))
     runner = parallel.create_runner(config, make_step, abstract_state, layers, task.batch_rows(), devices=devices)
-    return dict(
+    return Program(
         config=config,
         task=task,
         total_steps=total,
@@ -185,14 +271,17 @@ def _parts(
         intervention_step=intervention,
         warmup_steps=warmup,
         schedule=schedule,
+        rates=rates,
         layers=layers,
-        runner=runner,
+        runner=runner.with_inputs(rates),
         abstract_state=jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             abstract_state,
             runner.shardings,
         ),
-        create_state=jax.jit(create, out_shardings=runner.shardings, compiler_options=_compiled_fast(runner.mesh)),
+        initialize=jax.jit(create, out_shardings=runner.shardings, compiler_options=_compiled_fast(runner.mesh)),
+        tridiagonals=make_tridiagonals(config, task, layers),
+        evaluation_steps={},
     )
 
 

@@ -21,7 +21,7 @@ from sigmarep.training.config import validate
 from sigmarep.training.diagnosis import diagnose
 from sigmarep.training.divergence import DivergenceCheck, GoodCheckpoints
 from sigmarep.training.evaluation import Evaluator
-from sigmarep.training.experiment import Experiment, build
+from sigmarep.training.experiment import Experiment, Programs, build
 from sigmarep.training.mesh import input_share
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
@@ -40,7 +40,11 @@ STEPS_IN_FLIGHT = 2
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict, folder: str, callbacks: Sequence[Callback] = ()
+    config: ml_collections.ConfigDict,
+    folder: str,
+    callbacks: Sequence[Callback] = (),
+    *,
+    programs: Programs | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates and checkpoints; goes on where an earlier call in the same folder stopped.
 
@@ -48,6 +52,7 @@ def train_and_evaluate(
       config: see `sigmarep.training.config.default_config`.
       folder: the workdir; made if missing. See `sigmarep.training.workdir` for what is in it.
       callbacks: called after those of `config.callbacks`; see `sigmarep.training.callbacks`.
+      programs: compiled programs of other runs in this process, to be used again and added to.
 
     Returns:
       The last evaluation; `attention/entropy_lowest`, the lowest layer's entropy of the whole run in nats; and
@@ -63,7 +68,7 @@ def train_and_evaluate(
     config = validate(config)
     announce(f"{config.task} in {folder}: opens the data, then compiles its first step", mode=config.writers.progress)
     with waiting("opening the data", mode=config.writers.progress):
-        experiment = build(config)
+        experiment = build(config, programs=programs)
         # What is wrong with a split to be evaluated shows now, before anything is written.
         evaluator = experiment.evaluator()
         others = named_callbacks(experiment.config.callbacks, callbacks)

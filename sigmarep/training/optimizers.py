@@ -94,6 +94,43 @@ FIELDS: dict[str, Any] = {
 }
 
 
+class Rates(NamedTuple):
+    """Numbers of an optimizer that its program takes as inputs: runs that differ in them alone share the program.
+
+    Numbers, or () float32 arrays; None where the program lacks the part that the number belongs to.
+
+    Attributes:
+      learning_rate: the peak.
+      weight_decay: of the built-in optimizers.
+      clip_norm: largest norm of the gradient.
+      non_matrix_factor: `non_matrix_learning_rate` as a multiple of `learning_rate`.
+    """
+
+    learning_rate: Any
+    weight_decay: Any = None
+    clip_norm: Any = None
+    non_matrix_factor: Any = None
+
+
+def read_rates(config: Any) -> Rates:
+    """The rates of `config.optimizer`, as numbers."""
+    own = config.non_matrix_learning_rate
+    return Rates(
+        config.learning_rate,
+        (config.weight_decay or None) if config.name in OPTIMIZERS else None,
+        config.clip_norm or None,
+        own / config.learning_rate if own else None,
+    )
+
+
+def without_rates(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `config.optimizer` as its program depends on them: of those in `Rates` only that they are set."""
+    switches = {name: bool(fields[name]) for name in ("clip_norm", "non_matrix_learning_rate")}
+    if fields["name"] in OPTIMIZERS:
+        switches["weight_decay"] = bool(fields["weight_decay"])
+    return {**fields, **switches, "learning_rate": True}
+
+
 def matching(params: Any, rules: Sequence[str]) -> Any:
     """True for every parameter whose '/'-joined path one of the regular expressions `rules` is found in."""
     matches = _matcher(rules)
@@ -127,7 +164,7 @@ def decay_mask(params: Any, rules: Sequence[str]) -> Any:
 
 
 def create_optimizer(
-    config: Any, *, schedule: optax.Schedule, params: Any, layers: Layers
+    config: Any, *, schedule: optax.Schedule, params: Any, layers: Layers, rates: Rates | None = None
 ) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`.
 
@@ -135,25 +172,29 @@ def create_optimizer(
       schedule: learning rate by update.
       params: parameters, or their shapes.
       layers: of the model that has these parameters.
+      rates: those of `config` if None.
 
     Raises:
       BadInput: a regular expression finds no parameter; those of the defaults may, which serve all models.
     """
     for field_name in ("no_decay", "scale_parameters", "non_matrices"):
         _check_matches(field_name, config[field_name], params)
+    rates = rates or read_rates(config)
     mask = decay_mask(params, config.no_decay)
-    clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
+    clip = (optax.clip_by_global_norm(rates.clip_norm),) if rates.clip_norm is not None else ()
     bound = (
         (bound_spectral_norm(config.spectral_bound, hidden_matrices(config, layers)),) if config.spectral_bound else ()
     )
     relative = (scale_by_kernel_norm(layers),) if config.relative_gradients else ()
-    factors = rate_factors(config, params, layers)
-    rates = (_scaled_by(lambda _: factors),) if any(x != 1 for x in jax.tree.leaves(factors)) else ()
-    return optax.chain(*clip, *relative, *_directions(config, schedule, mask, params, layers), *bound, *rates)
+    factors = rate_factors(config, params, layers, rates)
+    uniform = all(isinstance(x, float) and x == 1 for x in jax.tree.leaves(factors))
+    scaled = () if uniform else (_scaled_by(lambda _: factors),)
+    directions = _directions(config, schedule, mask, params, layers, rates.weight_decay)
+    return optax.chain(*clip, *relative, *directions, *bound, *scaled)
 
 
 def _directions(
-    config: Any, schedule: optax.Schedule, mask: Any, params: Any, layers: Layers
+    config: Any, schedule: optax.Schedule, mask: Any, params: Any, layers: Layers, weight_decay: Any
 ) -> tuple[optax.GradientTransformation, ...]:
     """The built-in optimizer `config.name`: momentum, second moments, weight decay and the learning rate."""
     if config.name not in OPTIMIZERS:
@@ -172,7 +213,7 @@ def _directions(
             f"config.optimizer.arguments: are those of an optimizer of optax, and {config.name!r} is built in; its fields "
             f"are config.optimizer's own, or name it 'optax.{config.name}'"
         )
-    decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
+    decay = optax.identity() if weight_decay is None else optax.add_decayed_weights(weight_decay, mask)
     rate = optax.scale_by_learning_rate(schedule)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, nesterov=config.nesterov)
     momentum = optax.trace(config.momentum, nesterov=config.nesterov) if config.momentum else optax.identity()
@@ -189,15 +230,16 @@ def _directions(
     return chains[config.name]
 
 
-def rate_factors(config: Any, params: Any, layers: Layers) -> Any:
-    """Learning rate of every parameter as a multiple of `learning_rate`: a tree of numbers."""
+def rate_factors(config: Any, params: Any, layers: Layers, rates: Rates) -> Any:
+    """Learning rate of every parameter as a multiple of `learning_rate`: a tree of numbers, or of arrays where
+    `rates.non_matrix_factor` is one."""
     scales = matching(params, config.scale_parameters)
     matrices = hidden_matrices(config, layers)
 
     def factor(path, _, gain):
-        own = config.non_matrix_learning_rate and path_name(path) not in matrices
-        base = config.non_matrix_learning_rate / config.learning_rate if own else 1.0
-        return base * (config.scale_parameters_factor if gain else 1.0)
+        own = rates.non_matrix_factor is not None and path_name(path) not in matrices
+        base = rates.non_matrix_factor if own else 1.0
+        return base * config.scale_parameters_factor if gain else base
 
     return jax.tree_util.tree_map_with_path(factor, params, scales)
 

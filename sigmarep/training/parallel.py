@@ -4,8 +4,9 @@
 number of devices. `pmap` keeps a whole copy of the state on every device of this process.
 """
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ class Runner(Protocol):
 
     mesh: Mesh
     shardings: Any
+
+    def with_inputs(self, *inputs: Any) -> Self:
+        """A runner of the same compiled programs that gives the step `inputs`, trees of numbers, after its arguments."""
 
     def put_state(self, state: TrainState) -> Any:
         """Converts a state from the mesh's layout to the runner's."""
@@ -46,12 +50,18 @@ class JitRunner:
         self.mesh = mesh
         self.shardings = shardings
         self._batch = meshes.batch_sharding(mesh)
+        self._inputs: tuple[Any, ...] = ()
         self._step = jax.jit(
             make_step(axis_name=None),
             static_argnums=2,
             donate_argnums=0,
             out_shardings=(self.shardings, meshes.replicated(mesh)),
         )
+
+    def with_inputs(self, *inputs):
+        other = copy.copy(self)
+        other._inputs = inputs
+        return other
 
     def put_state(self, state):
         return state
@@ -61,17 +71,29 @@ class JitRunner:
 
     def step(self, state, batch, *, panel):
         with meshes.activations_placed(self.mesh):
-            return self._step(state, global_batch(batch, self.mesh), panel)
+            return self._step(state, global_batch(batch, self.mesh), panel, *self._on_devices())
+
+    def _on_devices(self) -> tuple[Any, ...]:
+        """The inputs as arrays over the mesh; put there once."""
+        if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(self._inputs)):
+            place = meshes.replicated(self.mesh)
+            self._inputs = jax.tree.map(
+                lambda x: jax.make_array_from_callback((), place, lambda _: np.asarray(x, np.float32)), self._inputs
+            )
+        return self._inputs
 
     def lower(self, state, batch, *, panel):
+        inputs = self._inputs
         if _abstract(batch):
+            place = meshes.replicated(self.mesh)
+            inputs = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=place), inputs)
             batch = {
                 name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch) for name, x in dict(batch).items()
             }
         else:
-            batch = global_batch(batch, self.mesh)
+            batch, inputs = global_batch(batch, self.mesh), self._on_devices()
         with meshes.activations_placed(self.mesh):
-            return self._step.lower(state, batch, panel)
+            return self._step.lower(state, batch, panel, *inputs)
 
 
 class PmapRunner:
@@ -83,7 +105,21 @@ class PmapRunner:
         self.mesh = mesh
         self.shardings = shardings
         self._devices = jax.local_devices()
-        self._step = jax.pmap(make_step(axis_name=AXIS), axis_name=AXIS, static_broadcasted_argnums=2, donate_argnums=0)
+        self._inputs: tuple[Any, ...] = ()
+        # The inputs are whole on every device, as one argument.
+        step = make_step(axis_name=AXIS)
+        self._step = jax.pmap(
+            lambda state, batch, panel, inputs: step(state, batch, panel, *inputs),
+            axis_name=AXIS,
+            static_broadcasted_argnums=2,
+            donate_argnums=0,
+            in_axes=(0, 0, None, None),
+        )
+
+    def with_inputs(self, *inputs):
+        other = copy.copy(self)
+        other._inputs = jax.tree.map(np.float32, inputs)
+        return other
 
     def put_state(self, state):
         count = len(self._devices)
@@ -93,19 +129,19 @@ class PmapRunner:
         return jax.tree.map(lambda x, sharding: jax.device_put(np.asarray(_first(x)), sharding), state, self.shardings)
 
     def step(self, state, batch, *, panel):
-        state, output = self._step(state, self._split(batch), panel)
+        state, output = self._step(state, self._split(batch), panel, self._inputs)
         return state, jax.tree.map(_first, output)
 
     def lower(self, state, batch, *, panel):
         count = len(self._devices)
         if not _abstract(batch):
-            return self._step.lower(state, self._split(batch), panel)
+            return self._step.lower(state, self._split(batch), panel, self._inputs)
 
         def stacked(x, *shape):
             return jax.ShapeDtypeStruct((count, *shape), x.dtype)
 
         batch = {name: stacked(x, x.shape[0] // self.mesh.size, *x.shape[1:]) for name, x in batch.items()}
-        return self._step.lower(jax.tree.map(lambda x: stacked(x, *x.shape), state), batch, panel)
+        return self._step.lower(jax.tree.map(lambda x: stacked(x, *x.shape), state), batch, panel, self._inputs)
 
     def _split(self, batch):
         count = len(self._devices)

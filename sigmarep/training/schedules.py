@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -30,7 +31,9 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def create_schedule(config: Any, *, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+def create_schedule(
+    config: Any, *, total_steps: int, warmup_steps: int = 0, peak: float | jax.Array | None = None
+) -> optax.Schedule:
     """The learning rate as a function of the updates made so far, 0 before the first.
 
     With peak η, w warmup steps, T steps in all and p = (step − w) / (T − w), after the warmup:
@@ -47,10 +50,12 @@ def create_schedule(config: Any, *, total_steps: int, warmup_steps: int = 0) -> 
 
     Args:
       config: `config.optimizer`.
+      peak: takes the place of `config.learning_rate`, where that is an input of a program.
 
     Raises:
       BadInput: the warmup is longer than the run.
     """
+    peak = config.learning_rate if peak is None else peak
     if warmup_steps > total_steps:
         raise BadInput(
             f"config.optimizer.warmup_steps = {warmup_steps}: longer than the run of {total_steps} steps; shorten it"
@@ -59,13 +64,13 @@ def create_schedule(config: Any, *, total_steps: int, warmup_steps: int = 0) -> 
         factor = external.create_schedule(
             config.schedule, config.schedule_arguments, total_steps=total_steps, warmup_steps=warmup_steps
         )
-        return lambda step: config.learning_rate * jnp.asarray(factor(step), jnp.float32)
+        return lambda step: peak * jnp.asarray(factor(step), jnp.float32)
     if config.schedule_arguments:
         raise BadInput(
             f"config.optimizer.schedule_arguments: are those of a schedule of optax, and {config.schedule!r} is built in; "
             "its fields are config.optimizer's own"
         )
-    peak, end = config.learning_rate, config.end_factor
+    end = config.end_factor
     decaying = max(total_steps - warmup_steps, 1)
     boundaries = [round(fraction * total_steps) for fraction in config.step_at]
 

@@ -5,11 +5,13 @@ also `sharpness/preconditioned` with `sharpness/preconditioned_threshold`, (2 + 
 run's first batch in training mode, with the same random numbers every time: values differ by the parameters alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
@@ -19,7 +21,7 @@ from sigmarep.fields import duration, field
 from sigmarep.nn.layers import Layers
 from sigmarep.tasks.protocol import TaskData, TaskModel
 from sigmarep.training.mesh import input_share
-from sigmarep.training.optimizers import kernel_norms, rate_factors
+from sigmarep.training.optimizers import Rates, kernel_norms, rate_factors
 from sigmarep.training.parallel import global_batch
 from sigmarep.training.step import TrainState
 
@@ -31,25 +33,24 @@ FIELDS: dict[str, Any] = {
 
 
 class Sharpness:
-    """Compiles on the first call. Every call starts its Lanczos iteration from the same vector, so that a run that was
-    stopped and goes on finds the same values. The iteration keeps `config.sharpness.iterations` vectors of the size of
-    the parameters."""
+    """Every call starts its Lanczos iteration from the same vector, so that a run that was stopped and goes on finds the
+    same values. The iteration keeps `config.sharpness.iterations` vectors of the size of the parameters."""
 
     def __init__(
         self,
+        compiled: Callable[..., dict[str, curvature.Tridiagonal]],
         config: ml_collections.FrozenConfigDict,
-        task: TaskModel,
         data: TaskData,
         *,
-        layers: Layers,
         schedule: optax.Schedule,
+        rates: Rates,
         mesh: Mesh,
     ):
-        """Arguments: as the fields of `sigmarep.training.experiment.Experiment`."""
-        self._config, self._task, self._data = config, task, data
-        self._layers, self._schedule, self._mesh = layers, schedule, mesh
+        """Arguments: `compiled`, see `make_tridiagonals`; the others as the fields of
+        `sigmarep.training.experiment.Experiment`."""
+        self._compiled, self._config, self._data = compiled, config, data
+        self._schedule, self._rates, self._mesh = schedule, jax.tree.map(np.float32, rates), mesh
         self._batch: Any = None
-        self._compiled = jax.jit(self._tridiagonals)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Metrics of a state in the mesh's layout."""
@@ -59,7 +60,7 @@ class Sharpness:
             self._batch = global_batch(next(stream), self._mesh)
         largest = {
             name: float(curvature.ritz_values(each)[0])
-            for name, each in jax.device_get(self._compiled(state, self._batch)).items()
+            for name, each in jax.device_get(self._compiled(state, self._batch, self._rates)).items()
         }
         optimizer, rate = self._config.optimizer, float(self._schedule(int(state.step)))
         metrics = {"sharpness/hessian": largest["hessian"], "sharpness/threshold": curvature.threshold(rate)}
@@ -68,8 +69,18 @@ class Sharpness:
             metrics["sharpness/preconditioned_threshold"] = curvature.threshold(rate, optimizer.beta1)
         return metrics
 
-    def _tridiagonals(self, state: TrainState, batch: Any) -> dict[str, curvature.Tridiagonal]:
-        config, task = self._config, self._task
+
+def make_tridiagonals(
+    config: ml_collections.FrozenConfigDict, task: TaskModel, layers: Layers
+) -> Callable[..., dict[str, curvature.Tridiagonal]]:
+    """Returns the compiled `tridiagonals(state, batch, rates)` of the Hessian, and of the preconditioned one if there is
+    one, without their bases.
+
+    Args:
+      layers: of the task's model.
+    """
+
+    def tridiagonals(state: TrainState, batch: Any, rates: Rates) -> dict[str, curvature.Tridiagonal]:
         at, unravel = ravel_pytree(state.params)
 
         def loss(flat):
@@ -83,20 +94,23 @@ class Sharpness:
 
         start = jax.random.normal(jax.random.key(1), at.shape)
         product = curvature.hessian_product(loss, at)
-        tridiagonals = {"hessian": largest(product)}
+        results = {"hessian": largest(product)}
         if config.optimizer.name in PRECONDITIONED:
             moment = ravel_pytree(optax.tree_utils.tree_get(state.opt_state, "nu"))[0]
             corrected = moment / (1 - jnp.float32(config.optimizer.beta2) ** jnp.maximum(state.step, 1))
             # Adam's average of gradients is corrected too: its first steps are longer.
             shortened = 1 - jnp.float32(config.optimizer.beta1) ** jnp.maximum(state.step, 1)
-            diagonal = shortened * (jnp.sqrt(corrected) + config.optimizer.epsilon) / self._steps(state.params)
-            tridiagonals["preconditioned"] = largest(curvature.preconditioned(product, diagonal))
-        return tridiagonals
+            lengths = _step_lengths(config.optimizer, state.params, layers, rates)
+            diagonal = shortened * (jnp.sqrt(corrected) + config.optimizer.epsilon) / lengths
+            results["preconditioned"] = largest(curvature.preconditioned(product, diagonal))
+        return results
 
-    def _steps(self, params: Any) -> jax.Array:
-        """By how much every parameter's step is longer than the learning rate says, flat."""
-        config, layers = self._config.optimizer, self._layers
-        factors = rate_factors(config, params, layers)
-        norms = kernel_norms(params, layers) if config.relative_gradients else jax.tree.map(lambda _: 1.0, params)
-        whole = jax.tree.map(lambda x, f, norm: jnp.broadcast_to(f * norm, x.shape), params, factors, norms)
-        return ravel_pytree(whole)[0]
+    return jax.jit(tridiagonals)
+
+
+def _step_lengths(config: Any, params: Any, layers: Layers, rates: Rates) -> jax.Array:
+    """By how much every parameter's step is longer than the learning rate says, flat."""
+    factors = rate_factors(config, params, layers, rates)
+    norms = kernel_norms(params, layers) if config.relative_gradients else jax.tree.map(lambda _: 1.0, params)
+    whole = jax.tree.map(lambda x, f, norm: jnp.broadcast_to(f * norm, x.shape), params, factors, norms)
+    return ravel_pytree(whole)[0]
