@@ -22,23 +22,39 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missi
 DESCRIBE = flags.DEFINE_boolean(
     "describe", False, "Prints every field of the configuration with its meaning, and ends."
 )
+CONNECTION = flags.DEFINE_integer("connection", None, "File descriptor by which scripts/sweep.py hands over its runs.")
 processes.define_flags()
 
 
 def main() -> None:
+    if CONNECTION.value is not None:
+        _prepare()
+        from sigmarep import worker
+
+        worker.serve(CONNECTION.value, train)
+        return
     config = command.resolved_config(CONFIG)
     if DESCRIBE.value:
         print(describe(validate(config), width=min(shutil.get_terminal_size((100, 0)).columns, 120)))
         return
     workdir = command.required("workdir", WORKDIR.value)
+    _prepare()
+    train(config, workdir)
+
+
+def _prepare() -> None:
     command.ctrl_c_is_sigterm()
     signals.end_with_parent()
+    processes.join_by_flags()
+
+
+def train(config, workdir: str, programs=None) -> None:
+    """Makes a run and prints its result."""
     # Importing the trainer starts JAX; a wrong flag should not wait for that.
     from sigmarep.training.loop import train_and_evaluate
 
-    processes.join_by_flags()
     with processes.ending_together():
-        result = train_and_evaluate(config, workdir)
+        result = train_and_evaluate(config, workdir, programs=programs)
     if processes.index():
         return
     for name, value in result.items():

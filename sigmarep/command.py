@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -43,10 +43,22 @@ flags.DEFINE_string(
 # Time that the interpreter has to get to a Ctrl-C.
 INTERRUPT_SECONDS = 2.0
 _interrupted = threading.Event()
-# Overrides of fields that the configuration need not have: those of its sections `FREE`.
-_free_overrides: dict[str, Any] = {}
-# Overrides of declared fields by None, which ml_collections would read as a word.
-_none_overrides: list[str] = []
+
+
+class Overrides(NamedTuple):
+    """Overrides that ml_collections refuses or misreads.
+
+    Attributes:
+      free: of fields that the configuration need not have: those of its sections `FREE`.
+      none: of declared fields by None, which would be read as a word.
+    """
+
+    free: dict[str, Any]
+    none: list[str]
+
+
+# Those of this process's own arguments.
+_overrides = Overrides({}, [])
 
 
 def define_config_flag() -> Any:
@@ -62,10 +74,32 @@ def resolved_config(flag: Any) -> Any:
     Raises:
       BadInput: --config is missing.
     """
-    config = flag.value
+    return _resolved(flag.value, flags.FLAGS, _overrides)
+
+
+def resolve(arguments: Sequence[str]) -> Any:
+    """The configuration that scripts/train.py would make of these arguments, whatever those of this process are.
+
+    Raises:
+      BadInput: an argument is wrong; the message is the one of that command.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(False)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_multi_string("import", [], "", flag_values=values)
+    named = [_program(), *arguments]
+    with _bad_input(named):
+        _import(named)
+        rest, overrides = _without_free_overrides(named)
+        flag = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=rest)
+        _check(values(rest), values)
+        return _resolved(flag.value, values, overrides)
+
+
+def _resolved(config: Any, values: flags.FlagValues, overrides: Overrides) -> Any:
     if config is None:
         raise BadInput("--config is missing: name a configuration file, for example --config configs/quickstart.py")
-    for name in config_flags.get_override_values(flags.FLAGS["config"]):
+    for name in config_flags.get_override_values(values["config"]):
         stem, _, unit = name.rpartition("_")
         if unit in UNITS:
             *blocks, leaf = stem.split(".")
@@ -76,17 +110,17 @@ def resolved_config(flag: Any) -> Any:
                 if other != unit:
                     block[f"{leaf}_{other}"] = None
     configuration.unlock(config, FREE)
-    config.update_from_flattened_dict(_free_overrides)
-    _set_none(config)
+    config.update_from_flattened_dict(overrides.free)
+    _set_none(config, overrides.none)
     return config
 
 
-def _set_none(config: Any) -> None:
+def _set_none(config: Any, names: Sequence[str]) -> None:
     """Does what --config.name=None says, of fields that may be None."""
-    if not _none_overrides:
+    if not names:
         return
     declared = dict(fields.flatten(sections(config.task)))
-    for name in _none_overrides:
+    for name in names:
         one = declared.get(name)
         if not isinstance(one, fields.Field):
             raise BadInput(f"--{configuration.unknown(name, declared)}")
@@ -241,25 +275,36 @@ def _pipe_closed() -> None:
     sys.exit(128 + signal.SIGPIPE)
 
 
+def outcome(main: Callable[[], Any]) -> int:
+    """Calls `main` as the whole of a command, in a process that goes on: prints what it fails by, and returns the exit
+    status that it has."""
+    try:
+        main()
+        return 0
+    except SigmarepError as error:
+        print(f"{_program()}: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
 def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
+    global _overrides
     if asked := [each for each in arguments[1:] if each.startswith("-") and each.lstrip("-") in HELP]:
         _help(arguments[0], asked[0].lstrip("-"))
     try:
         arguments = _named_configuration(arguments)
-        _import(arguments)
-        rest = flags.FLAGS(_without_free_overrides(arguments))
-        _check(rest[:1] if positional else rest)
-        return rest
+        with _bad_input(arguments):
+            _import(arguments)
+            named, _overrides = _without_free_overrides(arguments)
+            rest = flags.FLAGS(named)
+            _check(rest[:1] if positional else rest, flags.FLAGS)
+            return rest
     except SigmarepError as error:
         fail(error)
-    except flags.UnrecognizedFlagError as error:
-        fail(BadInput(f"--{error.flagname}: there is no such flag; see --help"))
-    except flags.Error as error:
-        fail(BadInput(_flag_error(error)))
-    except (AttributeError, KeyError) as error:
-        fail(BadInput(_unknown_field(arguments, error)))
-    except Exception as error:
-        fail(BadInput(f"{_place(error)}{type(error).__name__}: {one_line(error, most=2000)}"))
     return []
 
 
@@ -295,6 +340,23 @@ def _configuration_path(value: str) -> str:
     return configurations().get(name, path) + colon + text
 
 
+@contextlib.contextmanager
+def _bad_input(arguments: Sequence[str]) -> Iterator[None]:
+    """Raises what goes wrong with the arguments, and in the configuration file, as BadInput."""
+    try:
+        yield
+    except SigmarepError:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        raise BadInput(f"--{error.flagname}: there is no such flag; see --help") from error
+    except flags.Error as error:
+        raise BadInput(_flag_error(error)) from error
+    except (AttributeError, KeyError) as error:
+        raise BadInput(_unknown_field(arguments, error)) from error
+    except Exception as error:
+        raise BadInput(f"{_place(error)}{type(error).__name__}: {one_line(error, most=2000)}") from error
+
+
 def _help(program: str, name: str) -> None:
     """Prints the flags and ends the process with status 0; absl has 1."""
     try:
@@ -321,24 +383,24 @@ def _import(arguments: Sequence[str]) -> None:
             doors.import_named(module)
 
 
-def _without_free_overrides(arguments: Sequence[str]) -> list[str]:
-    """Takes out the overrides that ml_collections refuses or misreads: those of the sections `FREE`, and those by None."""
-    rest, pending = [], ""
+def _without_free_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:
+    """Parts the overrides that ml_collections refuses or misreads from the other arguments."""
+    rest, pending, overrides = [], "", Overrides({}, [])
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         if pending:
-            _free_overrides[pending], pending = _literal(argument), ""
+            overrides.free[pending], pending = _literal(argument), ""
         elif argument.startswith("-") and name.startswith(tuple(f"config.{section}." for section in FREE)):
             pending = name.removeprefix("config.")
             if equals:
-                _free_overrides[pending], pending = _literal(value), ""
+                overrides.free[pending], pending = _literal(value), ""
         elif argument.startswith("-") and name.startswith("config.") and value == "None":
-            _none_overrides.append(name.removeprefix("config."))
+            overrides.none.append(name.removeprefix("config."))
         else:
             rest.append(argument)
     if pending:
         raise BadInput(f"--config.{pending}: a value is missing")
-    return rest
+    return rest, overrides
 
 
 def _literal(text: str) -> Any:
@@ -353,16 +415,16 @@ def _keys_as_text(value: Any) -> Any:
     return {str(key): _keys_as_text(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def _check(rest: list[str]) -> None:
+def _check(rest: list[str], values: flags.FlagValues) -> None:
     if len(rest) > 1:
         raise BadInput(f"argument {rest[1]!r}: not understood; flags begin with --")
-    path = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    path = values["config"].value if "config" in values else None
     if not isinstance(path, str | None):
         # ml_collections keeps what went wrong with the file for the first look at the configuration.
         try:
             path.task  # noqa: B018
         except OSError:
-            named = config_flags.get_config_filename(flags.FLAGS["config"])
+            named = config_flags.get_config_filename(values["config"])
             raise BadInput(f"--config {named}: there is no such file{_near(named)}") from None
 
 

@@ -8,26 +8,26 @@ lists of points:
         return product(values("arm", "pre_ln", "sigma"), values("learning_rate", 1e-3, 1e-2), seeds(3))
 """
 
+import collections
 import concurrent.futures
 import itertools
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sigmarep import signals
 from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped, one_line
 from sigmarep.files import locked, read_json, write_atomically
 from sigmarep.training.diagnosis import ENTROPY
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.stopped import stopped_early
 from sigmarep.training.workdir_lock import holder
+from sigmarep.worker import Worker
 
 Point = dict[str, Any]
 # State of a run by its exit status.
@@ -72,11 +72,22 @@ def zipped(*lists: Sequence[Point]) -> list[Point]:
 
 
 class PlannedRun(NamedTuple):
-    """A run of a sweep: the name of its folder, its point, and the command that trains it."""
+    """A run of a sweep: the name of its folder, its point, and the command that trains it.
+
+    Attributes:
+      arguments: of scripts/train.py.
+      start: the beginning of the command: Python, the script, and flags of all runs.
+    """
 
     name: str
     point: Point
-    command: list[str]
+    arguments: list[str]
+    start: list[str]
+
+    @property
+    def command(self) -> list[str]:
+        """The command that makes this run alone."""
+        return [*self.start[:2], *self.arguments, *self.start[2:]]
 
 
 class Outcome(NamedTuple):
@@ -132,12 +143,14 @@ def runs(
         name = run_name(point)
         if name in planned:
             raise BadInput(f"--config {path}: its sweep() has two points {name!r}; make them differ")
-        arguments = ",".join(f"{key}={value}" for key, value in point.items() if not key.startswith("config."))
+        given = ",".join(f"{key}={value}" for key, value in point.items() if not key.startswith("config."))
         overrides = [f"--{key}={value}" for key, value in point.items() if key.startswith("config.")]
-        file = f"{path}:{arguments}" if arguments else path
-        command = [sys.executable, script, "--config", file, "--workdir", os.path.join(workdir, name), *overrides]
+        file = f"{path}:{given}" if given else path
+        arguments = ["--config", file, "--workdir", os.path.join(workdir, name), *overrides]
         imported = [f"--import={module}" for module in imports]
-        planned[name] = PlannedRun(name, point, [*command, "--config.writers.progress=plain", *imported])
+        planned[name] = PlannedRun(
+            name, point, [*arguments, "--config.writers.progress=plain"], [sys.executable, script, *imported]
+        )
     return list(planned.values())
 
 
@@ -175,6 +188,10 @@ def execute(
 ) -> dict[str, dict[str, Any]]:
     """Makes the runs that are not finished, and returns the record of all.
 
+    Runs of one program (`sigmarep.training.experiment.program_key`) are made one after another in one process, which
+    compiles it once. A run's metrics are those that it has alone, and how it ends is its own affair: after a run that
+    failed, or was killed, another process goes on.
+
     The output of a run goes to `log.txt` in its folder. The record is updated after every run, so that an interrupted
     sweep continues where it was; several machines may update it. If this process is interrupted, or killed, its runs
     receive SIGTERM and save their states. A run that another process of this host trains is waited for.
@@ -190,50 +207,132 @@ def execute(
       BadInput: the record cannot be read.
     """
     record = read_record(workdir)
-    lock, stopping = threading.Lock(), threading.Event()
-    processes: set[subprocess.Popen] = set()
     waiting = [run for run in todo if record.get(run.name, {}).get("state") not in FINAL]
-    variables = {**(os.environ if environment is None else environment), **signals.child_environment()}
     say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs} at a time")
+    if waiting:
+        variables = dict(os.environ if environment is None else environment)
+        _Execution(waiting, workdir, record=record, say=say, environment=variables).make(jobs)
+    return record
 
-    def one(run: PlannedRun) -> None:
-        folder = os.path.join(workdir, run.name)
+
+class _Execution:
+    """The runs of a sweep that are to be made, and the processes that make them."""
+
+    def __init__(
+        self,
+        waiting: Sequence[PlannedRun],
+        workdir: str,
+        *,
+        record: dict[str, dict[str, Any]],
+        say: Callable[[str], None],
+        environment: dict[str, str],
+    ):
+        self._workdir, self._record, self._say, self._environment = workdir, record, say, environment
+        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._workers: set[Worker] = set()
+        # Runs of one program, by its key.
+        self._groups: dict[str, collections.deque[PlannedRun]] = {"": collections.deque(waiting)}
+        # Keys of the groups that a worker has begun.
+        self._begun: set[str] = set()
+
+    def make(self, jobs: int) -> None:
+        """Makes all runs, `jobs` at a time."""
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            try:
+                first = self._grouped() if len(self._groups[""]) > 1 else None
+                futures = [pool.submit(self._slot, first if i == 0 else None) for i in range(jobs)]
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                with self._lock:
+                    self._stopping.set()
+                    for worker in self._workers:
+                        worker.stop()
+                raise
+
+    def _grouped(self) -> Worker | None:
+        """Groups the runs by program, and returns the worker that has named these."""
+        runs = list(self._groups[""])
+        worker = self._started(runs[0])
+        keys = worker.keys([run.arguments for run in runs]) if worker else None
+        if worker is None or keys is None:
+            return worker
+        self._groups = {}
+        for run, key in zip(runs, keys, strict=True):
+            self._groups.setdefault(run.name if key is None else key, collections.deque()).append(run)
+        return worker
+
+    def _started(self, run: PlannedRun) -> Worker | None:
+        with self._lock:
+            if self._stopping.is_set():
+                return None
+            worker = Worker(run.start, self._log(run), self._environment)
+            self._workers.add(worker)
+            return worker
+
+    def _closed(self, worker: Worker) -> None:
+        worker.close()
+        with self._lock:
+            self._workers.discard(worker)
+
+    def _next(self, group: str | None) -> tuple[str, PlannedRun] | None:
+        """The next run for a worker that has made those of `group`: one more of these, else of a program that nobody has
+        begun, else of the one with the most runs left."""
+        with self._lock:
+            left = {key: runs for key, runs in self._groups.items() if runs}
+            if not left or self._stopping.is_set():
+                return None
+            unbegun = [key for key in left if key not in self._begun]
+            chosen = group if group in left else unbegun[0] if unbegun else max(left, key=lambda each: len(left[each]))
+            assert chosen is not None
+            self._begun.add(chosen)
+            return chosen, left[chosen].popleft()
+
+    def _slot(self, worker: Worker | None) -> None:
+        """Makes runs, one after another, until none is left."""
+        group = None
+        try:
+            while chosen := self._next(group):
+                group, run = chosen
+                if not self._free(run):
+                    return
+                worker = worker or self._started(run)
+                if worker is None:
+                    return
+                start = time.monotonic()
+                status, goes_on = worker.make(run.arguments, os.path.join(self._workdir, run.name), self._log(run))
+                self._ended(run, status, time.monotonic() - start)
+                if not goes_on:
+                    self._closed(worker)
+                    worker = None
+        finally:
+            if worker is not None:
+                self._closed(worker)
+
+    def _log(self, run: PlannedRun) -> str:
+        folder = os.path.join(self._workdir, run.name)
         os.makedirs(folder, exist_ok=True)
+        return os.path.join(folder, "log.txt")
+
+    def _free(self, run: PlannedRun) -> bool:
+        """Waits until no other process trains in the folder of a run; False if the sweep is stopped before."""
+        folder = os.path.join(self._workdir, run.name)
         if other := holder(folder):
-            say(f"{run.name}: waits for {other} which trains in it")
-        while holder(folder) and not stopping.wait(HOLDER_SECONDS):
+            self._say(f"{run.name}: waits for {other} which trains in it")
+        while holder(folder) and not self._stopping.wait(HOLDER_SECONDS):
             pass
-        if stopping.is_set():
-            return
-        start = time.monotonic()
-        with open(os.path.join(folder, "log.txt"), "a") as log:
-            # In a process group of its own, so that a terminal's Ctrl-C reaches only this process.
-            process = subprocess.Popen(
-                run.command, stdout=log, stderr=subprocess.STDOUT, env=variables, process_group=0
-            )
-            processes.add(process)
-            status = process.wait()
-            processes.discard(process)
+        return not self._stopping.is_set()
+
+    def _ended(self, run: PlannedRun, status: int, seconds: float) -> None:
+        folder = os.path.join(self._workdir, run.name)
         state = STATES.get(status, "failed")
         if state == "done" and stopped_early(folder):
             state = STOPPED_EARLY
-        with lock:
-            seconds = round(time.monotonic() - start, 1)
-            record[run.name] = {"point": run.point, "state": state, "status": status, "seconds": seconds}
-            _note(workdir, run.name, record[run.name])
-            say(f"{run.name}: {state} after {seconds:.0f} s{_reason(folder, state)}")
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, run) for run in waiting]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            stopping.set()
-            for process in list(processes):
-                process.terminate()
-            raise
-    return record
+        with self._lock:
+            result = {"point": run.point, "state": state, "status": status, "seconds": round(seconds, 1)}
+            self._record[run.name] = result
+            _note(self._workdir, run.name, result)
+            self._say(f"{run.name}: {state} after {seconds:.0f} s{_reason(folder, state)}")
 
 
 def compare(path: str, points: Sequence[Point], workdir: str, script: str, *, jobs: int | None = None) -> list[Outcome]:

@@ -156,9 +156,8 @@ def test_a_package_is_imported_by_its_folder_too(tmp_path):
         doors.import_named(str(tmp_path / "nothing"))
 
 
-def test_arguments_of_a_foreign_optimizer_come_from_the_command_line(monkeypatch):
-    monkeypatch.setattr(command, "_free_overrides", {})
-    rest = command._without_free_overrides(
+def test_arguments_of_a_foreign_optimizer_come_from_the_command_line():
+    rest, overrides = command._without_free_overrides(
         [
             "train.py",
             "--config.optimizer.arguments.decay_rate=0.7",
@@ -172,7 +171,7 @@ def test_arguments_of_a_foreign_optimizer_come_from_the_command_line(monkeypatch
     assert rest == ["train.py", "--config.seed=1"]
     config = default_config("image_classification").lock()
     configuration.unlock(config, FREE)
-    config.update_from_flattened_dict(command._free_overrides)
+    config.update_from_flattened_dict(overrides.free)
     assert config.optimizer.arguments.to_dict() == {
         "decay_rate": 0.7,
         "multiply_by_parameter_scale": False,
