@@ -137,13 +137,23 @@ def marked(mark: str) -> list[int]:
 
 
 def trainers_of(workdir: str) -> int:
-    """The number of living processes of train.py in the workdir."""
-    count = 0
+    """The number of living processes of train.py that have the workdir's lock open, or are started for it alone."""
+    count, lock = 0, os.path.join(os.path.realpath(workdir), ".lock")
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             words = _read(f"/proc/{entry}/cmdline").split(b"\0") if entry.isdecimal() else []
-            count += any(each.endswith(b"/train.py") for each in words[:3]) and workdir.rstrip("/").encode() in words
+            if any(each.endswith(b"/train.py") for each in words[:3]):
+                count += workdir.rstrip("/").encode() in words or _opens(entry, lock)
     return count
+
+
+def _opens(process: str, path: str) -> bool:
+    for descriptor in os.listdir(f"/proc/{process}/fd"):
+        # It may be closed by now.
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{process}/fd/{descriptor}") == path:
+                return True
+    return False
 
 
 def _read(path: str) -> bytes:

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from sigmarep import sweeps
+from sigmarep import command, sweeps
 from sigmarep.errors import BadInput
+from sigmarep.training import train_and_evaluate
+from sigmarep.training.config import default_config, validate
+from sigmarep.training.experiment import Programs, build, program_key
 from sigmarep.training.workdir_lock import WorkdirLock, holder
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep.py"
+TRAIN = str(SCRIPT.with_name("train.py"))
 # A file whose runs are tiny; a huge rate makes the loss overflow, a head too many is refused.
 CONFIG = """
 from sigmarep.sweeps import product, seeds, values
@@ -135,19 +139,78 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path, by):
 
 
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path):
-    made = tmp_path / "sweep/run/made"
-    run = sweeps.PlannedRun("run", {}, [sys.executable, "-c", f"open({str(made)!r}, 'w')"])
+    folder = tmp_path / "sweep/heads=3"
+    (run,) = sweeps.runs(str(write(tmp_path, "")), [{"heads": 3}], str(tmp_path / "sweep"), TRAIN)
     lines = []
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with WorkdirLock(str(made.parent)):
+        with WorkdirLock(str(folder)):
             record = pool.submit(sweeps.execute, [run], str(tmp_path / "sweep"), jobs=1, say=lines.append)
             time.sleep(1)
-            assert lines[1:] == [f"run: waits for {holder(str(made.parent))} which trains in it"]
+            assert lines[1:] == [f"heads=3: waits for {holder(str(folder))} which trains in it"]
             assert f"process {os.getpid()} on host" in lines[1]
-            assert not made.exists()
-        assert record.result()["run"]["state"] == "done"
-    assert made.exists()
-    assert holder(str(made.parent)) is None
+            assert not (folder / "log.txt").exists()
+        assert record.result()["heads=3"]["state"] == "bad input"
+    assert "num_heads = 3" in (folder / "log.txt").read_text()
+    assert holder(str(folder)) is None
+
+
+def comparable(folder):
+    """Rows of metrics without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if "per_second" not in name} for row in rows]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_runs_of_one_program_compile_it_once_and_are_those_made_alone(tmp_path):
+    path = str(write(tmp_path, "", steps=4))
+    points = sweeps.product(sweeps.values("learning_rate", 0.01, 0.3), sweeps.seeds(2))
+    decay = [{**point, "config.optimizer.weight_decay": 0.1 * (1 + i)} for i, point in enumerate(points)]
+    programs = Programs()
+    configs = [command.resolve(run.arguments) for run in sweeps.runs(path, decay, str(tmp_path), TRAIN)]
+    assert len({program_key(config.to_dict()) for config in configs}) == 1
+    for i, config in enumerate(configs):
+        train_and_evaluate(config, str(tmp_path / f"together{i}"), programs=programs)
+    steps = build(validate(configs[0]), programs=programs).runner._step._cache_size()
+    train_and_evaluate(configs[0], str(tmp_path / "again"), programs=programs)
+    # The one with the panel, as every step is logged.
+    assert steps == 1 == build(validate(configs[0]), programs=programs).runner._step._cache_size()
+    train_and_evaluate(configs[-1], str(tmp_path / "alone"))
+    assert comparable(tmp_path / "alone") == comparable(tmp_path / f"together{len(configs) - 1}")
+    assert comparable(tmp_path / "again") == comparable(tmp_path / "together0")
+    assert comparable(tmp_path / "again") != comparable(tmp_path / "alone")
+
+
+def test_what_makes_another_program():
+    config = default_config("image_classification")
+    key = program_key(config.to_dict())
+
+    def changed(**values):
+        other = default_config("image_classification")
+        other.update_from_flattened_dict({name.replace("__", "."): value for name, value in values.items()})
+        return program_key(other.to_dict())
+
+    assert changed(seed=3, optimizer__learning_rate=1.0) == key
+    assert changed(optimizer__weight_decay=0.1) == changed(optimizer__weight_decay=0.2) != key
+    assert changed(optimizer__clip_norm=1.0) == changed(optimizer__clip_norm=2.0) != key
+    assert changed(optimizer__beta1=0.5) != key
+    assert changed(model__width=32) != key
+    foreign = {"optimizer__name": "adafactor"}
+    assert changed(**foreign, optimizer__weight_decay=0.1) != changed(**foreign, optimizer__weight_decay=0.2)
+
+
+def test_a_killed_worker_costs_the_run_that_it_makes_and_no_other(tmp_path):
+    path = write(tmp_path, 'values("learning_rate", 0.01, 0.02)', steps=300)
+    process = start(path, tmp_path / "runs", "--jobs", "1")
+    metrics = tmp_path / "runs/learning_rate=0.01/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(json.loads((metrics.parent / ".lock").read_text())["pid"], signal.SIGKILL)
+    status, out, err = finish(process)
+    assert status == 1, err
+    assert "1 done" in out
+    record = json.loads((tmp_path / "runs/sweep.json").read_text())
+    assert [(run["state"], run["status"]) for run in record.values()] == [("failed", -9), ("done", 0)]
 
 
 def test_one_run_by_its_number_and_the_table_of_all(tmp_path):

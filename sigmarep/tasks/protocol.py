@@ -9,6 +9,9 @@ A task is a module, or any object, with
 and, where the model needs files of the data such as a vocabulary, `planned_files(config)`, which makes them up in the
 sizes that the configuration asks for, so that a program can be compiled before there is any data.
 
+Runs of a sweep that differ in the seed and the optimizer's rates alone share one model side in one process: it must not
+read `config.seed` or `config.optimizer`, nor change while it is used. Every run has its own data side.
+
 A run keeps `TaskData.files()` in its folder. To train, the data side is opened first and the model is made from its
 files. To use or evaluate a trained model, the model is made from the files of the folder, and the data side, if any is
 wanted, is opened with the same files: it must not read the training split until something needs it.

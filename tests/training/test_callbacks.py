@@ -191,8 +191,16 @@ def test_it_stays_ended_is_shown_and_can_go_on_to_the_bit(data_dir, whole, tmp_p
 
 def test_a_sweep_counts_it_as_final_and_shows_why(tmp_path):
     stopped = {"step": 2, "total_steps": 6, "reason": "too slow"}
-    code = f"import json, sys; json.dump({stopped}, open(sys.argv[1] + '/stopped.json', 'w'))"
-    todo = [sweeps.PlannedRun("a", {"a": 1}, [sys.executable, "-c", code, str(tmp_path / "a")])]
+    # Speaks as a worker does.
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import json, sys; from multiprocessing.connection import Connection\n"
+        "connection = Connection(int(sys.argv[1].partition('=')[2]))\n"
+        "_, _, folder, _ = connection.recv()\n"
+        f"json.dump({stopped}, open(folder + '/stopped.json', 'w'))\n"
+        "connection.send((0, False))\n"
+    )
+    todo = [sweeps.PlannedRun("a", {"a": 1}, [], [sys.executable, str(script)])]
     said = []
     for _ in range(2):
         record = sweeps.execute(todo, str(tmp_path), jobs=1, say=said.append)
