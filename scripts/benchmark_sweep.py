@@ -1,7 +1,7 @@
 """Times a sweep with this checkout and with another one by turns, on some runs of some arms.
 
     git worktree add ../before COMMIT
-    python scripts/benchmark_sweep.py --before ../before [--config configs/stability/vit.py] [--arms pre_ln,sigma] [--runs 3]
+    python scripts/benchmark_sweep.py --before ../before [--config configs/stability/vit.py] [--arms pre_ln,sigma]
 
 Both make the same runs with one worker, from an empty folder. Printed are wall-clock and processor time, and how long all
 runs of the file's sweep() would take: that of an arm's first run, which compiles, for each arm, and the mean of the later
@@ -107,8 +107,8 @@ def main() -> None:
             # Without one program for an arm all runs cost what the first does or less: a compilation cache is shared.
             whole = arms * cost.first + (len(everything) - arms) * cost.later
             print(
-                f"{name}: {len(points)} runs in {cost.wall:.0f} s, {cost.processor:.0f} s of processor time; first run of an "
-                f"arm {cost.first:.1f} s, later ones {cost.later:.1f} s; all {len(everything)} runs {whole:.0f} s",
+                f"{name}: {len(points)} runs in {cost.wall:.0f} s, {cost.processor:.0f} s of processor time; first run of "
+                f"an arm {cost.first:.1f} s, later ones {cost.later:.1f} s; all {len(everything)} runs {whole:.0f} s",
                 flush=True,
             )
         if checkouts:

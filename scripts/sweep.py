@@ -5,11 +5,12 @@
     python scripts/sweep.py … --launcher skypilot --option accelerators=tpu-v5litepod-16 --option bucket=gs://NAME
     python scripts/sweep.py … --table
 
-Each run has its own folder, where log.txt has its output, and is what scripts/train.py makes alone. A process makes runs
-one after another, first those of one program, which differ in seed and rates alone; --jobs is the number of processes.
-Runs that are done or diverged are not repeated; runs that failed or were stopped are. The processes share compiled
-programs (JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints the files and commands of a launch without writing or
-running anything; `--table` prints the states of the runs. See docs/launch.md.
+Each run has its own folder, where log.txt has its output, and is what scripts/train.py makes alone. A process makes
+runs one after another, first those of one program, which differ in seed and rates alone; --jobs is the number of
+processes. Runs that are done or diverged are not repeated; runs that failed or were stopped are. The processes share
+compiled programs (JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints the
+files and commands of a launch without writing or running anything; `--table` prints the states of the runs. See
+docs/launch.md.
 
 Exit status: 0 if every run is done or diverged, or was submitted to the cluster; 1 if a run failed; 143 if stopped by
 SIGTERM or Ctrl-C, after the runs have saved their states.
