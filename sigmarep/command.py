@@ -7,11 +7,9 @@ path of its folder; a workdir's own `config.json` may then name it (`sigmarep.do
 
 import ast
 import contextlib
-import difflib
 import functools
 import importlib.util
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sigmarep import configuration, doors, fields, signals, terminal
+from sigmarep import configuration, doors, fields, recipes, signals, terminal
 from sigmarep.errors import BadInput, SigmarepError, one_line
 from sigmarep.fields import UNITS
 from sigmarep.training.config import FREE, sections
@@ -296,7 +294,7 @@ def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     if asked := [each for each in arguments[1:] if each.startswith("-") and each.lstrip("-") in HELP]:
         _help(arguments[0], asked[0].lstrip("-"))
     try:
-        arguments = _named_configuration(arguments)
+        arguments = recipes.with_paths(arguments)
         with _bad_input(arguments):
             _import(arguments)
             named, _overrides = _without_free_overrides(arguments)
@@ -306,38 +304,6 @@ def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:
     except SigmarepError as error:
         fail(error)
     return []
-
-
-def configurations() -> dict[str, str]:
-    """The paths of the configurations that come with the package, by name: quickstart, vit/cifar10, …"""
-    package = os.path.dirname(os.path.abspath(__file__))
-    for folder in (os.path.join(package, "configs"), os.path.join(os.path.dirname(package), "configs")):
-        if os.path.isfile(os.path.join(folder, "quickstart.py")):
-            paths = sorted(pathlib.Path(folder).rglob("*.py"))
-            return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in paths}
-    return {}
-
-
-def _named_configuration(arguments: Sequence[str]) -> list[str]:
-    """Replaces the value of --config by the path of the package's configuration of that name, if it is no file's path."""
-    rest, value_next = [], False
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if flag.lstrip("-") == "config" and flag.startswith("-") and equals:
-            argument = f"{flag}={_configuration_path(value)}"
-        elif value_next:
-            argument = _configuration_path(argument)
-        value_next = argument in ("--config", "-config")
-        rest.append(argument)
-    return rest
-
-
-def _configuration_path(value: str) -> str:
-    path, colon, text = value.partition(":")
-    if os.path.isfile(path):
-        return value
-    name = path.replace(os.sep, "/").removeprefix("configs/").removesuffix(".py")
-    return configurations().get(name, path) + colon + text
 
 
 @contextlib.contextmanager
@@ -425,12 +391,7 @@ def _check(rest: list[str], values: flags.FlagValues) -> None:
             path.task  # noqa: B018
         except OSError:
             named = config_flags.get_config_filename(values["config"])
-            raise BadInput(f"--config {named}: there is no such file{_near(named)}") from None
-
-
-def _near(path: str) -> str:
-    names = difflib.get_close_matches(path.removesuffix(".py"), configurations(), n=3, cutoff=0.4)
-    return f"; configurations of the package: {', '.join(names)}, …" if names else ""
+            raise BadInput(f"--config {named}: there is no such file{recipes.near(named)}") from None
 
 
 def _flag_error(error: flags.Error) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sigmarep import __main__ as entry
-from sigmarep import command
+from sigmarep import recipes
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,13 +52,13 @@ def test_a_configuration_is_named_where_there_is_no_checkout(given, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     path = str(ROOT / "configs" / "vit" / "cifar10.py")
     for flags in (["--config", f"{given}:reparam=none"], [f"--config={given}:reparam=none"]):
-        (value,) = command._named_configuration(flags)[-1:]
+        (value,) = recipes.with_paths(flags)[-1:]
         assert value.removeprefix("--config=") == f"{path}:reparam=none"
     # A file of one's own goes before.
     own = tmp_path / given
     own.parent.mkdir(parents=True)
     own.write_text("")
-    assert command._named_configuration(["--config", given]) == ["--config", given]
+    assert recipes.with_paths(["--config", given]) == ["--config", given]
 
 
 def test_the_version_is_that_of_the_project():
