@@ -29,9 +29,9 @@ processes.define_flags()
 def main() -> None:
     if CONNECTION.value is not None:
         _prepare()
-        from sigmarep import worker
+        from sigmarep import worker_process
 
-        worker.serve(CONNECTION.value, train)
+        worker_process.serve(CONNECTION.value, train)
         return
     config = command.resolved_config(CONFIG)
     if DESCRIBE.value:

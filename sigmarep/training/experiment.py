@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from sigmarep import tasks
+from sigmarep import doors, tasks
 from sigmarep.data.pipeline import check_batch_size
 from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layers
@@ -123,6 +123,16 @@ class Programs:
         return program
 
 
+# Of all runs of this process that are not given others: a second run of a notebook compiles nothing.
+SHARED = Programs()
+
+
+def shared_programs(config: Mapping[str, Any]) -> Programs:
+    """`SHARED`; new ones for a configuration that names objects of the user's, which may be others at the next run."""
+    words = jax.tree.leaves({name: value for name, value in config.items() if name not in ("callbacks", "writers")})
+    return Programs() if any(isinstance(word, str) and doors.is_dotted(word) for word in words) else SHARED
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment(Program):
     """A program with its data.
@@ -166,12 +176,14 @@ def build(
 
     Args:
       devices: those of all processes if None.
-      programs: to take the program from, if one of the same `program_key` and data is among them.
+      programs: to take the program from, if one of the same `program_key` and data is among them; by default
+        `shared_programs`.
 
     Raises:
       BadInput: a field is impossible, alone or with the data or the devices.
     """
-    return _experiment(config, tasks.get(config.task).open_data(config), programs or Programs(), devices)
+    programs = programs or shared_programs(config.to_dict())
+    return _experiment(config, tasks.get(config.task).open_data(config), programs, devices)
 
 
 def build_program(config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None) -> Program:
@@ -196,7 +208,7 @@ def _experiment(config, data: TaskData, programs: Programs, devices=None) -> Exp
     def make() -> Program:
         return _program(config, tasks.get(config.task).create_model(config, files), num_examples, devices)
 
-    key = (program_key(config.to_dict()), num_examples, tuple(sorted(files.items())), tuple(devices or ()))
+    key = (program_key(config.to_dict()), num_examples, tuple(sorted(files.items())), tuple(devices or jax.devices()))
     program = programs.get(key, make).bound(config)
     own = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
     return Experiment(**own, data=data, programs=programs)

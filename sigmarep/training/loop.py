@@ -52,7 +52,7 @@ def train_and_evaluate(
       config: see `sigmarep.training.config.default_config`.
       folder: the workdir; made if missing. See `sigmarep.training.workdir` for what is in it.
       callbacks: called after those of `config.callbacks`; see `sigmarep.training.callbacks`.
-      programs: compiled programs of other runs in this process, to be used again and added to.
+      programs: compiled programs of other runs, to be used again and added to; by default those of this process.
 
     Returns:
       The last evaluation; `attention/entropy_lowest`, the lowest layer's entropy of the whole run in nats; and

@@ -1,9 +1,12 @@
 """Callbacks of a run: the order of their events, ending early, going on, failing; and metric writers of one's own."""
 
+import contextlib
 import json
+import logging
 import sys
 from typing import ClassVar
 
+import jax
 import pytest
 
 from sigmarep import doors, sweeps
@@ -12,6 +15,7 @@ from sigmarep.errors import BadInput
 from sigmarep.training import Callback, StopTraining, train_and_evaluate
 from sigmarep.training.callbacks import CallbackError
 from sigmarep.training.config import default_config
+from sigmarep.training.experiment import SHARED, shared_programs
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.step import TrainState
 
@@ -263,3 +267,41 @@ def test_a_callback_is_named_in_the_configuration(data_dir, tmp_path):
     config = tiny(data_dir, callbacks=(f"{__name__}.Stops",))
     assert train_and_evaluate(config, str(tmp_path))["stopped_early"] == "not today"
     assert doors.load(f"{__name__}.Stops", field="f") is Stops
+
+
+def test_a_second_run_of_the_same_program_compiles_nothing(data_dir, tmp_path):
+    names = []
+    with jax.log_compiles(), recorded_compilations(names):
+        train_and_evaluate(tiny(data_dir), str(tmp_path / "first"))
+        first = list(names)
+        train_and_evaluate(tiny(data_dir, seed=1, **{"optimizer.learning_rate": 0.2}), str(tmp_path / "second"))
+    assert any("step" in name for name in first)
+    assert not [name for name in names[len(first) :] if "step" in name or "create" in name]
+    losses = [
+        [row["train/loss"] for row in read_metrics(str(tmp_path / name / "metrics.jsonl")) if "train/loss" in row]
+        for name in ("first", "second")
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_objects_of_the_users_are_not_taken_from_an_earlier_run(data_dir):
+    assert shared_programs(tiny(data_dir).to_dict()) is SHARED
+    assert shared_programs(tiny(data_dir, **{"model.activation": "my_package.relu"}).to_dict()) is not SHARED
+
+
+@contextlib.contextmanager
+def recorded_compilations(names):
+    """Adds the name of every program that JAX compiles to `names`."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if (text := record.getMessage()).startswith("Compiling "):
+                names.append(text.split()[1])
+
+    handler = Handler()
+    loggers = [logging.getLogger(name) for name in ("jax._src.interpreters.pxla", "jax._src.dispatch")]
+    for each in loggers:
+        each.addHandler(handler)
+    yield
+    for each in loggers:
+        each.removeHandler(handler)
