@@ -23,6 +23,7 @@ DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*[.:][A-Za-z]\w*(\.[A-Za-z]\w*)*
 # workdir may name in them: those whose objects, called as the field's are, touch no file of the user's.
 FIELDS: dict[str, tuple[str, ...]] = {
     "task": ("sigmarep.tasks",),
+    "init_from.names": (),
     "optimizer.name": ("optax",),
     "optimizer.schedule": ("optax",),
     "data.name": ("sigmarep.data.datasets",),

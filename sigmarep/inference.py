@@ -10,7 +10,7 @@ Neither the training data nor the devices of the run are needed: a copy of its f
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -158,6 +158,10 @@ class Run:
             name: value for name, value in self.variables.items() if name not in ("params", "spectral", "momentum")
         }
         return Plain(self._method("plain_module"), {"params": fold(self.variables), **others})
+
+    def serving(self) -> tuple[Callable[[Any, jax.Array], jax.Array], jax.ShapeDtypeStruct]:
+        """The model as one function of `plain().variables` and a batch, and the shape of one example of the batch."""
+        return self._method("serving")()
 
     def _pictures(self, images: Iterable[Path | np.ndarray]) -> Iterator[np.ndarray]:
         return (self.picture(each) if isinstance(each, Path) else each for each in images)

@@ -89,6 +89,12 @@ class TaskModel(Protocol):
         classify(variables, pictures) -> probabilities (N, C)         and class_names, picture(path) -> uint8 array
         features(variables, pictures) -> features (N, D)              and picture(path) -> uint8 array
         plain_module                                                  the Linen module that takes folded parameters
+        serving() -> function, example                                function(plain variables, batch) -> outputs, and the
+                                                                      jax.ShapeDtypeStruct of one example of its batch
+
+    One whose other collections follow from the parameters, as a momentum encoder does, has for `config.init_from`
+
+        follow_parameters(variables) -> variables                     as before the first step with these parameters
 
     Attributes:
       config: the validated configuration.

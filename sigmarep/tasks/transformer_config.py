@@ -38,3 +38,9 @@ def create_transformer(config: ml_collections.ConfigDict, **changed: Any) -> Tra
         return TransformerConfig(**(values | changed), dtype=jnp.dtype(config.compute_dtype))
     except ValueError as error:
         raise BadInput(f"config.model.{error}") from error
+
+
+def portable(transformer: TransformerConfig) -> TransformerConfig:
+    """The same with attention that every kind of device computes; a kernel of one kind would not run on the others."""
+    changed: dict[str, Any] = {"attention_implementation": "xla"}
+    return dataclasses.replace(transformer, **changed)

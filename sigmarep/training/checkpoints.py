@@ -230,6 +230,12 @@ class Checkpointer:
         self._manager.reload()
 
 
+def has_checkpoint(workdir: str) -> bool:
+    """True if the folder of a run holds a checkpoint, whole or not."""
+    directory = os.path.join(workdir, "checkpoints")
+    return os.path.isdir(directory) and bool(_steps(directory))
+
+
 def read_variables(
     directory: str, abstract_variables: dict[str, Any], *, say: Callable[[str], object] = print
 ) -> tuple[int, dict[str, Any]] | None:

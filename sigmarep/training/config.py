@@ -75,12 +75,13 @@ def sections(task: str) -> dict[str, Any]:
       BadInput: there is no such task.
     """
     # Imported here: they take the seconds that JAX takes to start.
-    from sigmarep.training import mesh, metrics, optimizers, schedules, sharpness
+    from sigmarep.training import init_from, mesh, metrics, optimizers, schedules, sharpness
 
     own = tasks.get(task)
     declared = getattr(own, "FIELDS", None)
     return {
         **fields.with_defaults(FIELDS, task=task),
+        "init_from": init_from.FIELDS,
         "sharpness": sharpness.FIELDS,
         "mesh": mesh.FIELDS,
         "optimizer": {**schedules.FIELDS, **optimizers.FIELDS},

@@ -19,7 +19,7 @@ from sigmarep.data.pipeline import check_batch_size
 from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layers
 from sigmarep.nn.qk_clip import clipped_layers
-from sigmarep.tasks.protocol import TaskData, TaskModel
+from sigmarep.tasks.protocol import TaskData, TaskModel, Variables
 from sigmarep.training import durations, parallel
 from sigmarep.training.config import validate
 from sigmarep.training.evaluation import Evaluator
@@ -27,6 +27,7 @@ from sigmarep.training.optimizers import Rates, create_optimizer, read_rates, wi
 from sigmarep.training.schedules import create_schedule
 from sigmarep.training.sharpness import Sharpness, make_tridiagonals
 from sigmarep.training.step import TrainState, create_state, make_train_step
+from sigmarep.weights.load import begin
 
 # Size that the training split is taken to have where no data are read. Of the program only the constants of a schedule
 # given in epochs depend on it.
@@ -52,7 +53,8 @@ class Program:
       rates: numbers that the step takes as inputs; the runner hands them over.
       layers: of the model.
       abstract_state: shapes, types and shardings of the state, in the mesh's layout.
-      initialize: compiled; makes the state before the first step from the seed and the rates, in that layout.
+      initialize: compiled; makes the state before the first step from the seed and the rates, in that layout; given loaded
+        parameters too, it begins from these.
       tridiagonals: compiled, of `Sharpness`.
       evaluation_steps: compiled, by the function.
     """
@@ -68,13 +70,14 @@ class Program:
     layers: Layers
     runner: parallel.Runner
     abstract_state: TrainState
-    initialize: Callable[[np.uint32, Rates], TrainState]
+    initialize: Callable[..., TrainState]
     tridiagonals: Callable[..., Any]
     evaluation_steps: dict[Callable[..., Any], Callable[..., Any]]
 
-    def create_state(self) -> TrainState:
-        """The state before the first step, in the mesh's layout."""
-        return self.initialize(np.uint32(self.config.seed), jax.tree.map(np.float32, self.rates))
+    def create_state(self, loaded: Mapping[str, jax.Array] | None = None) -> TrainState:
+        """The state before the first step, in the mesh's layout; with loaded parameters by path, `init_from.Start.params`,
+        in place."""
+        return self.initialize(np.uint32(self.config.seed), jax.tree.map(np.float32, self.rates), loaded)
 
     def bound(self, config: ml_collections.FrozenConfigDict) -> Self:
         """The same program for a configuration of the same `program_key`."""
@@ -97,7 +100,8 @@ class Program:
 def program_key(config: Mapping[str, Any]) -> str:
     """A text that is the same for configurations whose programs are the same, given the same data."""
     values = json.loads(json.dumps(dict(config), default=repr))
-    values.pop("seed", None)
+    for name in ("seed", "init_from"):
+        values.pop(name, None)
     values["optimizer"] = without_rates(values["optimizer"])
     values["intervention"].pop("learning_rate_factor")
     return json.dumps(values, sort_keys=True)
@@ -255,8 +259,9 @@ def _program(
         made = create_optimizer(config.optimizer, schedule=scheduled, params=params, layers=layers, rates=rates)
         return made, scheduled
 
-    def create(seed, rates):
-        return create_state(layers.initialize, optimizer_of(rates)[0], seed=seed, ema=config.ema_decay > 0)
+    def create(seed, rates, loaded=None):
+        init = layers.initialize if loaded is None else functools.partial(_begun, task, layers, loaded)
+        return create_state(init, optimizer_of(rates)[0], seed=seed, ema=config.ema_decay > 0)
 
     def make_step(*, axis_name):
         def step(state, batch, panel, rates):
@@ -295,6 +300,13 @@ def _program(
         tridiagonals=make_tridiagonals(config, task, layers),
         evaluation_steps={},
     )
+
+
+def _begun(task: TaskModel, layers: Layers, loaded: Mapping[str, jax.Array], rng: jax.Array) -> Variables:
+    """Initial variables with loaded parameters in place."""
+    variables = begin(layers.initialize(rng), loaded, layers)
+    follow = getattr(task, "follow_parameters", None)
+    return variables if follow is None else follow(variables)
 
 
 def _compiled_fast(mesh: Mesh) -> dict[str, Any]:

@@ -14,15 +14,15 @@ import numpy as np
 
 from sigmarep.errors import BadInput, Diverged, Stopped, one_line
 from sigmarep.tasks.protocol import Batch
-from sigmarep.training import workdir
+from sigmarep.training import init_from, workdir
 from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
-from sigmarep.training.checkpoints import Checkpointer, check_path
+from sigmarep.training.checkpoints import Checkpointer, check_path, has_checkpoint
 from sigmarep.training.config import validate
 from sigmarep.training.diagnosis import diagnose
 from sigmarep.training.divergence import DivergenceCheck, GoodCheckpoints
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, Programs, build
-from sigmarep.training.mesh import input_share
+from sigmarep.training.mesh import input_share, path_name
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
@@ -73,6 +73,10 @@ def train_and_evaluate(
         evaluator = experiment.evaluator()
         others = named_callbacks(experiment.config.callbacks, callbacks)
         files = experiment.data.files()
+        start = None
+        if config.init_from.path and not has_checkpoint(folder):
+            start = init_from.read(config, experiment.layers)
+            files = {**files, **start.files}
     workdir.check(folder, experiment.config, files)
     _check_length(folder, experiment)
     with WorkdirLock(folder) as lock, Preemption(Stopped.exit_status) as preemption:
@@ -83,7 +87,7 @@ def train_and_evaluate(
             total_steps=experiment.total_steps,
             primary_metric=experiment.task.primary_metric,
         )
-        run = _Run(experiment, evaluator, others, folder, preemption, lock)
+        run = _Run(experiment, evaluator, others, folder, preemption, lock, start)
         try:
             # Closing waits for all processes: not where one is gone.
             with ending_together():
@@ -161,6 +165,7 @@ class _Run:
         folder: str,
         preemption: Preemption,
         lock: WorkdirLock,
+        start: init_from.Start | None,
     ):
         config = experiment.config
         self.experiment, self.evaluator, self.workdir = experiment, evaluator, folder
@@ -175,7 +180,7 @@ class _Run:
         )
         restored = self.checkpoints.restore(experiment.abstract_state)
         with self.progress.waiting("initializing the parameters"):
-            self.step, state, extra = restored or (0, jax.block_until_ready(experiment.create_state()), {})
+            self.step, state, extra = restored or (0, self._initial_state(start), {})
         extra = _checked(extra, os.path.join(folder, "checkpoints", str(self.step)))
         if restored is not None:
             self.progress.message(f"resumed from the checkpoint of step {self.step}")
@@ -207,6 +212,23 @@ class _Run:
         self.saved_step = self.step
         # The last checkpoint and the loss of the step after it, which judges it.
         self.unproven: tuple[int, jax.Array] | None = None
+        if start is not None and restored is None:
+            # A run that resumes before its first other checkpoint needs the file of the weights no more.
+            self.save()
+
+    def _initial_state(self, start: init_from.Start | None) -> TrainState:
+        """The state before the first step."""
+        if start is None:
+            return jax.block_until_ready(self.experiment.create_state())
+        for line in start.lines:
+            self.progress.message(line)
+        shardings = self.experiment.runner.shardings.params
+        sharding_of = {path_name(path): each for path, each in jax.tree_util.tree_leaves_with_path(shardings)}
+        loaded = {
+            name: jax.make_array_from_callback(x.shape, sharding_of[name], x.__getitem__)
+            for name, x in start.params.items()
+        }
+        return jax.block_until_ready(self.experiment.create_state(loaded))
 
     @property
     def config(self) -> ml_collections.FrozenConfigDict:

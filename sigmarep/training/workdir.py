@@ -3,7 +3,7 @@
 `config.json`, the resolved configuration; the files of the task, such as `vocabulary.model`; `environment.json`, versions,
 devices and git revision of the last start and of earlier ones, total steps and primary metric; `metrics.jsonl`;
 `checkpoints/`; `outputs/<split>/`, the model's outputs at the last evaluation; `diagnosis.json` after a divergence;
-`stopped.json` after a callback ended the run.
+`stopped.json` after a callback ended the run; `init_from.json`, the weights that it began from.
 """
 
 import hashlib
@@ -48,6 +48,8 @@ FREE_LEAVES = ("data_dir", "num_threads", "num_workers")
 # Paths of files that a run's own files vouch for, where data.json has a fingerprint of the examples.
 PATH_LEAVES = ("folder", "file")
 FACTS = "data.json"
+# Files of which only the fingerprint is compared.
+FINGERPRINTED = (FACTS, "init_from.json")
 # No configuration is nested as deeply.
 MOST_LEVELS = 32
 PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
@@ -237,14 +239,14 @@ def _check_file(workdir: str, name: str, content: bytes) -> None:
     if _identity(name, stored) != _identity(name, content):
         old, new = (hashlib.sha256(each).hexdigest()[:12] for each in (stored, content))
         raise BadInput(
-            f"--workdir {workdir}: {name} of its run (sha256 {old}) is not what config.data gives now (sha256 {new}): the "
-            "vocabulary or the data changed; restore them, or choose another folder"
+            f"--workdir {workdir}: {name} of its run (sha256 {old}) is not what config.data and config.init_from give now "
+            f"(sha256 {new}): the vocabulary, the data or the weights changed; restore them, or choose another folder"
         )
 
 
 def _identity(name: str, content: bytes) -> Any:
-    """The part of a file that must not change between starts; of data.json only its fingerprint."""
-    if name != FACTS:
+    """The part of a file that must not change between starts; of some only their fingerprint."""
+    if name not in FINGERPRINTED:
         return content
     try:
         return json.loads(content)["fingerprint"]

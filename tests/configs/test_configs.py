@@ -48,6 +48,7 @@ ARMS = {
     "ssl/simclr_imagenet.py": ["arm=pre_ln", "arm=frozen_patch", "arm=sigma,warmup=10", "arm=sigma_pre_ln"],
     "ssl/mocov3_imagenet.py": ["", "arm=sigma_pre_ln,warmup=10"],
     "vit/cifar10.py": [""],
+    "vit/imagenet_384.py": ["", "stage=pretrain"],
     "vit/imagenet_deit.py": ["", "reparam=sigma"],
     "vit/imagenet_mae.py": ["", "variant=L/16", "variant=H/14"],
     "vit/imagenet_robustness.py": [

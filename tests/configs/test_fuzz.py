@@ -79,7 +79,7 @@ def patterns(value):
 
 
 def distinct_words(value):
-    return len(set(value)) == len(value) and all(isinstance(word, str) and word for word in value)
+    return all(isinstance(word, str) and word for word in value) and len(set(value)) == len(value)
 
 
 FRACTION, BELOW_ONE, SIZE = Numbers(0, 1), Numbers(0, 1, open_high=True), Numbers(1, 2**31)
@@ -120,13 +120,14 @@ SENSE = {
     r"divergence_factor|intervention\.learning_rate_factor": NOT_NEGATIVE,
     r"mesh\.(data|fsdp|tensor)": lambda value: value == -1 or value in SIZE,
     r"optimizer\.step_at": rising(FRACTION, lengths=range(1000), equal=True),
-    r"optimizer\.(no_decay|scale_parameters|non_matrices)": patterns,
+    r"optimizer\.(no_decay|scale_parameters|non_matrices)|init_from\.skip": patterns,
+    r"optimizer\.layer_decay": Numbers(0, 1, open_low=True),
     r"optimizer\.(?!warmup)\w+": NOT_NEGATIVE,
     r"(.+_)?(steps|epochs|examples)": Numbers(0, 1e18),
 }
 # Fields whose values are words of a list.
 WORDS = re.compile(
-    r"compute_dtype|parallel|method|writers\.progress|optimizer\.(name|schedule)|decoding\.language_model"
+    r"compute_dtype|init_from\.names|parallel|method|writers\.progress|optimizer\.(name|schedule)|decoding\.language_model"
     r"|data\.(packing|interpolation|augment\.crop|(vocabulary|labels)\.(kind|model))|(projector|predictor)\.(norm|reparam)"
     r"|model\.(norm|norm_type|reparam|qkv|qk_norm|branch_scale|attention_weights|attention_implementation|activation|remat"
     r"|kernel_init|positions|pool|gamma_init)"

@@ -213,7 +213,9 @@ def test_what_is_odd_is_counted_and_named(config, tmp_path):
     (tmp_path / "run/data.json").write_text(json.dumps(facts))
     train_and_evaluate(config, str(tmp_path / "run"))
     (tmp_path / "run/data.json").write_text(json.dumps({**facts, "fingerprint": "another"}))
-    with pytest.raises(BadInput, match=r"data.json of its run .* is not what config.data gives now"):
+    with pytest.raises(
+        BadInput, match=r"data.json of its run .* is not what config.data and config.init_from give now"
+    ):
         train_and_evaluate(config, str(tmp_path / "run"))
 
 

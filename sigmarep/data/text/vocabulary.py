@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from sigmarep import configuration
+from sigmarep.data.text import other_vocabularies
 from sigmarep.data.token_cache import create_once
 from sigmarep.errors import BadInput
 from sigmarep.fields import field
@@ -113,6 +114,23 @@ class SubwordVocabulary:
         return self._model
 
 
+class OtherVocabulary:
+    """The vocabulary of another project (`sigmarep.data.text.other_vocabularies`), its tokens after the special ones."""
+
+    def __init__(self, other: Any):
+        self._other = other
+        self.size = other.size
+
+    def encode(self, text):
+        return self._other.encode(text)
+
+    def decode(self, tokens):
+        return self._other.decode_own([token for token in _content(tokens) if token >= SPECIAL])
+
+    def to_bytes(self):
+        return HEADER + json.dumps(self._other.values(), ensure_ascii=False).encode() + b"\n"
+
+
 def split_words(text: str) -> list[str]:
     """Splits a text into words and line ends, the tokens of `WordVocabulary`."""
     return [word for line in text.splitlines() for word in (*line.split(), NEWLINE)]
@@ -130,7 +148,9 @@ def from_bytes(content: bytes) -> Vocabulary:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"neither a SentencePiece model nor a vocabulary of this package ({error})") from None
     values = json.loads(content[len(HEADER) :])
-    return ByteVocabulary() if values["kind"] == "byte" else WordVocabulary(values["words"])
+    if values["kind"] in ("byte", "word"):
+        return ByteVocabulary() if values["kind"] == "byte" else WordVocabulary(values["words"])
+    return OtherVocabulary(other_vocabularies.from_values(values, SPECIAL))
 
 
 def fingerprint(vocabulary: Vocabulary) -> str:
@@ -147,7 +167,11 @@ FIELDS: dict[str, Any] = {
         at_most=2**24,
     ),
     "model": field("unigram", "Algorithm of subwords.", choices=MODELS),
-    "file": field("", "File of scripts/train_vocabulary.py or SentencePiece; empty: trained on the training split."),
+    "file": field(
+        "",
+        "File of scripts/train_vocabulary.py or SentencePiece, JSON file of tokenizers, or <encoding>.tiktoken; empty: "
+        "trained on the training split.",
+    ),
 }
 
 
@@ -199,7 +223,11 @@ def load(path: str) -> Vocabulary:
     """
     try:
         with open(os.path.expanduser(path), "rb") as file:
-            return from_bytes(file.read())
+            content = file.read()
+        other = other_vocabularies.of_file(os.path.basename(path), content, SPECIAL)
+        return from_bytes(content) if other is None else OtherVocabulary(other)
+    except BadInput:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadInput(f"config.data.vocabulary.file = {path!r}: cannot be read ({reason})") from None

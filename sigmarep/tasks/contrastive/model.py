@@ -23,6 +23,7 @@ from sigmarep.tasks import image_classification
 from sigmarep.tasks.image_classification.model import create_module as create_vit
 from sigmarep.tasks.pictures import apply_to_pictures
 from sigmarep.tasks.protocol import AXIS, Files, LossOutput, TaskModel
+from sigmarep.tasks.transformer_config import portable
 
 METHODS = ("simclr", "moco_v3")
 PATCH_KERNEL = "vit/patch_embedding/kernel"
@@ -99,9 +100,13 @@ def initial_variables(config: ml_collections.ConfigDict, model: simclr.Contrasti
     """The variables before the first step; in MoCo v3 the momentum encoder's are in the collection `momentum`."""
     size, channels = config.data.image_size, len(config.data.mean)
     variables = dict(model.init(rng, jnp.zeros((2, size, size, channels), jnp.float32)))
-    if config.method == "moco_v3":
-        variables["momentum"] = {name: jax.tree.map(jnp.copy, _unpredicted(tree)) for name, tree in variables.items()}
-    return variables
+    return _with_momentum(variables) if config.method == "moco_v3" else variables
+
+
+def _with_momentum(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables with the momentum encoder's beginning, which is the encoder itself."""
+    own = {name: tree for name, tree in variables.items() if name != "momentum"}
+    return {**own, "momentum": {name: jax.tree.map(jnp.copy, _unpredicted(tree)) for name, tree in own.items()}}
 
 
 class Contrastive(TaskModel):
@@ -131,6 +136,22 @@ class Contrastive(TaskModel):
 
     def init(self, rng):
         return initial_variables(self.config, self.model, rng)
+
+    def serving(self) -> tuple[Any, jax.ShapeDtypeStruct]:
+        """Features (B, width) of normalized images; see `sigmarep.inference.Run.serving`."""
+        plain, size = self.plain_module, self.config.data.image_size
+        encoder = plain.clone(vit=plain.vit.clone(transformer=portable(plain.vit.transformer)))
+        image = jax.ShapeDtypeStruct((size, size, len(self.config.data.mean)), jnp.float32)
+
+        def encode(variables, images):
+            own = {name: value for name, value in variables.items() if name != "momentum"}
+            return encoder.apply(own, images, method="encode")
+
+        return encode, image
+
+    def follow_parameters(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables with the momentum encoder as the parameters are, where there is one."""
+        return _with_momentum(variables) if "momentum" in variables else dict(variables)
 
     def abstract_batches(self):
         rows, size, channels = self.config.batch_size, self.config.data.image_size, len(self.config.data.mean)

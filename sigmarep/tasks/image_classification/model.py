@@ -23,7 +23,7 @@ from sigmarep.models.vit import POOLS, ViT
 from sigmarep.nn.positions import POSITIONS
 from sigmarep.tasks.pictures import apply_to_pictures, where
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
-from sigmarep.tasks.transformer_config import create_transformer, transformer_fields
+from sigmarep.tasks.transformer_config import create_transformer, portable, transformer_fields
 
 # Its name in the folder of a run.
 LABELS = "labels.json"
@@ -100,6 +100,12 @@ class ImageClassification(TaskModel):
     def plain_module(self) -> ViT:
         """The module that takes folded parameters (`sigmarep.nn.fold`)."""
         return self.model.clone(transformer=dataclasses.replace(self.model.transformer, reparam="none"))
+
+    def serving(self) -> tuple[Any, jax.ShapeDtypeStruct]:
+        """Logits (B, classes) of normalized images; see `sigmarep.inference.Run.serving`."""
+        plain, size = self.plain_module, self.config.data.image_size
+        image = jax.ShapeDtypeStruct((size, size, len(self.config.data.mean)), jnp.float32)
+        return plain.clone(transformer=portable(plain.transformer)).apply, image
 
     def init(self, rng):
         size, channels = self.config.data.image_size, len(self.config.data.mean)

@@ -19,7 +19,7 @@ from sigmarep.models import decoding
 from sigmarep.models.lm import LanguageModel
 from sigmarep.nn import fold
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
-from sigmarep.tasks.transformer_config import TEXT_POSITIONS, create_transformer, transformer_fields
+from sigmarep.tasks.transformer_config import TEXT_POSITIONS, create_transformer, portable, transformer_fields
 
 # Fields of config.model that are the language model's own.
 MODEL_FIELDS = (
@@ -112,6 +112,12 @@ class LanguageModeling(TaskModel):
         """The module that takes folded parameters (`sigmarep.nn.fold`)."""
         transformer = dataclasses.replace(self.model.transformer, reparam="none")
         return self.model.clone(transformer=transformer, reparam_embedding=False)
+
+    def serving(self) -> tuple[Any, jax.ShapeDtypeStruct]:
+        """ln p (B, T, V) of the token after each of (B, T); see `sigmarep.inference.Run.serving`."""
+        plain = self.plain_module
+        window = jax.ShapeDtypeStruct((self.config.data.sequence_length,), jnp.int32)
+        return plain.clone(transformer=portable(plain.transformer)).apply, window
 
     def init(self, rng):
         tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
