@@ -1,5 +1,7 @@
 """Parts that the commands share: the --config flag with its overrides, --import, one-line errors, exit statuses.
 
+The configuration of a run is a configuration file as well: `--config runs/a/config.json --config.seed=1 --workdir runs/b`.
+
 Modules of the user's are found by `config.task = "my_package.my_task"` and its like where Python finds them, and in the
 folder of the configuration file (of the outermost package that it is in). `--import` imports a package, by its name or the
 path of its folder; a workdir's own `config.json` may then name it (`sigmarep.doors`).

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def read_file(path: str) -> bytes:
@@ -15,10 +15,20 @@ def read_file(path: str) -> bytes:
     Raises:
       OSError: there is none, it cannot be read, or it is a pipe or a device, which would be read for ever.
     """
+    with open_file(path) as file:
+        return file.read()
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a regular file for reading.
+
+    Raises:
+      OSError: see `read_file`.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, f"{os.path.basename(path)} is no file")
-    with open(path, "rb") as file:
-        return file.read()
+    # Lines of metrics are longer than the usual buffer.
+    return open(path, "rb", buffering=2**20)
 
 
 def read_json(path: str) -> Any:

@@ -5,6 +5,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from sigmarep.training import stored
+
 
 def paths() -> dict[str, str]:
     """Paths by name: of the installed package, or of the checkout that it is part of."""
@@ -17,7 +19,7 @@ def paths() -> dict[str, str]:
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Replaces a name that --config has by its path, unless there is a file of that name."""
+    """Replaces a name that --config has by its path, unless there is a file of that name; also the config.json of a run."""
     rest, value_next = [], False
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -31,6 +33,9 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_path(value: str) -> str:
+    if value.endswith(".json"):
+        # The resolved configuration of a run, which may have a colon in its path.
+        return f"{stored.__file__}:{value}"
     file, colon, text = value.partition(":")
     if os.path.isfile(file):
         return value

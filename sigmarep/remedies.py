@@ -5,12 +5,14 @@ file differ in the remedy alone.
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-import ml_collections
+from typing import TYPE_CHECKING, Any
 
 from sigmarep import doors
 from sigmarep.errors import BadInput
+
+if TYPE_CHECKING:
+    # A report reads the arms, and needs no configurations.
+    import ml_collections
 
 PLAIN = {"model.norm": "pre", "model.reparam": "none"}
 SIGMA = {"model.norm": "post", "model.reparam": "sigma"}
@@ -58,7 +60,7 @@ SWEPT = ("pre_ln", "sigma", "sigma_free", "qk_norm")
 RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
+def set_arm(config: "ml_collections.ConfigDict", name: str) -> None:
     """Makes `config` an arm.
 
     Args:
@@ -71,7 +73,7 @@ def set_arm(config: ml_collections.ConfigDict, name: str) -> None:
     _set_arm(config, name, ARMS)
 
 
-def set_self_supervised_arm(config: ml_collections.ConfigDict, name: str) -> None:
+def set_self_supervised_arm(config: "ml_collections.ConfigDict", name: str) -> None:
     """Makes `config` the arm `name` of `SELF_SUPERVISED`, or of a dotted Python name as `set_arm` takes it.
 
     Raises:
@@ -82,7 +84,7 @@ def set_self_supervised_arm(config: ml_collections.ConfigDict, name: str) -> Non
         config.optimizer.no_decay = (*config.optimizer.no_decay, "patch_embedding")
 
 
-def _set_arm(config: ml_collections.ConfigDict, name: str, arms: Mapping[str, dict[str, Any]]) -> None:
+def _set_arm(config: "ml_collections.ConfigDict", name: str, arms: Mapping[str, dict[str, Any]]) -> None:
     if doors.is_dotted(name):
         arm = doors.load(name, field="config argument arm")
     elif name in arms:

@@ -1,18 +1,18 @@
 """The story of a run, as facts and in plain words."""
 
-import collections
 import json
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import curves
 from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.runs import Run
-from sigmarep.training.diagnosis import COLLAPSED, diagnose
+from sigmarep.training.diagnosis import COLLAPSED, diagnose, is_evidence
 
-# Of so many runs together each is spoken of.
-FEW = 6
+# Layers that fell at one step are named up to this number.
+MOST_NAMED = 3
 SHARPNESS = {
     "sharpness/preconditioned": "sharpness/preconditioned_threshold",
     "sharpness/hessian": "sharpness/threshold",
@@ -20,10 +20,17 @@ SHARPNESS = {
 
 
 class Sentence(NamedTuple):
-    """A sentence about a run, and the topic of the plot that shows it (`panels.Panel`); None where no plot does."""
+    """A sentence for the reader.
+
+    Attributes:
+      text: plain words.
+      topic: of the plot that shows it (`figures.Panel`); None where no plot does.
+      command: a command that it recommends; "" for none.
+    """
 
     text: str
     topic: str | None = None
+    command: str = ""
 
 
 class Facts(NamedTuple):
@@ -60,7 +67,8 @@ class Facts(NamedTuple):
 def facts(run: Run) -> Facts:
     """See `Facts`."""
     losses = run.series("train/loss")
-    diagnosis = diagnose(run.rows, factor=number(run.config.get("divergence_factor")) or 0.0)
+    # As a list: it is gone through more than once.
+    diagnosis = diagnose(list(run.rows.only(is_evidence)), factor=number(run.config.get("divergence_factor")) or 0.0)
     # Whether a run diverged is for its files to say; a run of an earlier version may lack the row.
     diverged = None
     if run.state == "diverged":
@@ -93,14 +101,14 @@ def _final(run: Run) -> tuple[str, float] | None:
     return None
 
 
-def sentences(run: Run, known: Facts) -> list[Sentence]:
-    """Sentences that tell a reader about one run, most important first."""
+def sentences(run: Run, known: Facts, before: Sequence[Sentence] = ()) -> list[Sentence]:
+    """Sentences that tell a reader about one run, most important first; those of `before` follow that on its entropy."""
     texts = [Sentence(outcome(run, known), "loss")]
     if not run.rows:
         return texts
     if known.cause is not None:
         texts.append(Sentence(f"Cause: {known.cause}; {known.explanation}.", "loss"))
-    texts.append(Sentence(_entropy(known), "entropy"))
+    texts += [Sentence(_entropy(known), "entropy"), *before]
     if known.nonfinite:
         step, layer = known.nonfinite
         words = f"The first attention statistics that were not finite are those of {layer} at step {step}."
@@ -108,7 +116,7 @@ def sentences(run: Run, known: Facts) -> list[Sentence]:
     optional = {
         "loss": (_intervention(run), _spikes(known)),
         **{name: (_sharpness(run, name, limit),) for name, limit in SHARPNESS.items()},
-        "gamma": (_negative_gammas(run),),
+        "spectral/gamma/": (_negative_gammas(run),),
     }
     return texts + [Sentence(text, topic) for topic, each in optional.items() for text in each if text]
 
@@ -118,9 +126,16 @@ def _intervention(run: Run) -> str | None:
     step, temperature, rate = (number(run.config.get(f"intervention.{name}")) for name in names)
     if step is None or temperature is None or rate is None or run.last_step <= step:
         return None
+    changes = []
+    for name, words in (("attention/entropy_min", "the lowest layer's entropy"), ("train/loss", "the loss")):
+        steps, values = run.series(name)
+        earlier = [value for at, value in zip(steps, values, strict=True) if at <= step]
+        later = [(at, value) for at, value in zip(steps, values, strict=True) if at > step]
+        if earlier and later:
+            changes.append(f"{words} went from {earlier[-1]:.3g} to {later[0][1]:.3g} by step {later[0][0]}")
     return (
         f"After step {step:g} the run was changed on purpose: attention temperature times {temperature:g}, learning "
-        f"rate times {rate:g}."
+        f"rate times {rate:g}" + (f"; {' and '.join(changes)}." if changes else ".")
     )
 
 
@@ -135,7 +150,7 @@ def _spikes(known: Facts) -> str | None:
 
 def _negative_gammas(run: Run) -> str | None:
     gammas = [name for name in run.names if name.startswith("spectral/gamma/")]
-    negative = [name for name in gammas if any(row.get(name, 0.0) < 0 for row in run.rows)]
+    negative = [name for name in gammas if any(value < 0 for value in run.series(name).values)]
     if not negative:
         return None
     names = ", ".join(name.removeprefix("spectral/gamma/") for name in negative[:3])
@@ -156,20 +171,13 @@ def outcome(run: Run, known: Facts) -> str:
         return f"Nothing is logged yet{why}."
     rose = f" The loss rose at step {known.rose}." if known.rose is not None else ""
     if run.state == "unfinished":
-        ago = _duration(run.age or 0.0)
-        return f"Unfinished, at step {run.last_step}{of_total}; the last line was written {ago} ago.{rose}"
+        when = time.strftime("on %Y-%m-%d at %H:%M:%S", time.localtime(run.written))
+        return f"Unfinished, at step {run.last_step}{of_total}; the last line was written {when}.{rose}"
     if run.state == "stopped early":
         return f"Stopped early after step {run.last_step}{of_total}{why}.{rose}"
     words = f" with {known.final[0]} {known.final[1]:.4g}" if known.final else ""
     never = " The run is too short to tell whether the loss rises." if known.short else " The loss never rose."
     return f"Done after {run.last_step} steps{words}.{rose or never}"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _entropy(facts: Facts) -> str:
@@ -181,7 +189,11 @@ def _entropy(facts: Facts) -> str:
             f"No layer's attention entropy fell below {COLLAPSED} nats: the lowest was {value:.3g} in {layer} "
             f"at step {step}."
         )
-    first, since = facts.fell[0]
+    since = facts.fell[0][1]
+    together = [layer for layer, step in facts.fell if step == since]
+    first = ", ".join(together[:MOST_NAMED]) + (
+        f" and {len(together) - MOST_NAMED} more" if len(together) > MOST_NAMED else ""
+    )
     if facts.rose is None:
         when = "; the run is too short to tell whether the loss rises" if facts.short else "; the loss never rose"
     elif facts.rose == since:
@@ -189,7 +201,7 @@ def _entropy(facts: Facts) -> str:
     else:
         steps = abs(facts.rose - since)
         when = f", {steps} steps {'before' if since < facts.rose else 'after'} the loss rose"
-    others = len(facts.fell) - 1
+    others = len(facts.fell) - len(together)
     also = f" {others} more of {facts.layers} layers followed." if others else ""
     return (
         f"{first} fell below {COLLAPSED} nats at step {since}{when}.{also} The lowest was {value:.3g} nats in "
@@ -198,7 +210,9 @@ def _entropy(facts: Facts) -> str:
 
 
 def _sharpness(run: Run, name: str, limit: str) -> str | None:
-    pairs = [(row["step"], row[name], row[limit]) for row in run.rows if name in row and limit in row]
+    pairs = [
+        (row["step"], row[name], row[limit]) for row in run.only((name, limit)).rows if name in row and limit in row
+    ]
     if not pairs:
         return None
     word = "Preconditioned sharpness" if name.endswith("preconditioned") else "Sharpness"
@@ -211,48 +225,6 @@ def _sharpness(run: Run, name: str, limit: str) -> str | None:
     return (
         f"{word} was above its threshold at {len(above)} of {len(pairs)} measurements, first at step {above[0]}.{nan}"
     )
-
-
-def overview(runs: Sequence[Run], known: Sequence[Facts]) -> list[str]:
-    """Sentences that tell a reader about several runs together."""
-    states = collections.Counter(run.state for run in runs)
-    texts = [f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}."]
-    pairs = list(zip(runs, known, strict=True))
-    diverged = [(each.diverged, run.name) for run, each in pairs if each.diverged is not None]
-    if diverged:
-        step, name = min(diverged)
-        causes = collections.Counter(each.cause for each in known if each.cause is not None)
-        words = f" Causes: {', '.join(f'{count} {cause}' for cause, count in causes.most_common())}." if causes else ""
-        texts.append(f"{_count(len(diverged), 'run')} diverged, {name} earliest, at step {step}.{words}")
-    if len(runs) <= FEW:
-        return [*texts, *(f"{run.name}: {_entropy(each)}" for run, each in pairs if run.rows)]
-    return texts + _entropies_of_many(pairs)
-
-
-def _entropies_of_many(pairs: Sequence[tuple[Run, Facts]]) -> list[str]:
-    texts = []
-    recorded = [each for _, each in pairs if each.lowest]
-    fallen = [each for each in recorded if each.fell]
-    if fallen:
-        layer, count = collections.Counter(each.fell[0][0] for each in fallen).most_common(1)[0]
-        before = sum(each.rose is not None and each.fell[0][1] < each.rose for each in fallen)
-        never = sum(each.rose is None for each in fallen)
-        texts.append(
-            f"In {len(fallen)} of {_count(len(recorded), 'run')} with a record, a layer's attention entropy fell below "
-            f"{COLLAPSED} nats, most often {layer} first ({count} of {len(fallen)}). It fell before the "
-            f"loss rose in {before} of these; in {never} the loss never rose."
-        )
-    elif recorded:
-        texts.append(f"No layer's attention entropy fell below {COLLAPSED} nats in any run.")
-    lowest = [(each.lowest, run.name) for run, each in pairs if each.lowest]
-    if lowest:
-        (value, layer, step), name = min(lowest)
-        texts.append(f"The lowest entropy of all was {value:.3g} nats in {layer} at step {step} of {name}.")
-    return texts
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 import array
 import base64
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -60,13 +61,19 @@ def _beyond(value: float) -> float:
     return value if math.isnan(value) else math.copysign(math.inf, value)
 
 
+def inert(content: Any) -> str:
+    """The content as JSON in which no character can end the element of a page that holds it."""
+    text = json.dumps(content, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
 def shortened(name: str) -> str:
     """The name as a page carries it."""
     return names.shortened(name, MOST_CHARACTERS)
 
 
 class Steps:
-    """Lists of steps, each of which the page carries once however many lines have it."""
+    """Lists of steps, each of which a plot carries once however many of its lines have it."""
 
     def __init__(self) -> None:
         self.lists: list[Any] = []

@@ -13,9 +13,9 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import sensitivity
+from sigmarep.diagnostics.figures import Figure
 from sigmarep.diagnostics.findings import Facts, Sentence, differences
-from sigmarep.diagnostics.lines import Steps
-from sigmarep.diagnostics.panels import Panel
+from sigmarep.diagnostics.glossary import WORDS
 from sigmarep.diagnostics.runs import Run
 
 # Largest number of runs whose configurations are compared in a table with one column per run.
@@ -45,13 +45,13 @@ class Sweep(NamedTuple):
       folder: folder of the sweep.
       table: outcomes of its runs.
       missing: number of its runs that are not in the table.
-      panels: the table as plots.
+      figures: the table as plots.
     """
 
     folder: str
     table: sensitivity.Table
     missing: int
-    panels: list[Panel]
+    figures: list[Figure]
 
 
 class Detail(NamedTuple):
@@ -59,66 +59,83 @@ class Detail(NamedTuple):
 
     run: Run
     sentences: list[Sentence]
-    panels: list[Panel]
+    figures: list[Figure]
 
 
 class _Figures:
     """The plots of the page, numbered as they are placed in it."""
 
     def __init__(self) -> None:
-        self.steps = Steps()
-        self.panels: list[dict[str, Any]] = []
+        self.placed: list[Figure] = []
 
-    def place(self, panels: Sequence[Panel]) -> list[str]:
+    def place(self, figures: Sequence[Figure]) -> list[str]:
         """HTML of places for the plots; the script draws into them."""
-        return ['<div class="pictures">', *map(self._figure, panels), "</div>"] if panels else []
+        return ['<div class="pictures">', *map(self._figure, figures), "</div>"] if figures else []
 
-    def _figure(self, panel: Panel) -> str:
-        number = len(self.panels)
-        self.panels.append(panel.data(self.steps))
-        wide = " wide" if panel.kind == "heat" or len(panel.axes) > 1 else ""
+    def _figure(self, figure: Figure) -> str:
+        number = len(self.placed)
+        self.placed.append(figure)
         return (
-            f'<figure class="plot{wide}" id="plot-{number}" data-panel="{number}"><figcaption><b>{_text(panel.title)}</b>'
-            f"{_text(panel.caption)}</figcaption><details><summary>In words and numbers</summary>"
-            f'<p id="words-{number}">{_text(panel.words())}</p></details></figure>'
+            f'<figure class="plot{" wide" if figure.wide else ""}" id="plot-{number}" data-panel="{number}" '
+            f'data-key="{figure.key}"><figcaption><b>{_text(figure.title)}</b>{_text(figure.caption)}</figcaption><details>'
+            f'<summary>In words and numbers</summary><p id="words-{number}">{_text(figure.words)}</p></details></figure>'
         )
 
-    def data(self) -> str:
-        """The plots as JSON, in which no character can end the element that holds it."""
-        text = json.dumps({"steps": self.steps.lists, "panels": self.panels}, separators=(",", ":"))
-        return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
+class Content(NamedTuple):
+    """The contents of a page.
 
-def render(
-    *,
-    runs: Sequence[Run],
-    facts: Sequence[Facts],
-    findings: Sequence[str],
-    notes: Sequence[str],
-    sweeps: Sequence[Sweep],
-    together: Sequence[Panel],
-    details: Sequence[Detail],
-) -> str:
-    """Renders the page.
-
-    Args:
+    Attributes:
       runs: all runs, with at least the metrics shown in tables.
       facts: facts of each run.
-      findings: findings about all runs together, in words; none for one run, whose own stand in their place.
+      findings: findings about all runs together; none for one run, whose own stand in their place.
       notes: problems with the folders, in words.
       sweeps: the sweeps that the runs are part of.
       together: plots of all runs; none for one run.
       details: runs that are shown individually.
     """
-    title = f"Training stability: {runs[0].name}" if len(runs) == 1 else f"Training stability: {len(runs)} runs"
+
+    runs: list[Run]
+    facts: list[Facts]
+    findings: list[Sentence]
+    notes: list[str]
+    sweeps: list[Sweep]
+    together: list[Figure]
+    details: list[Detail]
+
+
+class Body(NamedTuple):
+    """The text of a page, and the plots that are drawn into it."""
+
+    title: str
+    main: str
+    figures: list[Figure]
+
+
+def render(content: Content) -> str:
+    """Renders the page as a file that opens offline."""
+    made = body(content)
+    data = f'{{"panels":[{",".join(figure.data for figure in made.figures)}]}}'
+    return document(made, data, SCRIPTS, POLICY)
+
+
+def body(content: Content) -> Body:
+    """Renders the text of the page."""
+    runs, facts, findings, notes, sweeps, together, details = content
+    title = f"Training stability: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
     figures = _Figures()
+    shared = _topics(
+        [*(together if len(runs) > 1 else []), *(figure for sweep in sweeps for figure in sweep.figures)], 0
+    )
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="quiet">Read on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates.</p>',
         *[f'<p class="note">{_text(note)}</p>' for note in notes],
         "<h2>Findings</h2>",
-        _list(findings) if findings else "",
+        _told(findings, shared) if findings else "",
     ]
+    if len(runs) > 1:
+        parts.append(_words())
     if len(runs) > 1 and together:
         parts += ["<h2>All runs</h2>", *figures.place(together)]
     for sweep in sweeps:
@@ -134,28 +151,46 @@ def render(
                 "then those that diverged. For others give their folders, or a larger --plots.</p>"
             )
     for detail in details:
-        parts += _detail(detail, figures, alone=len(runs) == 1)
-    body = "\n".join(parts)
-    license_text = _asset(LICENSE)
-    style, script = _joined(STYLES), f"/*\n{license_text}*/\n{_joined(SCRIPTS)}"
-    policy = POLICY.format(script=_hash(script), style=_hash(style))
+        parts += _detail(detail, figures, shared, alone=len(runs) == 1)
+    return Body(title, "\n".join(parts), figures.placed)
+
+
+def document(made: Body, data: str, scripts: Sequence[str], policy: str) -> str:
+    """The page around its text.
+
+    Args:
+      data: for the script, JSON as of `lines.inert`.
+      scripts: paths of the scripts, in order.
+      policy: of the page's contents, with places for the hashes of its script and its style.
+    """
+    style, script = _joined(STYLES), f"/*\n{_asset(LICENSE)}*/\n{_joined(scripts)}"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{_text(title)}</title>
+<meta http-equiv="Content-Security-Policy" content="{policy.format(script=_hash(script), style=_hash(style))}">
+<title>{_text(made.title)}</title>
 <style>{style}</style>
 </head>
 <body>
-{body}
+<main>
+{made.main}
+</main>
 <noscript><p class="note">The plots need JavaScript; their contents in words are below each.</p></noscript>
-<script type="application/json" id="data">{figures.data()}</script>
+<script type="application/json" id="data">{data}</script>
 <script>{script}</script>
 </body>
 </html>
 """
+
+
+def change(made: Body, data: str) -> str:
+    """The page without its script and its style, for a browser that has them."""
+    return (
+        f'<!doctype html><html><head><meta charset="utf-8"><title>{_text(made.title)}</title></head><body><main>\n'
+        f'{made.main}\n</main><script type="application/json" id="data">{data}</script></body></html>'
+    )
 
 
 def _asset(path: str) -> str:
@@ -179,21 +214,28 @@ def _name(name: str) -> str:
     return _text(name).replace(",", ",<wbr>")
 
 
-def _list(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
+def _topics(figures: Sequence[Figure], first: int) -> dict[str, tuple[int, str]]:
+    """Numbers and titles of the plots by their topics; the plots are numbered from `first`."""
+    topics: dict[str, tuple[int, str]] = {}
+    for number, figure in enumerate(figures, first):
+        topics.setdefault(figure.topic, (number, figure.title))
+    return topics
 
 
-def _told(sentences: Sequence[Sentence], panels: Sequence[Panel], first: int) -> str:
-    """The sentences as a list, each with a link to the plot that shows it; the plots are numbered from `first`."""
-    plots: dict[str, tuple[int, str]] = {}
-    for number, panel in enumerate(panels, first):
-        plots.setdefault(panel.topic, (number, panel.title))
+def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]]) -> str:
+    """The sentences as a list, each with a link to the plot that shows it and the command that it recommends."""
     items = []
-    for text, topic in sentences:
-        number, title = plots.get(topic, (0, "")) if topic else (0, "")
+    for text, topic, command in sentences:
+        number, title = topics.get(topic, (0, "")) if topic else (0, "")
         link = f' <a href="#plot-{number}">{_text(title)}</a>' if title else ""
-        items.append(f"<li>{_text(text)}{link}</li>")
+        code = f'<pre tabindex="0"><code>{_text(command)}</code></pre>' if command else ""
+        items.append(f"<li>{_text(text)}{link}{code}</li>")
     return f"<ul>{''.join(items)}</ul>"
+
+
+def _words() -> str:
+    entries = "".join(f"<dt>{_text(word)}</dt><dd>{_text(meaning)}</dd>" for word, meaning in WORDS.items())
+    return f'<details class="words"><summary>The words of this page</summary><dl>{entries}</dl></details>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *, numbers: bool = True) -> str:
@@ -317,7 +359,7 @@ def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
         f"({words} per rate). An arm trains where its loss is within {sensitivity.WITHIN:.0%} of the best of any arm. "
         "Sensitivity is the mean over rates of the loss, capped at the first loss, minus the arm's best loss (Wortsman et "
         f"al., 2023).{missing}</p>",
-        *figures.place(sweep.panels),
+        *figures.place(sweep.figures),
         _table(
             ("arm", "best loss", "at rate", "trains at", "of its own best", "sensitivity", "lowest entropy"),
             rows,
@@ -331,7 +373,7 @@ def _section(environment: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _detail(detail: Detail, figures: _Figures, *, alone: bool) -> list[str]:
+def _detail(detail: Detail, figures: _Figures, shared: Mapping[str, tuple[int, str]], *, alone: bool) -> list[str]:
     run = detail.run
     versions, devices = (_section(run.environment, name) for name in ("packages", "devices"))
     facts = [run.folder, run.config.get("task")]
@@ -341,10 +383,10 @@ def _detail(detail: Detail, figures: _Figures, *, alone: bool) -> list[str]:
         facts.append(f"jax {versions['jax']}")
     if run.environment.get("git_revision"):
         facts.append(f"revision {str(run.environment['git_revision'])[:12]}")
-    told = _told(detail.sentences, detail.panels, first=len(figures.panels))
+    told = _told(detail.sentences, {**shared, **_topics(detail.figures, len(figures.placed))})
     about = f'<p class="quiet">{_text(" · ".join(str(fact) for fact in facts if fact))}</p>'
     return [
-        *([told, about] if alone else [f"<h3>{_text(run.name)} {_state(run)}</h3>", about, told]),
-        *figures.place(detail.panels),
+        *([told, _words(), about] if alone else [f"<h3>{_text(run.name)} {_state(run)}</h3>", about, told]),
+        *figures.place(detail.figures),
         _settings(run),
     ]

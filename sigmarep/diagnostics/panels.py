@@ -1,4 +1,4 @@
-"""Interactive plots of runs as data: which lines, axes and marks each has, and its alternative in words."""
+"""The interactive plots of runs: which lines, axes and marks each has."""
 
 import collections
 import itertools
@@ -6,12 +6,13 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sigmarep.diagnostics import lines, sensitivity
+from sigmarep.diagnostics.figures import Axis, Line, Panel
 from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.findings import SHARPNESS, Facts
-from sigmarep.diagnostics.lines import Steps, Values, by_step
+from sigmarep.diagnostics.lines import by_step
 from sigmarep.diagnostics.names import BLOCK, by_group, kind_and_stack
 from sigmarep.diagnostics.runs import Run
 from sigmarep.training.diagnosis import COLLAPSED
@@ -39,117 +40,6 @@ LEAST_STEPS = 60
 # Numbers of one run, and of all runs, that a page may carry; one takes 5.3 bytes.
 RUN_NUMBERS = 120_000
 PAGE_NUMBERS = 600_000
-
-
-class Line(NamedTuple):
-    """A line of a plot.
-
-    Attributes:
-      name: shown with the value under the pointer.
-      legend: name of its entry in the legend, which lines may share.
-      values: by step or learning rate.
-      color: ("depth", 0 to 1), ("kind", number of the color) or ("plain", 0).
-      dash: 0 solid, 1 dashed, 2 dotted.
-      axis: 0 left, 1 right.
-      dots: drawn as dots without a line.
-    """
-
-    name: str
-    legend: str
-    values: Values
-    color: tuple[str, float] = ("plain", 0)
-    dash: int = 0
-    axis: int = 0
-    dots: bool = False
-
-
-class Axis(NamedTuple):
-    """A vertical axis: its label, whether it starts logarithmic, and whether it begins at zero."""
-
-    label: str
-    log: bool = False
-    zero: bool = False
-
-
-class Panel(NamedTuple):
-    """A plot.
-
-    Attributes:
-      title: in a few words.
-      caption: says how to read it.
-      lines: its lines; rows of a heat map from the top.
-      axes: the left axis, and the right one if there is one.
-      marks: vertical lines: step, words, and "fell", "rose", "diverged" or "changed".
-      levels: horizontal lines: value, axis and words.
-      kind: "lines", or "heat" for a heat map.
-      group: plots of one group share cursor and zoom.
-      topic: joins it to the sentences that it shows (`findings.Sentence`).
-      rates: the horizontal axis is a learning rate, logarithmic; infinite values are diverged runs.
-    """
-
-    title: str
-    caption: str
-    lines: list[Line]
-    axes: list[Axis]
-    marks: Sequence[tuple[int, str, str]] = ()
-    levels: Sequence[tuple[float, int, str]] = ()
-    kind: str = "lines"
-    group: str = ""
-    topic: str = ""
-    rates: bool = False
-
-    def words(self) -> str:
-        """The alternative to the plot for those who cannot see it: its extent, extremes and marks."""
-        texts = []
-        for place, axis in enumerate(self.axes):
-            members = [line for line in self.lines if line.axis == place]
-            ends = [_ends(line) for line in members if any(map(lines.drawn, line.values.values()))]
-            if not ends:
-                texts.append(f"{axis.label}: no finite value.")
-                continue
-            (low, low_name, low_at), (high, high_name, high_at) = min(ends)[0], max(ends, key=lambda each: each[1])[1]
-            first, last = min(min(line.values) for line in members), max(max(line.values) for line in members)
-            texts.append(
-                f"{axis.label}: {len(members)} {'line' if len(members) == 1 else 'lines'} over "
-                f"{'learning rates' if self.rates else 'steps'} {first:g} to {last:g}; lowest {low:.4g} ({low_name}, at "
-                f"{low_at:g}), highest {high:.4g} ({high_name}, at {high_at:g})."
-            )
-        texts += [f"{text} at step {step}." for step, text, _ in self.marks]
-        return " ".join(texts)
-
-    def data(self, steps: Steps) -> dict[str, Any]:
-        """The plot as the page's script reads it; lists of steps go into `steps`."""
-        return {
-            "title": self.title,
-            "kind": self.kind,
-            "group": self.group,
-            "rates": self.rates,
-            "axes": [axis._asdict() for axis in self.axes],
-            "marks": [{"at": at, "text": lines.shortened(text), "kind": kind} for at, text, kind in self.marks],
-            "levels": [{"value": value, "axis": axis, "text": text} for value, axis, text in self.levels],
-            "collapsed": COLLAPSED,
-            "lines": [
-                {
-                    "name": lines.shortened(line.name),
-                    "legend": lines.shortened(line.legend),
-                    "color": line.color,
-                    "dash": line.dash,
-                    "axis": line.axis,
-                    "dots": line.dots,
-                    "steps": steps.place(list(line.values)),
-                    "values": lines.packed(list(line.values.values())),
-                }
-                for line in self.lines
-            ],
-        }
-
-
-def _ends(line: Line) -> tuple[tuple[float, str, float], tuple[float, str, float]]:
-    """Lowest and highest finite value of a line, each with its name and the first step of it."""
-    finite = list(filter(lines.drawn, line.values.values()))
-    low, high = min(finite), max(finite)
-    low_at, high_at = (next(at for at, value in line.values.items() if value == end) for end in (low, high))
-    return (low, line.name, low_at), (high, line.name, high_at)
 
 
 def of_run(run: Run, facts: Facts, *, runs: int) -> Iterator[tuple[str, Callable[[], list[Panel]]]]:
@@ -307,8 +197,7 @@ def _by_kind(run: Run) -> list[Panel]:
         ]
         values = itertools.chain.from_iterable(line.values.values() for line in shown)
         caption = "A color per kind of layer" + (", dashes per stack." if len(stacks) > 1 else ".")
-        topic = "gamma" if prefix == "spectral/gamma/" else ""
-        panels.append(Panel(title, caption, shown, [Axis(label, log=_decades(values))], topic=topic))
+        panels.append(Panel(title, caption, shown, [Axis(label, log=_decades(values))], topic=prefix))
     return panels
 
 
@@ -335,7 +224,9 @@ def _pace(run: Run) -> list[Panel]:
             Line(name.removeprefix("train/"), name.removeprefix("train/"), by_step(run, name), ("kind", i % COLORS))
             for i, name in enumerate(names)
         ]
-        panels.append(Panel(title, "As logged.", shown, [Axis(title.lower(), zero=True)]))
+        panels.append(
+            Panel(title, "As logged.", shown, [Axis(title.lower(), zero=True)], topic=names[0] if names else "")
+        )
     return panels
 
 
@@ -350,7 +241,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
     """Loss and lowest layer's entropy of all runs, colored by arm; tasks, whose losses differ in kind, have their own."""
     tasks: dict[str, list[Run]] = {}
     for run in runs:
-        if any(LOSS in row for row in run.rows):
+        if LOSS in run.names:
             tasks.setdefault(str(run.config.get("task", "")), []).append(run)
     panels = []
     for task, members in tasks.items():
@@ -378,6 +269,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
                     [Axis(label, log=log, zero=i == 1)],
                     levels=[(COLLAPSED, 0, f"{COLLAPSED} nats")] if i == 1 else [],
                     group=f"all runs {task}",
+                    topic="all entropies" if i else "all losses",
                 )
             )
     return panels
@@ -431,15 +323,20 @@ def rates(
         ]
         if field == "loss":
             caption = (
-                "A dot for each seed, lines through the medians; crosses at the top diverged. Below the dashed line an arm "
-                "trains."
+                "A dot for each seed, a band from the lowest to the highest, lines through the medians; crosses at the top "
+                "diverged. An arm trains where its line is below the dashed one."
             )
             within = (1 + sensitivity.WITHIN) * best
             levels = [(within, 0, f"within {sensitivity.WITHIN:.0%} of the best")] if math.isfinite(within) else []
         else:
-            caption, levels = "A dot for each seed, lines through the medians.", [(COLLAPSED, 0, f"{COLLAPSED} nats")]
+            caption, levels = (
+                "A dot for each seed, a band from the lowest to the highest, lines through the medians.",
+                [(COLLAPSED, 0, f"{COLLAPSED} nats")],
+            )
         axes = [Axis(label, zero=field == "lowest")]
         panels.append(
-            Panel(title, caption, shown, axes, levels=levels, group=f"rates {folder}", rates=True),
+            Panel(
+                title, caption, shown, axes, levels=levels, group=f"rates {folder}", topic=f"rates {folder}", rates=True
+            ),
         )
     return panels

@@ -20,11 +20,15 @@ from sigmarep.training import diagnosis
 # The palette of Okabe and Ito without yellow, which is faint on white, and three more colors.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#882255", "#6b8e23")
 DASHES = ("-", "--", ":")
-WIDTH = 4.8
-LEGEND_COLUMNS = 3
-DPI = 130
+# Inches: a column of a page with two, and the text of a page with one.
+WIDTHS = {"single": 3.3, "double": 6.9}
+# Inches left of the axes, and right of them.
+LEFT, RIGHT = 0.62, 0.08
+# Inches that an entry of a legend takes.
+ENTRY = 1.3
+DPI = 200
 # Of a name in a legend.
-MOST_CHARACTERS = 28
+MOST_CHARACTERS = 18
 # Longer curves are thinned: more points than pixels cost time and show nothing.
 MOST_POINTS = 600
 # Ticks are multiples of these.
@@ -58,24 +62,24 @@ def load() -> Any:
     return Figure
 
 
-def _figure(heights: Sequence[float]) -> tuple[Any, list[Any]]:
+def _figure(heights: Sequence[float], width: float = WIDTHS["single"]) -> tuple[Any, list[Any]]:
     new = load()
     from matplotlib.ticker import MaxNLocator
 
-    figure = new(figsize=(WIDTH, sum(heights)))
+    figure = new(figsize=(width, sum(heights)))
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25, linewidth=0.6)
-        each.tick_params(labelsize=8)
+        each.tick_params(labelsize=7)
         # Few ticks, because they take most of the time. Horizontal axes are steps, or logarithmic rates (see `rates`).
-        each.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=ROUND))
+        each.xaxis.set_major_locator(MaxNLocator(round(1.5 * width), integer=True, min_n_ticks=1, steps=ROUND))
         each.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
         # No offset or power above the axis, where the legend is.
         each.yaxis.set_major_formatter("{x:g}")
         each.margins(x=0.02)
-        each.xaxis.label.set_size(9)
-        each.yaxis.label.set_size(9)
+        each.xaxis.label.set_size(8)
+        each.yaxis.label.set_size(8)
     return figure, list(axes)
 
 
@@ -85,15 +89,16 @@ def _arrange(figure: Any) -> None:
     This takes half the time of matplotlib's own layouts, which draw everything twice.
     """
     legends = [axes.get_legend() for axes in figure.axes]
-    above = [0.12 + (0.14 * math.ceil(len(each.get_texts()) / LEGEND_COLUMNS) if each else 0.0) for each in legends]
+    width = figure.get_figwidth()
+    above = [0.12 + (0.13 * math.ceil(len(each.get_texts()) / _columns(width)) if each else 0.0) for each in legends]
     heights = figure.axes[0].get_gridspec().get_height_ratios()
-    bottom = 0.45
+    bottom = 0.42
     total = sum(heights) + sum(above) + bottom
-    figure.set_size_inches(WIDTH, total)
+    figure.set_size_inches(width, total)
     top = total
     for axes, height, room in zip(figure.axes, heights, above, strict=True):
         top -= room + height
-        axes.set_position((0.17, top / total, 0.81, height / total))
+        axes.set_position((LEFT / width, top / total, 1 - (LEFT + RIGHT) / width, height / total))
 
 
 def _line(axes: Any, steps: Sequence[float], values: Sequence[float], **options: Any) -> None:
@@ -133,8 +138,14 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
 def _legend(axes: Any, count: int) -> None:
     if count > 1:
         # Above the axes, so that it never covers curves.
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1, "ncols": LEGEND_COLUMNS}
-        axes.legend(fontsize=7, frameon=False, handlelength=1.6, columnspacing=1.0, labelspacing=0.2, **place)
+        columns = _columns(axes.figure.get_figwidth())
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1, "ncols": columns}
+        axes.legend(fontsize=6.5, frameon=False, handlelength=1.6, columnspacing=1.0, labelspacing=0.2, **place)
+
+
+def _columns(width: float) -> int:
+    """Number of a legend's columns in a figure of this width."""
+    return max(int((width - LEFT - RIGHT) / ENTRY), 1)
 
 
 def _events(axes: Sequence[Any], run: Run, facts: Facts) -> None:
@@ -161,13 +172,13 @@ def _label(layer: str, layers: Sequence[str]) -> str | None:
     return plain(f"block {block[1]}" if block else layer) if layer in shown else None
 
 
-def entropy(run: Run, facts: Facts) -> Any | None:
+def entropy(run: Run, facts: Facts, width: float = WIDTHS["single"]) -> Any | None:
     """Draws the loss, below it the entropy of every layer, then of every head; None if no entropy was recorded."""
     prefix = "attention/entropy/"
     groups = by_group([name.removeprefix(prefix) for name in run.names if name.startswith(prefix)])
     if not groups:
         return None
-    figure, axes = _figure([1.5, *[1.5, 1.5] * len(groups)])
+    figure, axes = _figure([1.2, *[1.2, 1.2] * len(groups)], width)
     losses = run.series(LOSS)
     _line(axes[0], *losses, color="#333333", linewidth=1.2)
     _scale(axes[0], losses.values)
@@ -193,7 +204,7 @@ def entropy(run: Run, facts: Facts) -> Any | None:
     return figure
 
 
-def spectra(run: Run, facts: Facts) -> Any | None:
+def spectra(run: Run, facts: Facts, width: float = WIDTHS["single"]) -> Any | None:
     """Draws spectral norms σ, |γ|, stable ranks and the largest logits; None if none of them was recorded."""
     panels = {
         "spectral norm σ(W)": "spectral/sigma/",
@@ -201,15 +212,15 @@ def spectra(run: Run, facts: Facts) -> Any | None:
         "stable rank": "spectral/stable_rank/",
         "largest logit": "attention/max_logit/",
     }
-    return _by_kind(run, facts, panels)
+    return _by_kind(run, facts, panels, width)
 
 
-def updates(run: Run, facts: Facts) -> Any | None:
+def updates(run: Run, facts: Facts, width: float = WIDTHS["single"]) -> Any | None:
     """Draws gradient norm and update-to-weight ratio of every layer; None if neither was recorded."""
-    return _by_kind(run, facts, {"gradient norm": "gradient/norm/", "update / weight": "update/ratio/"})
+    return _by_kind(run, facts, {"gradient norm": "gradient/norm/", "update / weight": "update/ratio/"}, width)
 
 
-def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str]) -> Any | None:
+def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str], width: float) -> Any | None:
     """Draws a panel for each prefix of metrics that was recorded, with a color per kind of layer and dashes per stack."""
     shown = {
         title: names
@@ -218,7 +229,7 @@ def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str]) -> Any | None:
     }
     if not shown:
         return None
-    figure, axes = _figure([1.5] * len(shown))
+    figure, axes = _figure([1.3] * len(shown), width)
     # A kind of layer has the same color, and a stack the same dashes, in all panels.
     places = {name: kind_and_stack(name) for names in shown.values() for name in names}
     kinds, stacks = (list(dict.fromkeys(each)) for each in zip(*places.values(), strict=True))
@@ -244,12 +255,12 @@ def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str]) -> Any | None:
     return figure
 
 
-def sharpness(run: Run, facts: Facts) -> Any | None:
+def sharpness(run: Run, facts: Facts, width: float = WIDTHS["single"]) -> Any | None:
     """Draws sharpness and its threshold; None if it was not measured."""
     shown = [name for name in SHARPNESS if name in run.names]
     if not shown:
         return None
-    figure, axes = _figure([1.9] * len(shown))
+    figure, axes = _figure([1.5] * len(shown), width)
     for name, each in zip(shown, axes, strict=True):
         values, limit = run.series(name), run.series(SHARPNESS[name])
         _line(each, *values, color=PALETTE[0], label="measured")
@@ -262,14 +273,14 @@ def sharpness(run: Run, facts: Facts) -> Any | None:
     return figure
 
 
-def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
+def together(runs: Sequence[Run], arm: Callable[[Run], str], width: float = WIDTHS["single"]) -> Any | None:
     """Draws loss and lowest layer's entropy of all runs, colored by arm; None if nothing was logged."""
     shown = [run for run in runs if run.series(LOSS).values]
     if not shown:
         return None
     arms = list(dict.fromkeys(arm(run) for run in shown))
     with_entropy = any(LOWEST in run.names for run in shown)
-    figure, axes = _figure([2.2, 2.0] if with_entropy else [2.4])
+    figure, axes = _figure([1.8, 1.6] if with_entropy else [2.0], width)
     named = len(arms) <= len(PALETTE) * len(DASHES) and len(arms) <= 12
     seen: set[str] = set()
     everything: list[float] = []
@@ -298,9 +309,9 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> Any | None:
     return figure
 
 
-def rates(table: sensitivity.Table) -> Any:
-    """Draws final loss against learning rate, as median and range over seeds, and below it the lowest entropy."""
-    figure, axes = _figure([2.4, 1.6])
+def rates(table: sensitivity.Table, width: float = WIDTHS["single"]) -> Any:
+    """Draws final loss and lowest entropy against the learning rate: every seed, their range, and the median."""
+    figure, axes = _figure([2.0, 1.5], width)
     losses = sensitivity.medians(table)
     best = sensitivity.best_loss(losses)
     starts = [each.start for by_rate in table.values() for runs in by_rate.values() for each in runs]
@@ -308,9 +319,13 @@ def rates(table: sensitivity.Table) -> Any:
     top = max((value for value in (*ends, *starts) if abs(value) <= LARGEST), default=1.0) * 1.15
     for i, (arm, by_rate) in enumerate(table.items()):
         style = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
-        # Slightly shifted, so that arms that diverge at one rate do not cover each other.
-        _final_losses(axes[0], by_rate, top, shift=1.06**i, label=plain(shortened(arm, MOST_CHARACTERS)), **style)
-        _lowest_entropies(axes[1], by_rate, **style)
+        # Slightly shifted, so that seeds of one rate do not cover each other.
+        shift = 1.05 ** (i - (len(table) - 1) / 2)
+        label = plain(shortened(arm, MOST_CHARACTERS))
+        final = {rate: [min(each.loss, top) for each in runs] for rate, runs in by_rate.items()}
+        _seeds(axes[0], final, shift=shift, lost=top, label=label, **style)
+        lowest = {rate: [each.lowest for each in runs if math.isfinite(each.lowest)] for rate, runs in by_rate.items()}
+        _seeds(axes[1], lowest, shift=shift, lost=math.inf, label=label, **style)
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)
     axes[0].set(ylabel="training loss at the end", xscale="log")
@@ -322,21 +337,29 @@ def rates(table: sensitivity.Table) -> Any:
     return figure
 
 
-def _final_losses(axes, by_rate, top: float, *, shift: float, label: str, color: str, linestyle: str) -> None:
-    """Draws the losses of an arm's runs by rate; diverged runs are at the top, with a cross."""
-    tried = list(by_rate)
-    ends = [[each.loss for each in by_rate[rate]] for rate in tried]
-    cut = [[min(loss, top) for loss in each] for each in ends]
-    axes.fill_between(tried, list(map(min, cut)), list(map(max, cut)), color=color, alpha=0.15, linewidth=0)
-    middle = [statistics.median(each) for each in cut]
-    axes.plot(tried, middle, color=color, linestyle=linestyle, marker="o", markersize=3, linewidth=1.4, label=label)
-    lost = [rate for rate, each in zip(tried, ends, strict=True) if any(map(math.isinf, each))]
-    axes.plot([rate * shift for rate in lost], [top] * len(lost), "x", color=color, markersize=6)
-
-
-def _lowest_entropies(axes, by_rate, *, color: str, linestyle: str) -> None:
-    """Draws the median over an arm's runs of the lowest entropy, by rate."""
-    lowest = {rate: [each.lowest for each in runs if math.isfinite(each.lowest)] for rate, runs in by_rate.items()}
-    points = [(rate, statistics.median(values)) for rate, values in lowest.items() if values]
-    if points:
-        _line(axes, *zip(*points, strict=True), color=color, linestyle=linestyle, linewidth=1.4)
+def _seeds(
+    axes: Any,
+    by_rate: Mapping[float, Sequence[float]],
+    *,
+    shift: float,
+    lost: float,
+    label: str,
+    color: str,
+    linestyle: str,
+) -> None:
+    """Draws all seeds of an arm as dots, their range as a band and their median as a line; crosses where one is `lost`."""
+    known = {rate: values for rate, values in by_rate.items() if values}
+    if not known:
+        return
+    rates = list(known)
+    axes.fill_between(
+        rates, list(map(min, known.values())), list(map(max, known.values())), color=color, alpha=0.15, lw=0
+    )
+    middle = [statistics.median(values) for values in known.values()]
+    axes.plot(rates, middle, color=color, linestyle=linestyle, linewidth=1.2, label=label)
+    points = [(rate * shift, value) for rate, values in known.items() for value in values]
+    for marker, size, drawn in (
+        ("o", 2.5, [point for point in points if point[1] < lost]),
+        ("x", 4, [point for point in points if point[1] >= lost]),
+    ):
+        axes.plot([x for x, _ in drawn], [y for _, y in drawn], marker, color=color, markersize=size)

@@ -1,30 +1,22 @@
 """Reading of runs from disk, finished or not: a single run, a sweep, or a folder of runs."""
 
 import dataclasses
-import functools
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import files
+from sigmarep.diagnostics.rows import Rows, Series
 from sigmarep.errors import BadInput, one_line
 from sigmarep.sweeps import RECORD, STOPPED_EARLY
 from sigmarep.training.diagnosis import divergence_reason
-from sigmarep.training.metrics import FILE, metric_names
+from sigmarep.training.metrics import FILE
 from sigmarep.training.stopped import stopped_early
 
 CONFIG = "config.json"
 
 # For the folder of each run: the folder of its sweep, if any, and the sweep's record of the run.
 Folders = dict[str, tuple[str | None, dict[str, Any]]]
-
-
-class Series(NamedTuple):
-    """Values of one metric, and the steps at which they were logged."""
-
-    steps: list[int]
-    values: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +33,7 @@ class Run:
       config: values by dotted name; {} if there is no configuration.
       environment: contents of environment.json; {} if there is none.
       total_steps: steps of the complete run; None if unknown.
-      age: seconds since the last row was logged; None if there is none.
+      written: time at which the last row was logged, in seconds since 1970; None if there is none.
       sweep: folder of its sweep; None for a single run.
       point: its point of the sweep; {} for a single run.
       damage: words for its files that cannot be read, or only in part.
@@ -51,34 +43,32 @@ class Run:
     folder: str
     state: str
     reason: str | None
-    rows: list[dict[str, Any]]
+    rows: Rows
     config: dict[str, Any]
     environment: dict[str, Any]
     total_steps: int | None
-    age: float | None
+    written: float | None
     sweep: str | None
     point: dict[str, Any]
     damage: list[str]
 
     def series(self, name: str) -> Series:
         """Steps and values of one metric; empty if it was not logged."""
-        points = [(row["step"], row[name]) for row in self.rows if name in row]
-        return Series([step for step, _ in points], [value for _, value in points])
+        return self.rows.series(name)
 
-    def only(self, names: Sequence[str]) -> "Run":
+    def only(self, names: Collection[str]) -> "Run":
         """The same run with only these metrics."""
-        rows = [{name: row[name] for name in ("step", *names) if name in row} for row in self.rows]
-        return dataclasses.replace(self, rows=rows)
+        return dataclasses.replace(self, rows=self.rows.only(names.__contains__))
 
-    @functools.cached_property
+    @property
     def names(self) -> list[str]:
         """Names of the logged metrics, in order of their first appearance."""
-        return metric_names(self.rows)
+        return self.rows.names
 
     @property
     def last_step(self) -> int:
         """The last logged step; 0 if nothing is logged."""
-        return self.rows[-1]["step"] if self.rows else 0
+        return self.rows.last_step
 
 
 class Place(NamedTuple):
@@ -186,15 +176,21 @@ def size(place: Place) -> int:
         return 0
 
 
-def read(place: Place) -> Run:
-    """Reads the run at a place as far as it has been logged."""
+def metrics_file(place: Place, wanted: Callable[[str], bool] | None = None) -> files.MetricsFile:
+    """The metrics file of the run at a place, not read yet; see `files.MetricsFile`."""
+    return files.MetricsFile(os.path.join(place.folder, FILE), wanted)
+
+
+def read(place: Place, metrics: files.MetricsFile | None = None) -> Run:
+    """Reads the run at a place as far as it has been logged.
+
+    Args:
+      metrics: the run's metrics file, of which only what is new is read.
+    """
     folder, name, sweep, record = place
-    path = os.path.join(folder, FILE)
-    rows, *damage = files.read_rows(path)
-    try:
-        age = time.time() - os.path.getmtime(path) if rows else None
-    except OSError:
-        age = None
+    metrics = metrics or metrics_file(place)
+    metrics.update()
+    rows = metrics.rows
     stored, config_damage = files.read_object(folder, CONFIG)
     environment, environment_damage = files.read_object(folder, "environment.json")
     config = _flat(stored)
@@ -210,10 +206,10 @@ def read(place: Place) -> Run:
         config=config,
         environment=environment,
         total_steps=total,
-        age=age,
+        written=metrics.written if rows else None,
         sweep=sweep,
         point=point if isinstance(point, dict) else {},
-        damage=[each for each in (*damage, config_damage, environment_damage) if each],
+        damage=[each for each in (metrics.damage, config_damage, environment_damage) if each],
     )
 
 
@@ -224,11 +220,11 @@ def unreadable(place: Place, error: Exception) -> Run:
         folder=place.folder,
         state="unreadable",
         reason=f"{type(error).__name__}: {one_line(error)}",
-        rows=[],
+        rows=Rows(),
         config={},
         environment={},
         total_steps=None,
-        age=None,
+        written=None,
         sweep=None,
         point={},
         damage=[],
@@ -240,9 +236,7 @@ def _steps(value: Any) -> int | None:
     return int(total) if total is not None and total > 0 else None
 
 
-def _state(
-    folder: str, record: Mapping[str, Any], rows: Sequence[dict[str, Any]], total: int | None
-) -> tuple[str, str | None]:
+def _state(folder: str, record: Mapping[str, Any], rows: Rows, total: int | None) -> tuple[str, str | None]:
     """The state of a run and the reason for it, None where there is nothing to say.
 
     Args:
@@ -250,15 +244,15 @@ def _state(
       total: steps of the run, if known.
     """
     diagnosis, _ = files.read_object(folder, "diagnosis.json")
-    broken = next((why for row in rows if (why := divergence_reason(row.get("train/loss", 0.0), None, 0.0))), None)
+    losses = rows.series("train/loss").values
+    broken = next((why for loss in losses if (why := divergence_reason(loss, None, 0.0))), None)
     if diagnosis or record.get("state") == "diverged" or broken:
         return "diverged", _words(diagnosis.get("reason", broken))
     if stopped := stopped_early(folder):
         return STOPPED_EARLY, _words(stopped.reason)
     if record.get("state") in ("failed", "bad input"):
         return record["state"], files.last_line(os.path.join(folder, "log.txt"))
-    last = rows[-1]["step"] if rows else 0
-    finished = (total is not None and last >= total) or record.get("state") == "done"
+    finished = (total is not None and rows.last_step >= total) or record.get("state") == "done"
     return "done" if finished else "unfinished", None
 
 

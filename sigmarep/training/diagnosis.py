@@ -29,6 +29,9 @@ CAUSES = {
     "unknown": "the metrics do not say what broke first",
 }
 
+# The metrics that a diagnosis reads, the last ones by layer or array.
+EVIDENCE = (LOSS, GRADIENT, LOWEST_ENTROPY, ENTROPY, MAX_LOGIT, BOUND, NONFINITE)
+
 Row = Mapping[str, Any]
 
 
@@ -98,6 +101,11 @@ def divergence_reason(loss: float, first_loss: float | None, factor: float) -> s
     if factor and first_loss is not None and loss > factor * abs(first_loss):
         return f"the loss rose to {loss:.4g}, more than {factor:g} times its start of {first_loss:.4g}"
     return None
+
+
+def is_evidence(name: str) -> bool:
+    """True for a metric that `diagnose` reads."""
+    return name.startswith(EVIDENCE)
 
 
 def lowest_entropy(rows: Sequence[Row]) -> float:

@@ -74,11 +74,12 @@ class Browser:
                 self.requests.append(event["params"]["request"]["url"])
 
     def open(self, path, *, width=1200, height=900, dark=False):
-        """Opens a page from a file in a window of this size."""
+        """Opens a page, a file or an address, in a window of this size."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
-        self.call("Page.navigate", url=f"file://{path}")
+        address = str(path)
+        self.call("Page.navigate", url=address if address.startswith("http://") else f"file://{address}")
         self.wait("document.readyState === 'complete'")
 
     def value(self, expression):

@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from sigmarep.diagnostics import files, plots, report, runs
+from sigmarep.diagnostics import files, findings, plots, report, runs
 from sigmarep.training import metrics as metrics_files
 
 LAYER = "attention/entropy/encoder/block_0"
@@ -304,11 +304,17 @@ def test_a_broken_record_of_a_sweep_costs_no_run(content, tmp_path):
 
 
 def test_numbers_are_the_same_with_and_without_the_faster_reader(place, monkeypatch):
+
+    def read(path):
+        file = files.MetricsFile(path)
+        assert file.update()
+        return list(file.rows), file.damage
+
     paths = [str(place / "runs" / name / "metrics.jsonl") for name in ("good", "sharpness_half", "loss_beyond", "crlf")]
-    faster = [files.read_rows(path) for path in paths]
+    faster = [read(path) for path in paths]
     assert metrics_files._loads is orjson.loads
     monkeypatch.setattr(metrics_files, "_loads", functools.partial(json.loads, parse_int=metrics_files.integer))
-    slower = [files.read_rows(path) for path in paths]
+    slower = [read(path) for path in paths]
     assert faster[0] == slower[0] == (ROWS, None)
     assert faster[1] == slower[1]
     assert faster[3] == slower[3] == (ROWS, None)
@@ -317,7 +323,8 @@ def test_numbers_are_the_same_with_and_without_the_faster_reader(place, monkeypa
 def test_what_no_reader_foresaw_costs_its_own_row_or_picture():
     judged = report._judge(runs.Place("a\0b", "a name that no system call takes", None, {}))
     assert judged.run.state == "unreadable"
-    assert [sentence.text for sentence in judged.sentences] == ["Cannot be read: ValueError: embedded null byte."]
+    told = [sentence.text for sentence in findings.sentences(judged.run, judged.facts)]
+    assert told == ["Cannot be read: ValueError: embedded null byte."]
     picture, failure = report._picture("a", lambda: 1 / 0, "png")
     assert picture is None
     assert failure == "The picture a could not be drawn (ZeroDivisionError: division by zero)."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sigmarep.diagnostics import lines, panels, report
+from sigmarep.diagnostics import lines, page, panels, report, watch
 from tests.diagnostics.test_report import collapsing, read, row, run_folder, sweep
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def data_of(page):
         for line in panel["lines"]:
             raw = base64.b64decode(line["values"])
             values = struct.unpack(f"<{len(raw) // 4}f", raw)
-            line["points"] = dict(zip(content["steps"][line["steps"]], values, strict=True))
+            line["points"] = dict(zip(panel["steps"][line["steps"]], values, strict=True))
     return content
 
 
@@ -104,7 +104,7 @@ def test_a_run_has_its_plots_with_the_story_first(full):
     assert "<summary>Settings: 2 fields</summary>" in page
     # Sentences lead to the plots that show them.
     links = dict(re.findall(r'<a href="#plot-(\d+)">(.*?)</a>', page))
-    assert links == {str(i): titles(page)[i] for i in (0, 1, 5, 9)}
+    assert links == {str(i): titles(page)[i] for i in (0, 1, 5, 9, 10)}
     assert all(f'id="plot-{number}"' in page for number in links)
 
 
@@ -287,10 +287,13 @@ def test_colors_meet_wcag_aa_in_light_and_dark(theme):
 
 
 def test_packages_carry_what_the_page_needs():
-    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    # A wheel has every file of the package, of whatever kind.
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["sigmarep"]
+    assert not {"exclude", "include", "only-include"} & set(wheel)
     folder = ROOT / "sigmarep/diagnostics"
-    files = {path for pattern in shipped["sigmarep.diagnostics"] for path in folder.glob(pattern)}
-    assert {path for name in ("assets", "vendor") for path in (folder / name).rglob("*") if path.is_file()} == files
+    for path in (*page.STYLES, *page.SCRIPTS, *watch.SCRIPTS, page.LICENSE):
+        assert (folder / path).is_file(), path
     # The library is the published one, to the byte.
     digest = hashlib.sha256((folder / "vendor/uplot/uPlot.iife.min.js").read_bytes()).hexdigest()
     assert digest == "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"

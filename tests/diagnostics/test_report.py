@@ -4,13 +4,14 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sigmarep.diagnostics import findings, plots, report, runs
+from sigmarep.diagnostics import composition, findings, plots, report, runs, sensitivity
 from sigmarep.errors import BadInput
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
@@ -113,7 +114,8 @@ def test_sharpness_interventions_and_negative_gammas_are_spoken_of(tmp_path):
     said = " ".join(told(*read(run_folder(tmp_path / "a", rows, config=config, total=10))))
     assert "Sharpness was above its threshold at 3 of 10 measurements, first at step 8." in said
     assert (
-        "After step 4 the run was changed on purpose: attention temperature times 0.1, learning rate times 1." in said
+        "After step 4 the run was changed on purpose: attention temperature times 0.1, learning rate times 1; the lowest "
+        "layer's entropy went from 2 to 2 by step 5 and the loss went from 1 to 1 by step 5." in said
     )
     assert "γ became negative in 1 layers, head among them." in said
 
@@ -123,7 +125,7 @@ def test_a_run_still_going_has_half_a_line_at_its_end(tmp_path):
     run, found = read(folder)
     assert (run.state, run.last_step) == ("unfinished", 50)
     said = told(run, found)[0]
-    assert re.fullmatch(r"Unfinished, at step 50 of 100; the last line was written \d+ seconds ago\.", said)
+    assert re.fullmatch(r"Unfinished, at step 50 of 100; the last line was written on [\d-]+ at [\d:]+\.", said)
     page, pictures = page_of(tmp_path, folder, static="png")
     assert "Unfinished, at step 50 of 100" in page
     assert pictures == ["a-entropy.png"]
@@ -170,7 +172,7 @@ def test_a_damaged_file_is_said_and_costs_no_other_run(tmp_path):
     page, _ = page_of(tmp_path, tmp_path / "runs")
     assert "2 unfinished" in page
     assert "broken: metrics.jsonl: 1 of 3 lines are damaged, line 2 first." in page
-    assert read(broken)[0].rows == [{"step": 1}, {"step": 2}]
+    assert list(read(broken)[0].rows) == [{"step": 1}, {"step": 2}]
 
 
 def sweep(tmp_path, arms=("pre_ln", "sigma"), rates=(0.001, 0.01, 0.1), seeds=2):
@@ -198,14 +200,18 @@ def sweep(tmp_path, arms=("pre_ln", "sigma"), rates=(0.001, 0.01, 0.1), seeds=2)
 def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     page, pictures = page_of(tmp_path, sweep(tmp_path), most=3, static="png")
     assert "12 runs: 10 done, 2 diverged." in page
-    assert "In 4 of 12 runs with a record, a layer&#x27;s attention entropy fell below 0.1 nats" in page
+    assert "sigma: no layer collapsed, lowest entropy 2 nats." in page
+    assert (
+        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1), encoder/block_0 first at step 1, lowest entropy "
+        "0.01 to 2 nats; 2 of 6 runs diverged (at learning rate 0.1) at step 21." in page
+    )
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
     assert (
-        "sweep: pre_ln trains at learning rate 0.001 alone; its best loss is 1.005 at 0.001, its sensitivity 1.33."
-        in page
+        "sweep: pre_ln comes within 10% of the best loss of all at learning rate 0.001 alone; its own best loss is "
+        "1.005, at 0.001." in page
     )
-    assert "sweep: sigma trains at learning rates 0.001 to 0.1 (100 times)" in page
-    assert "its best loss is 1.005 at 0.001, its sensitivity 0." in page
+    assert "sweep: sigma comes within 10% of the best loss of all at learning rates 0.001 to 0.1 (100 times)" in page
+    assert '<td>0.001 alone</td><td>0.001 alone</td><td class="number">1.33</td>' in page
     assert pictures[:2] == ["all.png", "sweep-rates.png"]
     assert len({name.rsplit("-", 1)[0] for name in pictures[2:]}) == 3
     assert "3 of 12 runs are drawn" in page
@@ -374,3 +380,106 @@ def test_a_sharpness_and_a_gamma_that_are_nan_are_neither_below_nor_hidden(tmp_p
     sentences = " ".join(told(*read(run_folder(tmp_path / "a", rows, total=3))))
     assert "Sharpness stayed below its threshold at 2 measurements. It was NaN at 1, first at step 2." in sentences
     assert "γ became negative in 1 layers, head among them." in sentences
+
+
+def plain_run(folder, rows, *, arm="pre_ln", seed=0, total=500, **optimizer):
+    model = {"pre_ln": {"norm": "pre", "reparam": "none"}, "sigma": {"norm": "post", "reparam": "sigma"}}[arm]
+    config = {"model": model, "optimizer": {"learning_rate": 0.02, **optimizer}, "seed": seed, "total_steps": total}
+    return run_folder(folder, rows, config=config, total=total)
+
+
+def story_of(*folders):
+    """The sentences of the first run on the page of all, with their commands."""
+    judged = [composition.judge(run) for run in read_all(*folders)]
+    drawn = {0: composition.draw(read_all(*folders)[0], judged[0].facts, most=1)}
+    return composition.compose(judged, drawn, []).details[0].sentences
+
+
+def test_what_grew_before_the_first_layer_fell(tmp_path):
+    rows = collapsing()
+    for each in rows:
+        step = each["step"]
+        each["attention/max_logit/encoder/block_1"] = 4.0 if step < 335 else 200.0
+        each["spectral/sigma/encoder/block_1/attention/query"] = 2.0 if step < 340 else 7.0
+        each["spectral/sigma/encoder/block_1/attention/value"] = 1.0 if step < 340 else 99.0
+        each["spectral/sigma/encoder/block_0/attention/query"] = 1.0 if step < 340 else 99.0
+        each["train/learning_rate"] = min(step / 100, 1.0) * 0.02
+    sentences = story_of(plain_run(tmp_path / "a", rows))
+    before = next(each for each in sentences if each.text.startswith("Before that"))
+    # The values of the others are of no account for block 1's attention; those at step 335 are the last before its fall.
+    assert before.text == (
+        "Before that, between steps 335 and 340, σ of encoder/block_1/attention/query grew from 2 to 7."
+    )
+    assert before.topic == "spectral/sigma/"
+    assert "The learning rate was then 0.02, its highest." in [each.text for each in sentences]
+
+
+def test_the_advice_is_a_command_for_a_new_folder(tmp_path):
+    folder = plain_run(tmp_path / "it's a run", collapsing())
+    told = story_of(folder)[-1]
+    assert told.text == "To try next: σReparam, which bounds the logits, at the same learning rate."
+    words = shlex.split(told.command)
+    assert words == [
+        *("python", "scripts/train.py", "--config", f"{folder}/config.json", "--config.model.norm=post"),
+        *("--config.model.reparam=sigma", "--workdir", f"{folder}-sigma"),
+    ]
+    os.makedirs(f"{folder}-sigma")
+    assert shlex.split(story_of(folder)[-1].command)[-1] == f"{folder}-sigma-2"
+    # σReparam that falls all the same learns more slowly; a short run goes on for longer; a steady one may learn faster.
+    slow = story_of(plain_run(tmp_path / "b", collapsing(), arm="sigma"))[-1]
+    assert "--config.optimizer.learning_rate=0.0067" in slow.command
+    short = story_of(plain_run(tmp_path / "c", [row(1, 1.0, 2.0)], total=1))[-1]
+    assert short.text == "To try next: a longer run; 1 steps tell little."
+    steady = story_of(plain_run(tmp_path / "d", [row(step, 5.0 / step, 2.0) for step in range(1, 51)], total=50))[-1]
+    assert "--config.optimizer.learning_rate=0.06" in steady.command
+
+
+def test_the_run_that_kept_its_attention_is_named_with_its_differences(tmp_path):
+    fallen = plain_run(tmp_path / "runs/a", [*collapsing(), {"step": 500, "eval/test/accuracy": 0.5}])
+    kept = [row(step, 5.0 / step, 2.0) for step in range(5, 505, 5)]
+    plain_run(tmp_path / "runs/b", [*kept, {"step": 500, "eval/test/accuracy": 0.9}], arm="sigma", seed=1)
+    plain_run(tmp_path / "runs/c", [*kept, {"step": 500, "eval/test/accuracy": 0.9}], arm="sigma", seed=0)
+    sentences = story_of(tmp_path / "runs")
+    assert sentences[-2].text == (
+        "This did not happen in c: it has model.norm post instead of pre and model.reparam sigma instead of none. Its "
+        "lowest entropy is 2 nats, its test/accuracy is 0.9 (here 0.5)."
+    )
+    assert sentences[-2].topic == "all entropies"
+    # What would be tried has been: what is left is another seed.
+    assert sentences[-1].text == "To try next: b with another seed, to see that it was no luck."
+    assert shlex.split(sentences[-1].command)[-3:] == ["--config.seed=2", "--workdir", f"{fallen.parent / 'b'}-seed_2"]
+
+
+def test_a_name_that_cannot_be_shown_is_in_no_command(tmp_path):
+    told = story_of(plain_run(tmp_path / "a\nb", collapsing()))[-1]
+    assert told.text.startswith("To try next")
+    assert told.command == ""
+    page, _ = page_of(tmp_path, plain_run(tmp_path / "$(touch x) <b>", collapsing()))
+    assert "&#x27;" in page.split("<code>")[1].split("</code>")[0]
+    assert "<b>/config.json" not in page
+
+
+@pytest.mark.parametrize(("column", "inches"), [("single", 3.3), ("double", 6.9)])
+def test_static_pictures_are_as_wide_as_a_column(tmp_path, column, inches):
+    output = str(tmp_path / "page.html")
+    _, *pictures = report.write([str(sweep(tmp_path))], output, most=1, static="svg", column=column)
+    assert len(pictures) >= 3
+    for picture in pictures:
+        # SVG counts in points.
+        assert float(re.search(r'width="([\d.]+)pt"', Path(picture).read_text())[1]) == pytest.approx(72 * inches)
+
+
+def test_every_seed_of_a_sweep_is_a_dot_in_the_static_picture(tmp_path):
+    table = sensitivity.tabulate(
+        [
+            ({"arm": arm, "learning_rate": rate, "seed": seed}, sensitivity.RunOutcome(loss + seed, 1.0 + seed, 9.0))
+            for arm, loss in (("a", 1.0), ("b", 2.0))
+            for rate in (0.1, 1.0)
+            for seed in range(3)
+        ]
+    )
+    loss, lowest = plots.rates(table).axes
+    for axes, values in ((loss, [1, 2, 2, 3, 3, 4]), (lowest, [1, 1, 2, 2, 3, 3])):
+        dots = [y for line in axes.get_lines() if line.get_marker() == "o" for y in line.get_ydata()]
+        assert sorted(dots) == sorted(values * 2)
+        assert len(axes.collections) == 2, "a band for each arm"

@@ -1,11 +1,13 @@
 /* Heat maps, drawn on a canvas. */
 "use strict";
 
+const SHADES = Array.from({ length: 256 }, (_, i) => blend(VIRIDIS, i / 255));
+
 /* A heat map: a row for each line of its panel, a cell for each value. */
 class Heat extends Plot {
   constructor(figure, panel) {
     super(figure, panel);
-    this.top = Math.max(largest(panel.lines.flatMap((line) => line.y).filter(drawn)), panel.collapsed);
+    this.measure();
     this.rowHeight = Math.max(2, Math.min(14, Math.floor(320 / panel.lines.length)));
     this.at = { row: 0, k: 0 };
     this.canvas = element("canvas");
@@ -22,6 +24,22 @@ class Heat extends Plot {
     });
     this.canvas.addEventListener("dblclick", () => zoom(this.group, null));
     this.draw();
+  }
+  measure() {
+    const { panel } = this;
+    this.top = panel.lines.reduce((top, line) => line.y.reduce((most, value) => (drawn(value) && value > most ? value : most), top), panel.collapsed);
+  }
+  update(panel) {
+    const pointed = !this.tip.hidden;
+    super.update(panel);
+    this.measure();
+    this.rowHeight = Math.max(2, Math.min(14, Math.floor(320 / panel.lines.length)));
+    this.place();
+    this.most.data = `${shown(this.top)} nats`;
+    const row = Math.min(this.at.row, panel.lines.length - 1);
+    this.at = { row, k: Math.min(this.at.k, panel.lines[row].x.length - 1) };
+    this.themed();
+    if (pointed) this.show(false);
   }
   /* Vertical places of rows; every stack of layers has its name above it. */
   place() {
@@ -44,14 +62,15 @@ class Heat extends Plot {
     for (let i = 0; i < 160; i++) { ctx.fillStyle = blend(VIRIDIS, i / 159); ctx.fillRect(i, 0, 1, 12); }
     this.fellSwatch = element("canvas", undefined, { width: "16", height: "12" });
     this.badSwatch = element("canvas", undefined, { width: "16", height: "12" });
-    scale.append("0", bar, `${shown(this.top)} nats`, this.fellSwatch, `below ${this.panel.collapsed}`, this.badSwatch, "not finite");
+    this.most = document.createTextNode(`${shown(this.top)} nats`);
+    scale.append("0", bar, this.most, this.fellSwatch, `below ${this.panel.collapsed}`, this.badSwatch, "not finite");
     this.chart.after(scale);
   }
-  x(step) { const [low, high] = this.range(); return AXIS + ((step - low) / (high - low)) * (this.width - 2 * AXIS); }
-  step(x) { const [low, high] = this.range(); return low + ((x - AXIS) / (this.width - 2 * AXIS)) * (high - low); }
+  x(step) { const [low, high] = this.range(); return AXIS + ((step - low) / (high - low)) * (this.drawnWidth - 2 * AXIS); }
+  step(x) { const [low, high] = this.range(); return low + ((x - AXIS) / (this.drawnWidth - 2 * AXIS)) * (high - low); }
   color(value) {
     if (!drawn(value)) return theme.quiet;
-    return value < this.panel.collapsed ? "#e8590c" : blend(VIRIDIS, value / this.top);
+    return value < this.panel.collapsed ? "#e8590c" : SHADES[Math.min(Math.max(Math.round((value / this.top) * 255), 0), 255)];
   }
   resized() { if (this.drawnWidth !== this.width) this.themed(); }
   zoomed() {
@@ -64,10 +83,11 @@ class Heat extends Plot {
   }
   pointed(x) { this.mark = x; this.draw(); }
   draw() {
-    const { canvas, panel } = this, ratio = window.devicePixelRatio || 1, height = this.bottom + 24;
+    /* Asking for the width lays the page out: once, not for every cell. */
     this.drawnWidth = this.width;
-    canvas.width = this.width * ratio; canvas.height = height * ratio;
-    canvas.style.width = `${this.width}px`; canvas.style.height = `${height}px`;
+    const { canvas, panel } = this, ratio = window.devicePixelRatio || 1, height = this.bottom + 24;
+    canvas.width = this.drawnWidth * ratio; canvas.height = height * ratio;
+    canvas.style.width = `${this.drawnWidth}px`; canvas.style.height = `${height}px`;
     const ctx = canvas.getContext("2d");
     ctx.scale(ratio, ratio);
     ctx.font = "11px system-ui, sans-serif";
@@ -75,7 +95,7 @@ class Heat extends Plot {
       const own = swatch.getContext("2d"); own.fillStyle = color; own.fillRect(0, 0, 16, 12);
     }
     this.cells ||= this.colored(ratio, height);
-    ctx.drawImage(this.cells, 0, 0, this.width, height);
+    ctx.drawImage(this.cells, 0, 0, this.drawnWidth, height);
     ctx.fillStyle = theme.quiet;
     for (const [name, y] of this.heads) ctx.fillText(name, AXIS, y);
     ctx.textAlign = "right";
@@ -89,7 +109,7 @@ class Heat extends Plot {
       ctx.fillText(label, AXIS - 6, this.tops[row] + Math.max(this.rowHeight, 9));
     });
     ctx.textAlign = "center";
-    const [low, high] = this.range(), count = Math.max(Math.floor(this.width / 110), 4);
+    const [low, high] = this.range(), count = Math.max(Math.floor(this.drawnWidth / 110), 4);
     const unit = 10 ** Math.floor(Math.log10((high - low) / count)), size = Math.max([1, 2, 5, 10].map((m) => m * unit).find((m) => (high - low) / m <= count), 1);
     for (let step = Math.ceil(low / size) * size; step <= high; step += size) ctx.fillText(shown(step), this.x(step), this.bottom + 16);
     ctx.lineWidth = 1.5;
@@ -98,18 +118,32 @@ class Heat extends Plot {
   }
   /* All cells, which are drawn anew only where they change. */
   colored(ratio, height) {
-    const canvas = element("canvas", undefined, { width: String(this.width * ratio), height: String(height * ratio) });
-    const ctx = canvas.getContext("2d"), right = this.width - AXIS;
+    const canvas = element("canvas", undefined, { width: String(this.drawnWidth * ratio), height: String(height * ratio) });
+    const ctx = canvas.getContext("2d"), right = this.drawnWidth - AXIS;
     ctx.scale(ratio, ratio);
     this.panel.lines.forEach((line, row) => {
+      const tall = this.rowHeight - (this.rowHeight > 5 ? 1 : 0);
+      /* Neighbors of one color are one rectangle. */
+      let first = 0, last = 0, shade = null;
+      const fill = () => {
+        if (shade === null || last <= first) return;
+        ctx.fillStyle = shade;
+        ctx.fillRect(first, this.tops[row], last - first, tall);
+      };
       line.x.forEach((step, k) => {
         const from = this.x(k ? (line.x[k - 1] + step) / 2 : step - (line.x.length > 1 ? 0 : 1));
         const to = this.x(k + 1 < line.x.length ? (step + line.x[k + 1]) / 2 : step + (line.x.length > 1 ? 0 : 1));
         const left = Math.max(Math.floor(from), AXIS), end = Math.min(Math.ceil(to), right);
         if (end <= left) return;
-        ctx.fillStyle = this.color(line.y[k]);
-        ctx.fillRect(left, this.tops[row], end - left, this.rowHeight - (this.rowHeight > 5 ? 1 : 0));
+        const color = this.color(line.y[k]);
+        if (color !== shade || left > last) {
+          fill();
+          first = left;
+          shade = color;
+        }
+        last = end;
       });
+      fill();
     });
     return canvas;
   }

@@ -149,7 +149,7 @@ class Lines extends Plot {
       label: line.name, scale: `y${line.axis}`, show: this.visible(i), stroke: () => colorOf(line.color), width: thin,
       dash: DASHES[line.dash], spanGaps: false, paths: line.dots ? () => null : undefined,
       points: {
-        show: !line.dots && line.y.filter(drawn).length < 3, size: 6, stroke: () => colorOf(line.color), fill: () => colorOf(line.color),
+        show: () => !line.dots && this.panel.lines[i].y.filter(drawn).length < 3, size: 6, stroke: () => colorOf(line.color), fill: () => colorOf(line.color),
       },
     }))];
     const options = {
@@ -171,6 +171,28 @@ class Lines extends Plot {
       },
     };
     this.chartOf = new uPlot(options, this.values(), this.chart);
+  }
+  update(panel) {
+    const names = ({ lines }) => JSON.stringify(lines.map(({ name, legend, axis }) => [name, legend, axis]));
+    const same = names(panel) === names(this.panel), pointed = this.chart.querySelector(".tip").hidden ? null : this.at;
+    super.update(panel);
+    this.align();
+    if (same) {
+      for (const each of this.entries.values()) each.line = panel.lines.find(({ legend }) => legend === each.line.legend);
+      this.chartOf.setData(this.values(), false);
+    } else {
+      for (const list of this.figure.querySelectorAll(".legend")) list.remove();
+      this.legend();
+      this.draw();
+      this.toggle();
+    }
+    const [min, max] = this.range();
+    this.chartOf.batch(() => this.chartOf.setScale("x", { min, max }));
+    if (pointed && same && this.data[pointed.i][pointed.k] != null) {
+      const y = this.chartOf.valToPos(this.data[pointed.i][pointed.k], `y${panel.lines[pointed.i].axis}`);
+      this.at = { ...pointed, x: this.chartOf.valToPos(this.x[pointed.k], "x"), y };
+      this.show(this.at, false);
+    } else this.hide();
   }
   height() { return this.panel.axes.length > 1 ? 300 : 240; }
   ends(i, low, high) {
@@ -288,6 +310,10 @@ class Lines extends Plot {
       ctx.setLineDash([6 * scale, 4 * scale]);
       ctx.beginPath(); ctx.moveTo(left, y); ctx.lineTo(left + width, y); ctx.stroke();
       ctx.textAlign = "right";
+      ctx.save();
+      ctx.lineWidth = 3 * scale; ctx.strokeStyle = theme.paper; ctx.setLineDash([]);
+      ctx.strokeText(level.text, left + width - 4 * scale, y - 4 * scale);
+      ctx.restore();
       ctx.fillText(level.text, left + width - 4 * scale, y - 4 * scale);
     }
     let last = [];
@@ -314,7 +340,10 @@ class Lines extends Plot {
       ctx.fillText(text, 0, 0);
       ctx.restore();
     }
-    if (this.panel.rates) this.dots(u, ctx, scale);
+    if (this.panel.rates) {
+      this.bands(u, ctx);
+      this.dots(u, ctx, scale);
+    }
     ctx.restore();
   }
   /* Dots of one learning rate stand beside each other by arm, so that no arm hides another. */
@@ -322,6 +351,24 @@ class Lines extends Plot {
     if (!line.dots) return 0;
     const names = [...this.entries.keys()];
     return (names.indexOf(line.legend) - (names.length - 1) / 2) * Math.min(9, 50 / names.length);
+  }
+  /* The range of an arm's seeds at every rate. */
+  bands(u, ctx) {
+    for (const name of this.entries.keys()) {
+      const members = this.panel.lines.map((_, i) => i).filter((i) => this.panel.lines[i].dots && this.panel.lines[i].legend === name && this.visible(i));
+      const ends = this.x.flatMap((x, k) => {
+        const values = members.map((i) => this.data[i][k]).filter((value) => value !== undefined && value !== null);
+        return values.length ? [[u.valToPos(x, "x", true), ...[Math.min(...values), largest(values)].map((y) => u.valToPos(y, "y0", true))]] : [];
+      });
+      if (!ends.length) continue;
+      ctx.fillStyle = colorOf(this.entries.get(name).line.color);
+      ctx.globalAlpha = 0.13;
+      ctx.beginPath();
+      for (const [x, low] of ends) ctx.lineTo(x, low);
+      for (const [x, , high] of ends.reverse()) ctx.lineTo(x, high);
+      ctx.fill();
+      ctx.globalAlpha = 1;
+    }
   }
   dots(u, ctx, scale) {
     ctx.setLineDash([]);

@@ -2,10 +2,7 @@
 "use strict";
 
 readTheme();
-for (const panel of content.panels) {
-  for (const line of panel.lines) Object.assign(line, { x: content.steps[line.steps], y: floats(line.values) });
-  panel.shared = groupOf(panel);
-}
+for (const panel of content.panels) opened(panel).shared = groupOf(panel);
 const plots = new Map();
 function build(figure) {
   if (plots.has(figure)) return;
@@ -14,12 +11,19 @@ function build(figure) {
   plots.set(figure, plot);
   if (panel.shared.range) plot.zoomed();
 }
-const figures = [...document.querySelectorAll("figure[data-panel]")];
+let figures = [...document.querySelectorAll("figure[data-panel]")];
 /* Plots are made as they come near. */
 const observer = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) if (isIntersecting) { observer.unobserve(target); build(target); }
 }, { rootMargin: "600px" });
 figures.forEach((figure) => observer.observe(figure));
+/* The others follow while there is nothing else to do, so that scrolling finds them drawn. */
+function ahead(deadline) {
+  const next = figures.find((figure) => !plots.has(figure));
+  if (next && deadline.timeRemaining() > 10) build(next);
+  if (next) requestIdleCallback(ahead);
+}
+if (window.requestIdleCallback) setTimeout(() => requestIdleCallback(ahead), 500);
 function restyle() { readTheme(); for (const plot of plots.values()) { plot.resized(); plot.themed(); } }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
 addEventListener("beforeprint", () => { document.documentElement.classList.add("paper"); figures.forEach(build); restyle(); });

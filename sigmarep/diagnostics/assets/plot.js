@@ -26,10 +26,29 @@ function colorOf([how, value]) {
   return how === "kind" ? theme.kinds[value] : how === "depth" ? blend(theme.depth, value) : theme.plain;
 }
 
+const LITTLE = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;
 function floats(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+  if (LITTLE) return Array.from(new Float32Array(bytes.buffer));
   const view = new DataView(bytes.buffer);
   return Array.from({ length: bytes.length / 4 }, (_, i) => view.getFloat32(4 * i, true));
+}
+/* A panel as the plots use it: lines have steps x and values y, which are unpacked when they are first used. */
+function opened(panel) {
+  for (const line of panel.lines) {
+    line.x = panel.steps[line.steps];
+    Object.defineProperty(line, "y", {
+      configurable: true,
+      get() {
+        const y = floats(this.values);
+        Object.defineProperty(this, "y", { value: y });
+        this.values = null;
+        return y;
+      },
+    });
+  }
+  return panel;
 }
 const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 const drawn = (value) => Number.isFinite(value) && Math.abs(value) < LARGEST;
@@ -61,7 +80,7 @@ const groups = new Map();
 function groupOf(panel) {
   const lines = panel.lines.filter((line) => line.x.length);
   const low = Math.min(...lines.map((line) => line.x[0])), high = Math.max(...lines.map((line) => line.x.at(-1)));
-  if (!groups.has(panel.group)) groups.set(panel.group, { low, high, range: null, plots: [] });
+  if (!groups.has(panel.group)) groups.set(panel.group, { low: Infinity, high: -Infinity, range: null, plots: [] });
   const group = groups.get(panel.group);
   group.low = Math.min(group.low, low);
   group.high = Math.max(group.high, high);
@@ -99,8 +118,16 @@ class Plot {
     this.reset.disabled = true;
     new ResizeObserver(() => this.resized()).observe(this.chart);
     const table = figure.querySelector("details");
-    table.addEventListener("toggle", () => table.open && !table.querySelector("table") && table.append(numbers(panel)));
+    table.addEventListener("toggle", () => table.open && !table.querySelector("table") && table.append(numbers(this.panel)));
   }
+  /* Takes the values of a later state of its panel. */
+  update(panel) {
+    this.panel = panel;
+    const table = this.figure.querySelector("details"), box = table.querySelector(".table");
+    if (box) box.remove();
+    if (table.open) table.append(numbers(panel));
+  }
+  leave() { this.group.plots.splice(this.group.plots.indexOf(this), 1); }
   get width() { return Math.max(this.chart.clientWidth, 200); }
   button(text, action) {
     const made = element("button", text, { type: "button" });
