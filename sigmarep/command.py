@@ -87,7 +87,7 @@ def resolve(arguments: Sequence[str]) -> Any:
     values.set_gnu_getopt(False)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_multi_string("import", [], "", flag_values=values)
-    named = [_program(), *arguments]
+    named = recipes.with_paths([_program(), *arguments])
     with _bad_input(named):
         _import(named)
         rest, overrides = _without_free_overrides(named)
