@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from sigmarep.diagnostics import panels, sensitivity, story
@@ -82,8 +82,7 @@ def guarded(name: str, make: Callable[[], Made]) -> tuple[Made | None, str | Non
 
 def arm(run: Run) -> str:
     """Arm of a run: the values of its sweep's point other than learning rate and seed; its name outside sweeps."""
-    place = sensitivity.place(run.point)
-    return place[0] if place else run.name
+    return sensitivity.arm(run.point) if run.point else run.name
 
 
 def select(judged: Sequence[Judged], most: int) -> list[int]:
@@ -165,14 +164,14 @@ def _sweeps(judged: Sequence[Judged]) -> tuple[list[Sweep], list[str]]:
 def _sweep_findings(sweep: Sweep) -> list[Sentence]:
     name = os.path.basename(os.path.abspath(sweep.folder))
     texts = [
-        f"{name}: {row['arm']} comes within {sensitivity.WITHIN:.0%} of the best loss of all at {_rates(row['range'])}; "
-        f"its own best loss is {row['loss']:.4g}, at {row['rate']:g}."
+        f"{name}: {row['arm']} comes within {sensitivity.WITHIN:.0%} of the best loss of all at "
+        f"{_rates(row['range'], sweep.table[row['arm']])}; its own best loss is {row['loss']:.4g}, at {row['rate']:g}."
         for row in sensitivity.findings(sweep.table)
     ]
     return [Sentence(text, f"rates {sweep.folder}") for text in texts]
 
 
-def _rates(trained: sensitivity.Range | None) -> str:
+def _rates(trained: sensitivity.Range | None, tried: Collection[float]) -> str:
     if trained is None:
         return "no learning rate"
-    return f"learning rate{'s' if trained.ratio > 1 else ''} {sensitivity.in_words(trained)}"
+    return f"learning rate{'s' if trained.ratio > 1 else ''} {sensitivity.in_words(trained, tried)}"

@@ -8,6 +8,9 @@ from sigmarep.diagnostics import lines
 from sigmarep.diagnostics.lines import Steps, Values
 from sigmarep.training.diagnosis import COLLAPSED
 
+# Smaller numbers are as good as zero to a reader.
+NOTHING = 1e-20
+
 
 class Line(NamedTuple):
     """A line of a plot.
@@ -79,8 +82,8 @@ class Panel(NamedTuple):
             first, last = min(min(line.values) for line in members), max(max(line.values) for line in members)
             texts.append(
                 f"{axis.label}: {len(members)} {'line' if len(members) == 1 else 'lines'} over "
-                f"{'learning rates' if self.rates else 'steps'} {first:g} to {last:g}; lowest {low:.4g} ({low_name}, at "
-                f"{low_at:g}), highest {high:.4g} ({high_name}, at {high_at:g})."
+                f"{'learning rates' if self.rates else 'steps'} {first:g} to {last:g}; lowest {_in_words(low)} "
+                f"({low_name}, at {low_at:g}), highest {high:.4g} ({high_name}, at {high_at:g})."
             )
         texts += [f"{text} at step {step}." for step, text, _ in self.marks]
         return " ".join(texts)
@@ -139,6 +142,11 @@ class Figure(NamedTuple):
     def key(self) -> str:
         """A name that the plot has however often the page is made."""
         return hashlib.sha256(f"{self.group}\0{self.title}".encode(errors="replace")).hexdigest()[:16]
+
+
+def _in_words(value: float) -> str:
+    """The number in four digits; what is far below any use of it as such."""
+    return "practically 0" if 0 < abs(value) < NOTHING else f"{value:.4g}"
 
 
 def _ends(line: Line) -> tuple[tuple[float, str, float], tuple[float, str, float]]:

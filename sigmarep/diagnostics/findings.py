@@ -26,11 +26,13 @@ class Sentence(NamedTuple):
       text: plain words.
       topic: of the plot that shows it (`figures.Panel`); None where no plot does.
       command: a command that it recommends; "" for none.
+      more: topics of further plots that show it.
     """
 
     text: str
     topic: str | None = None
     command: str = ""
+    more: tuple[str, ...] = ()
 
 
 class Facts(NamedTuple):
@@ -121,22 +123,37 @@ def sentences(run: Run, known: Facts, before: Sequence[Sentence] = ()) -> list[S
     return texts + [Sentence(text, topic) for topic, each in optional.items() for text in each if text]
 
 
-def _intervention(run: Run) -> str | None:
-    names = ("at_steps", "attention_temperature", "learning_rate_factor")
-    step, temperature, rate = (number(run.config.get(f"intervention.{name}")) for name in names)
-    if step is None or temperature is None or rate is None or run.last_step <= step:
+def intervention(run: Run) -> tuple[int, str] | None:
+    """The step after which the run was changed on purpose, and the change in words; None without a change so far."""
+    step = number(run.config.get("intervention.at_steps"))
+    if step is None or not math.isfinite(step) or run.last_step <= step:
         return None
+    factors = {
+        "attention temperature": number(run.config.get("intervention.attention_temperature")),
+        "learning rate": number(run.config.get("intervention.learning_rate_factor")),
+    }
+    words = [f"{name} times {factor:g}" for name, factor in factors.items() if factor is not None and factor != 1]
+    return (int(step), ", ".join(words)) if words else None
+
+
+def around(run: Run, step: int) -> str:
+    """Lowest entropy and loss, just before a step and just after it; "" where they were not logged."""
     changes = []
-    for name, words in (("attention/entropy_min", "the lowest layer's entropy"), ("train/loss", "the loss")):
+    for name, words in (("attention/entropy_min", "the lowest entropy of any layer"), ("train/loss", "the loss")):
         steps, values = run.series(name)
         earlier = [value for at, value in zip(steps, values, strict=True) if at <= step]
         later = [(at, value) for at, value in zip(steps, values, strict=True) if at > step]
         if earlier and later:
             changes.append(f"{words} went from {earlier[-1]:.3g} to {later[0][1]:.3g} by step {later[0][0]}")
-    return (
-        f"After step {step:g} the run was changed on purpose: attention temperature times {temperature:g}, learning "
-        f"rate times {rate:g}" + (f"; {' and '.join(changes)}." if changes else ".")
-    )
+    return " and ".join(changes)
+
+
+def _intervention(run: Run) -> str | None:
+    if (change := intervention(run)) is None:
+        return None
+    step, words = change
+    changes = around(run, step)
+    return f"After step {step} the run was changed on purpose: {words}{f'; {changes}' if changes else ''}."
 
 
 def _spikes(known: Facts) -> str | None:
@@ -176,7 +193,7 @@ def outcome(run: Run, known: Facts) -> str:
     if run.state == "stopped early":
         return f"Stopped early after step {run.last_step}{of_total}{why}.{rose}"
     words = f" with {known.final[0]} {known.final[1]:.4g}" if known.final else ""
-    never = " The run is too short to tell whether the loss rises." if known.short else " The loss never rose."
+    never = " The run is too short to tell whether the loss rises." if known.short else " No lasting rise of the loss."
     return f"Done after {run.last_step} steps{words}.{rose or never}"
 
 
@@ -195,7 +212,9 @@ def _entropy(facts: Facts) -> str:
         f" and {len(together) - MOST_NAMED} more" if len(together) > MOST_NAMED else ""
     )
     if facts.rose is None:
-        when = "; the run is too short to tell whether the loss rises" if facts.short else "; the loss never rose"
+        when = (
+            "; the run is too short to tell whether the loss rises" if facts.short else "; the loss had no lasting rise"
+        )
     elif facts.rose == since:
         when = ", the step at which the loss rose"
     else:

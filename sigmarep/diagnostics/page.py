@@ -5,7 +5,9 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,11 @@ MOST_COLUMNS = 8
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Characters of a field's value that are shown.
 MOST_CHARACTERS = 200
+# Stands below each command.
+RUN_IT = (
+    '<span class="quiet">Run it in the folder that has scripts/train.py. To see the new run, make this report again and '
+    "name the new run's folder too.</span>"
+)
 # Fewer fields that differ are shown at once.
 FEW_FIELDS = 8
 # Content of the page in order of use; the library's license goes wherever its code goes.
@@ -122,14 +129,15 @@ def render(content: Content) -> str:
 def body(content: Content) -> Body:
     """Renders the text of the page."""
     runs, facts, findings, notes, sweeps, together, details = content
-    title = f"Training stability: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
+    title = f"Training stability: {runs[0].name if len(runs) == 1 else _group(runs)}"
     figures = _Figures()
     shared = _topics(
         [*(together if len(runs) > 1 else []), *(figure for sweep in sweeps for figure in sweep.figures)], 0
     )
     parts = [
         f"<h1>{_text(title)}</h1>",
-        f'<p class="quiet">Read on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates.</p>',
+        f'<p class="quiet">Made on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates, '
+        "of which only those that were logged are known.</p>",
         *[f'<p class="note">{_text(note)}</p>' for note in notes],
         "<h2>Findings</h2>",
         _told(findings, shared) if findings else "",
@@ -148,11 +156,18 @@ def body(content: Content) -> Body:
         if len(details) < len(runs):
             parts.append(
                 f'<p class="quiet">{len(details)} of {len(runs)} runs are drawn: of each arm the best, the lowest entropy, '
-                "then those that diverged. For others give their folders, or a larger --plots.</p>"
+                "then those that diverged. For others give their folders to scripts/report.py, or a larger --plots.</p>"
             )
     for detail in details:
         parts += _detail(detail, figures, shared, alone=len(runs) == 1)
     return Body(title, "\n".join(parts), figures.placed)
+
+
+def _group(runs: Sequence[Run]) -> str:
+    """Name of the folder of a sweep, where all runs are of one, and their number."""
+    sweeps = {run.sweep for run in runs}
+    folder = sweeps.pop() if len(sweeps) == 1 else None
+    return f"{f'{os.path.basename(os.path.abspath(folder))}, ' if folder else ''}{len(runs)} runs"
 
 
 def document(made: Body, data: str, scripts: Sequence[str], policy: str) -> str:
@@ -225,12 +240,22 @@ def _topics(figures: Sequence[Figure], first: int) -> dict[str, tuple[int, str]]
 def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]]) -> str:
     """The sentences as a list, each with a link to the plot that shows it and the command that it recommends."""
     items = []
-    for text, topic, command in sentences:
-        number, title = topics.get(topic, (0, "")) if topic else (0, "")
-        link = f' <a href="#plot-{number}">{_text(title)}</a>' if title else ""
-        code = f'<pre tabindex="0"><code>{_text(command)}</code></pre>' if command else ""
-        items.append(f"<li>{_text(text)}{link}{code}</li>")
+    for text, topic, command, more in sentences:
+        shown = dict.fromkeys(topics[each] for each in (topic, *more) if each and each in topics)
+        links = "".join(f' <a href="#plot-{number}">{_text(title)}</a>' for number, title in shown if title)
+        code = f'<pre tabindex="0"><code>{_wrapped(command)}</code></pre>{RUN_IT}' if command else ""
+        items.append(f"<li>{_text(text)}{links}{code}</li>")
     return f"<ul>{''.join(items)}</ul>"
+
+
+def _wrapped(command: str) -> str:
+    """HTML of the command with a line for each option, so that none is broken within a word."""
+    lines: list[list[str]] = [[]]
+    for word in map(shlex.quote, shlex.split(command)):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n    ".join(_text(" ".join(words)) for words in lines)
 
 
 def _words() -> str:
@@ -242,6 +267,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *
     """Renders a table of HTML cells; `numbers` aligns single words that begin with a digit or a sign to the right."""
 
     def cell(content: str) -> str:
+        content = content or "–"
         number = numbers and content[:1] in tuple("-0123456789") and " " not in content
         return f'<td class="number">{content}</td>' if number else f"<td>{content}</td>"
 
@@ -295,6 +321,13 @@ def _runs_table(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
 def _differences(runs: Sequence[Run]) -> list[str]:
     fields = differences(runs)
     parts = ["<h2>What differs between the configurations</h2>"]
+    revisions = Counter(str(run.environment.get("git_revision") or "unknown")[:12] for run in runs)
+    if len(revisions) > 1:
+        made_by = ", ".join(f"{revision} ({_runs(count)})" for revision, count in revisions.most_common(FEW_FIELDS))
+        more = ", …" if len(revisions) > FEW_FIELDS else ""
+        parts.append(
+            f'<p class="note">The runs were made by different revisions of the code: {_text(made_by)}{more}.</p>'
+        )
     if not fields:
         return [*parts, "<p>Nothing: all runs have the same configuration.</p>"]
     if len(runs) <= MOST_COLUMNS:
@@ -305,7 +338,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         for name, values in fields.items():
             counts = Counter(_value(value) for value in values)
             most = [
-                f"{_text(value)} <span class='quiet'>({count} runs)</span>" for value, count in counts.most_common(12)
+                f"{_text(value)} <span class='quiet'>({_runs(count)})</span>" for value, count in counts.most_common(12)
             ]
             rest = len(counts) - len(most)
             rows.append([_text(name), ", ".join(most) + (f" and {rest} more" if rest else "")])
@@ -316,6 +349,10 @@ def _differences(runs: Sequence[Run]) -> list[str]:
 
 def _folded(summary: str, content: str, *, shown: bool = False) -> str:
     return f'<details class="settings"{" open" if shown else ""}><summary>{_text(summary)}</summary>{content}</details>'
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
 
 
 def _count(fields: int) -> str:
@@ -338,18 +375,22 @@ def _value(value: Any) -> str:
 def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
     rows = []
     for row in sensitivity.findings(sweep.table):
+        rates = sweep.table[row["arm"]]
+        lowest = [each.lowest for outcomes in rates.values() for each in outcomes]
         loss = f"{row['loss']:.4g}" if math.isfinite(row["loss"]) else "diverged"
         rows.append(
             [
                 _text(row["arm"]),
                 loss,
                 f"{row['rate']:g}",
-                sensitivity.in_words(row["range"]),
-                sensitivity.in_words(row["own"]),
+                sensitivity.in_words(row["range"], rates),
+                sensitivity.in_words(row["own"], rates),
                 _number(row["sensitivity"], 3),
                 _number(row["entropy"], 3),
+                _number(min(filter(math.isfinite, lowest), default=math.nan), 3),
             ]
         )
+    share = f"{sensitivity.WITHIN:.0%}"
     seeds = sorted({len(each) for by_rate in sweep.table.values() for each in by_rate.values()})
     words = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     missing = f" {sweep.missing} of its runs have not ended, or failed, and are left out." if sweep.missing else ""
@@ -358,10 +399,14 @@ def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
         "<p>Loss is the mean of the last tenth of the logged training losses, and of these the median over seeds "
         f"({words} per rate). An arm trains where its loss is within {sensitivity.WITHIN:.0%} of the best of any arm. "
         "Sensitivity is the mean over rates of the loss, capped at the first loss, minus the arm's best loss (Wortsman et "
-        f"al., 2023).{missing}</p>",
+        f"al., 2023); lower is better.{missing}</p>",
         *figures.place(sweep.figures),
         _table(
-            ("arm", "best loss", "at rate", "trains at", "of its own best", "sensitivity", "lowest entropy"),
+            (
+                *("arm", "best loss", "at rate", f"within {share} of the best of all at"),
+                f"within {share} of its own best at",
+                *("sensitivity (lower is better)", "lowest entropy where it trains", "lowest entropy of all rates"),
+            ),
             rows,
             "Arms of the sweep",
         ),

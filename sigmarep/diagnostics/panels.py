@@ -10,8 +10,7 @@ from typing import Any
 
 from sigmarep.diagnostics import lines, sensitivity
 from sigmarep.diagnostics.figures import Axis, Line, Panel
-from sigmarep.diagnostics.files import number
-from sigmarep.diagnostics.findings import SHARPNESS, Facts
+from sigmarep.diagnostics.findings import SHARPNESS, Facts, intervention
 from sigmarep.diagnostics.lines import by_step
 from sigmarep.diagnostics.names import BLOCK, by_group, kind_and_stack
 from sigmarep.diagnostics.runs import Run
@@ -34,6 +33,13 @@ KINDS = {
 # Colors and dashes of the page's style; of more arms no color is told apart.
 COLORS, DASHES = 10, 3
 MOST_ARMS = 12
+SEEDS = (
+    "A dot for each seed (those of different arms side by side), a band from the lowest to the highest, lines through the "
+    "medians"
+)
+DEPTH = "From the first layer (dark) to the last."
+# Legend of the layer "head", which is no head of an attention.
+OUTPUT = "head (output layer)"
 # Steps of a plot. More than pixels show nothing.
 MOST_STEPS = 300
 LEAST_STEPS = 60
@@ -77,9 +83,9 @@ def _finish(panels: Iterable[Panel], run: Run, most: int, marks: Sequence[tuple[
 
 
 def _events(run: Run, facts: Facts) -> list[tuple[int, str, str]]:
-    changed = number(run.config.get("intervention.at_steps"))
+    changed = intervention(run)
     events = [
-        (None if changed is None else int(changed), "changed on purpose", "changed"),
+        (None if changed is None else changed[0], "changed on purpose", "changed"),
         (facts.rose if facts.rose != facts.diverged else None, "loss rose", "rose"),
         (facts.diverged, "diverged", "diverged"),
     ]
@@ -92,11 +98,11 @@ def _loss(run: Run, facts: Facts) -> list[Panel]:
     axes = [Axis("training loss", log=_decades(losses.values()))]
     caption = "The run in one picture."
     if lowest:
-        shown.append(Line("lowest layer's entropy", "lowest layer's entropy", lowest, ("kind", 1), 1, axis=1))
+        shown.append(Line("lowest entropy of any layer", "lowest entropy of any layer", lowest, ("kind", 1), 1, axis=1))
         axes.append(Axis("entropy, nats", zero=True))
         caption = (
-            "Training loss (left), and attention entropy of the lowest layer (right, dashed); ▼ a layer fell below "
-            f"{COLLAPSED} nats."
+            "Training loss (left), and attention entropy of the layer with the lowest (right, dashed); ▼ a layer fell "
+            f"below {COLLAPSED} nats."
         )
     marks = [(step, f"{layer} fell", "fell") for layer, step in facts.fell]
     levels = [(COLLAPSED, 1, f"{COLLAPSED} nats")] if lowest else []
@@ -128,6 +134,8 @@ def _heads(run: Run) -> list[Panel]:
         for name in members
     ]
     caption = f"A row for each of {len(rows)} {what}, first layers on top. Orange: below {COLLAPSED} nats."
+    if what == "heads":
+        caption += " A layer has collapsed only when the average over its heads is below."
     title = f"Attention entropy of all {what}"
     return [Panel(title, caption, rows, [Axis("entropy, nats")], kind="heat", topic="entropy")]
 
@@ -144,17 +152,15 @@ def _layers(run: Run) -> list[Panel]:
     for group, layers in groups.items():
         shown, bounds = [], []
         for i, layer in enumerate(layers):
-            color = ("depth", i / max(len(layers) - 1, 1))
-            block = BLOCK.search(layer)
-            label = f"block {block[1]}" if block else layer
-            shown.append(Line(layer, label, by_step(run, names[layer]), color))
+            color = _depth(i, len(layers))
+            shown.append(Line(layer, _block(layer, layers), by_step(run, names[layer]), color))
             if bound := by_step(run, BOUND + layer):
                 bounds.append(Line(f"{layer}, lower bound", "lower bounds", bound, color, 2))
         where = f": {group}" if len(groups) > 1 else ""
         panels.append(
             Panel(
                 f"Attention entropy of layers{where}",
-                "From the first layer (dark) to the last." + (" Dotted: the bound of Theorem 3.1." if bounds else ""),
+                DEPTH + (" Dotted: the bound of Theorem 3.1." if bounds else ""),
                 [*shown, *bounds],
                 [Axis("entropy, nats", zero=True)],
                 levels=[(COLLAPSED, 0, f"{COLLAPSED} nats")],
@@ -171,7 +177,10 @@ def _metrics(run: Run) -> list[Panel]:
         names = [name for name in evaluated if name.rsplit("/", 1)[-1] == kind]
         if f"train/{kind}" in run.names:
             names.insert(0, f"train/{kind}")
-        shown = [Line(name, name, by_step(run, name), ("kind", i % COLORS), i % DASHES) for i, name in enumerate(names)]
+        shown = [
+            Line(name, name, values, ("kind", i % COLORS), i % DASHES if len(values) > 2 else 0)
+            for i, (name, values) in enumerate((name, by_step(run, name)) for name in names)
+        ]
         if max(len(line.values) for line in shown) > 1:
             panels.append(Panel(f"Metric: {kind}", "Training, and evaluations.", shown, [Axis(kind)]))
     return panels
@@ -185,20 +194,41 @@ def _by_kind(run: Run) -> list[Panel]:
     panels = []
     for prefix, names in metrics.items():
         title, label = KINDS[prefix]
-        shown = [
-            Line(
-                layer,
-                places[layer][0],
-                by_step(run, names[layer]),
-                ("kind", kinds.index(places[layer][0]) % COLORS),
-                stacks.index(places[layer][1]) % DASHES,
-            )
-            for layer in names
-        ]
+        if all(BLOCK.search(layer) and BLOCK.fullmatch(layer.rsplit("/", 1)[-1]) for layer in names):
+            # One quantity for each block: its depth tells a line from the others.
+            ordered = sorted(names, key=_order)
+            shown = [
+                Line(layer, _block(layer, ordered), by_step(run, names[layer]), _depth(i, len(ordered)))
+                for i, layer in enumerate(ordered)
+            ]
+            caption = DEPTH
+        else:
+            shown = [
+                Line(
+                    layer,
+                    OUTPUT if layer == "head" else places[layer][0],
+                    by_step(run, names[layer]),
+                    ("kind", kinds.index(places[layer][0]) % COLORS),
+                    stacks.index(places[layer][1]) % DASHES,
+                )
+                for layer in names
+            ]
+            dashes = len({places[layer][1] for layer in names})
+            caption = "A color per kind of layer" + (", dashes per part of the network." if dashes > 1 else ".")
         values = itertools.chain.from_iterable(line.values.values() for line in shown)
-        caption = "A color per kind of layer" + (", dashes per stack." if len(stacks) > 1 else ".")
         panels.append(Panel(title, caption, shown, [Axis(label, log=_decades(values))], topic=prefix))
     return panels
+
+
+def _depth(place: int, count: int) -> tuple[str, float]:
+    return "depth", place / max(count - 1, 1)
+
+
+def _block(layer: str, layers: Sequence[str]) -> str:
+    """`block 3`, or the whole name where several stacks have a block of that number."""
+    block = BLOCK.search(layer)
+    alone = len({BLOCK.sub("", each) for each in layers}) == 1
+    return f"block {block[1]}" if block and alone else layer
 
 
 def _sharpness(run: Run) -> list[Panel]:
@@ -224,9 +254,10 @@ def _pace(run: Run) -> list[Panel]:
             Line(name.removeprefix("train/"), name.removeprefix("train/"), by_step(run, name), ("kind", i % COLORS))
             for i, name in enumerate(names)
         ]
-        panels.append(
-            Panel(title, "As logged.", shown, [Axis(title.lower(), zero=True)], topic=names[0] if names else "")
+        label = (
+            title.lower() if title in names or len(names) != 1 else names[0].removeprefix("train/").replace("_", " ")
         )
+        panels.append(Panel(title, "As logged.", shown, [Axis(label, zero=True)], topic=names[0] if names else ""))
     return panels
 
 
@@ -322,15 +353,12 @@ def rates(
             for (arm, seed), by_rate in dots.items()
         ]
         if field == "loss":
-            caption = (
-                "A dot for each seed, a band from the lowest to the highest, lines through the medians; crosses at the top "
-                "diverged. An arm trains where its line is below the dashed one."
-            )
+            caption = f"{SEEDS}; crosses at the top diverged. An arm trains where its line is below the dashed one."
             within = (1 + sensitivity.WITHIN) * best
             levels = [(within, 0, f"within {sensitivity.WITHIN:.0%} of the best")] if math.isfinite(within) else []
         else:
             caption, levels = (
-                "A dot for each seed, a band from the lowest to the highest, lines through the medians.",
+                f"{SEEDS}.",
                 [(COLLAPSED, 0, f"{COLLAPSED} nats")],
             )
         axes = [Axis(label, zero=field == "lowest")]

@@ -116,7 +116,29 @@ def find(folders: Sequence[str]) -> SearchResult:
             "written by scripts/train.py --workdir"
         )
     names = _short(list(places))
-    return SearchResult([Place(folder, names[folder], *record) for folder, record in places.items()], notes)
+    recorded = _distinguishing(places)
+    return SearchResult([Place(folder, names[folder], *record) for folder, record in recorded.items()], notes)
+
+
+def _distinguishing(places: Folders) -> Folders:
+    """The records with points that lack the values that all of several runs share: these tell none from another."""
+    points = [record.get("point") for _, record in places.values()]
+    known = [point for point in points if isinstance(point, dict)]
+    if len(known) < 2:
+        return places
+    first = known[0]
+    shared = {
+        key
+        for key, value in first.items()
+        if not key.endswith(("learning_rate", "seed", "arm"))
+        and all(key in each and each[key] == value for each in known)
+    }
+    return {
+        folder: (sweep, record | {"point": {key: value for key, value in point.items() if key not in shared}})
+        if isinstance(point := record.get("point"), dict)
+        else (sweep, record)
+        for folder, (sweep, record) in places.items()
+    }
 
 
 def _folders(folder: str, notes: list[str]) -> Folders:
@@ -160,12 +182,25 @@ def _is_run(folder: str) -> bool:
 
 
 def _short(folders: list[str]) -> dict[str, str]:
-    """Short names of folders: their last parts if these differ, else their paths relative to the common parent."""
+    """Short names of folders: their last parts if these differ, else their paths relative to the common parent.
+
+    Of names that a sweep gave, only the arguments that differ.
+    """
     last = {folder: os.path.basename(os.path.abspath(folder)) for folder in folders}
     if len(set(last.values())) == len(folders):
-        return last
+        return _arguments(last)
     common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     return {folder: os.path.relpath(os.path.abspath(folder), common) for folder in folders}
+
+
+def _arguments(names: dict[str, str]) -> dict[str, str]:
+    """Names like `arm=sigma,seed=0` without the arguments that all of them have."""
+    split = {folder: name.split(",") for folder, name in names.items()}
+    if len(split) < 2 or not all("=" in part for parts in split.values() for part in parts):
+        return names
+    shared = set.intersection(*(set(parts) for parts in split.values()))
+    short = {folder: ",".join(part for part in parts if part not in shared) for folder, parts in split.items()}
+    return short if all(short.values()) and len(set(short.values())) == len(short) else names
 
 
 def size(place: Place) -> int:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
@@ -73,9 +73,13 @@ def place(point: Mapping[str, Any]) -> tuple[str, float] | None:
         rate = float(short[RATE])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    if not 0 < rate < math.inf:
-        return None
-    return ",".join(str(value) for key, value in short.items() if key not in (RATE, SEED)) or "all", rate
+    return (arm(point), rate) if 0 < rate < math.inf else None
+
+
+def arm(point: Mapping[str, Any]) -> str:
+    """Arm of a point: its values other than learning rate and seed."""
+    short = {key.rsplit(".", 1)[-1]: value for key, value in point.items()}
+    return ",".join(str(value) for key, value in short.items() if key not in (RATE, SEED)) or "all"
 
 
 def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], RunOutcome]]) -> Table:
@@ -182,10 +186,15 @@ def findings(table: Table) -> list[dict[str, Any]]:
     return rows
 
 
-def in_words(trained: Range | None) -> str:
-    """Describes a range in words."""
+def in_words(trained: Range | None, tried: Collection[float] = ()) -> str:
+    """Describes a range in words, and where it ends only because no rate beyond was among those `tried`."""
     if trained is None:
         return "nowhere"
     if trained.ratio == 1:
         return f"{trained.low:g} alone"
-    return f"{trained.low:g} to {trained.high:g} ({trained.ratio:.3g} times)"
+    ends = [
+        f"; {rate:g} is the {word} tried"
+        for rate, end, word in ((trained.low, min, "lowest"), (trained.high, max, "highest"))
+        if tried and rate == end(tried)
+    ]
+    return f"{trained.low:g} to {trained.high:g} (a factor of {trained.ratio:.3g}{''.join(ends)})"

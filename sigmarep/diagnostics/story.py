@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import sensitivity
 from sigmarep.diagnostics.files import number
-from sigmarep.diagnostics.findings import SHARPNESS, Facts, Sentence
+from sigmarep.diagnostics.findings import SHARPNESS, Facts, Sentence, around, intervention
 from sigmarep.diagnostics.names import kind_and_stack
 from sigmarep.diagnostics.runs import CONFIG, Run
 from sigmarep.remedies import SIGMA
@@ -21,6 +21,8 @@ LEFT = 0.9
 GREW, MOST_NAMED = 1.5, 3
 # Of the plots that show them.
 TOPICS = ("attention/max_logit/", "spectral/sigma/", *SHARPNESS)
+# Fields of a change on purpose, each 1 for none.
+FACTORS = ("attention_temperature", "learning_rate_factor")
 # Runs that differ in more fields are no comparison of these.
 MOST_DIFFERENCES = 6
 # Fields that tell of where and how long a run ran, not of what it is.
@@ -31,7 +33,24 @@ MOST_ARMS = 12
 SHARP = 5 * COLLAPSED
 # A learning rate is changed by this factor.
 RATE_FACTOR = 3.0
-RATE = "optimizer.learning_rate"
+RATE, LOSS = "optimizer.learning_rate", "train/loss"
+# What `_remedy` names, in words.
+WORDS = {
+    "sigma": "σReparam",
+    "slower": f"a learning rate {RATE_FACTOR:g} times lower",
+    "faster": f"a learning rate {RATE_FACTOR:g} times higher",
+    "clipped": "clipped gradients",
+    "longer": "a longer run",
+    "control": "a control without the change on purpose",
+}
+# Values of fields in which arms differ, for readers who have not met them.
+MEANINGS = {
+    ("model.norm", "pre"): "LayerNorm before each branch",
+    ("model.norm", "post"): "LayerNorm after each branch",
+    ("model.norm", "none"): "no LayerNorm",
+    ("model.reparam", "none"): "plain kernels",
+    ("model.reparam", "sigma"): "σReparam: kernels divided by their spectral norm, times a learned γ",
+}
 
 
 class Told(NamedTuple):
@@ -83,10 +102,11 @@ def before(run: Run, facts: Facts) -> list[Sentence]:
     told = [
         f"{words} {'' if i else 'grew '}{ends}" for i, (_, words, ends, _) in enumerate(grown[:MOST_NAMED])
     ]  # "a grew from 1 to 9, b from 2 to 8"
-    what = _listed(told) or f"none of the recorded logits, norms and gradients grew {GREW:g} times"
+    what = _listed(told) or f"none of the recorded logits, norms and gradients grew by a factor of {GREW:g}"
     text = f"Before that, between steps {start} and {fallen}, {what}."
-    topic = next((prefix for prefix in TOPICS if grown and grown[0][3].startswith(prefix)), None)
-    return [Sentence(text, topic), *_rate(run, fallen)]
+    named = [name for *_, name in grown[:MOST_NAMED]]
+    topics = [prefix for name in named for prefix in TOPICS if name.startswith(prefix)]
+    return [Sentence(text, next(iter(topics), None), more=tuple(topics[1:])), *_rate(run, fallen)]
 
 
 def _rate(run: Run, step: int) -> list[Sentence]:
@@ -124,10 +144,24 @@ def elsewhere(told: Told, others: Sequence[Told]) -> list[Sentence]:
     changes = _listed([f"{name} {_shown(new)} instead of {_shown(old)}" for name, (old, new) in fields.items()])
     return [
         Sentence(
-            f"This did not happen in {other.run.name}: it has {changes}. {_result(other, told)}".strip(),
+            f"{other.run.name} {_spared(told, other)}: it has {changes}. {_result(other, told)}".strip(),
             "all entropies",
         )
     ]
+
+
+def _spared(told: Told, other: Told) -> str:
+    """What the other run did not do that this one did, in words."""
+    words = []
+    if told.collapsed:
+        words.append("no collapse")
+    if told.facts.diverged is not None:
+        words.append("no divergence")
+    elif told.facts.rose is not None:
+        words.append("no lasting rise of its loss")
+    changed = intervention(told.run)
+    same = " after the same change on purpose" if changed and changed == intervention(other.run) else ""
+    return f"had {_listed(words)}{same}"
 
 
 def _result(other: Told, than: Told) -> str:
@@ -169,14 +203,25 @@ def next_step(told: Told, others: Sequence[Told]) -> list[Sentence]:
     ]
     if not tried:
         return [Sentence(why, command=_command(told.run.folder, name, changes) if changes else "")]
-    if not (trained := [each.run for each in tried if each.trained]):
-        return []
+    names = _listed([each.run.name for each in tried[:MOST_NAMED]]) + (", …" if len(tried) > MOST_NAMED else "")
+    trained = [each.run for each in tried if each.trained]
+    if not trained:
+        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {_failed(tried)}: {names}.")]
     seeds = [seed for each in tried if type(seed := each.run.config.get("seed")) is int]
-    if not seeds:
-        return []
-    why = f"To try next: {trained[0].name} with another seed, to see that it was no luck."
+    if len(trained) > 1 or not seeds:
+        agree = f"trained in {len(trained)} of {len(tried)} runs"
+        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {agree}: {names}.")]
+    why = f"To try next: {trained[0].name} with another seed; one seed that trains may be luck."
     seed = max(seeds) + 1
     return [Sentence(why, command=_command(trained[0].folder, f"seed_{seed}", {"seed": seed}))]
+
+
+def _failed(tried: Sequence[Told]) -> str:
+    if all(each.collapsed for each in tried):
+        return "its attention collapsed"
+    if all(each.facts.diverged is not None for each in tried):
+        return "it diverged"
+    return "it did not train without a collapse or a rise of the loss"
 
 
 def _remedy(told: Told) -> tuple[str, str, dict[str, Any]]:
@@ -188,6 +233,10 @@ def _remedy(told: Told) -> tuple[str, str, dict[str, Any]]:
         return "", "", {}
     if facts.cause == "data":
         return "To try next: look at the batch of that step; no setting mends values that are not finite.", "", {}
+    if (change := intervention(run)) and facts.cause is None and not facts.short:
+        control = {f"intervention.{field}": 1.0 for field in FACTORS if run.config.get(f"intervention.{field}") != 1}
+        why = f"To try next: a control without the change on purpose ({change[1]}), to see what the change alone did."
+        return why, "control", control
     if told.collapsed or facts.cause in ("entropy collapse", "logits") or (facts.rose is not None and told.sharp):
         fields = {name: value for name, value in SIGMA.items() if name in run.config}
         changed = {name: value for name, value in fields.items() if run.config[name] != value}
@@ -238,6 +287,9 @@ def arms(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sentenc
         if not members:
             continue
         words = [*_fallen(members), *_diverged(members)]
+        change = intervention(members[0].run) if len(members) == 1 else None
+        if change and (changes := around(members[0].run, change[0])):
+            words.append(f"at the change on purpose {changes}")
         results = [each.facts.final for each in members if each.facts.final]
         if results and len({metric for metric, _ in results}) == 1:
             words.append(f"{results[0][0]} {_span([value for _, value in results])}")
@@ -250,16 +302,19 @@ def _fallen(members: Sequence[Told]) -> list[str]:
     fallen = [each for each in recorded if each.collapsed]
     if not recorded:
         return ["no attention entropy recorded"]
-    lowest = _span([each.facts.lowest[0] for each in recorded if each.facts.lowest])
+    lowest = _span([each.facts.lowest[0] for each in recorded if each.facts.lowest], 3)
     if not fallen:
         return [f"no layer collapsed, lowest entropy {lowest} nats", *_rose(members)]
-    firsts = [each.facts.fell[0] for each in fallen]
-    layers = _listed(list(dict.fromkeys(layer for layer, _ in firsts)))
-    steps = _span([step for _, step in firsts])
-    count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
-    return [
-        f"{count} collapsed{_at_rates(members, fallen)}, {layers} first at step {steps}, lowest entropy {lowest} nats"
+    first: dict[str, list[Told]] = {}
+    for each in fallen:
+        first.setdefault(each.facts.fell[0][0], []).append(each)
+    layers = [
+        f"{layer} first by step {_span([each.facts.fell[0][1] for each in those])}"
+        + (_at_rates(members, those) if len(first) > 1 else "")
+        for layer, those in first.items()
     ]
+    count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
+    return [f"{count} collapsed{_at_rates(members, fallen)}, {_listed(layers)}, lowest entropy {lowest} nats"]
 
 
 def _rose(members: Sequence[Told]) -> list[str]:
@@ -290,8 +345,8 @@ def _diverged(members: Sequence[Told]) -> list[str]:
     return [f"{count}diverged{_at_rates(members, lost)} at step {_span(steps)}"]
 
 
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+def _span(values: Sequence[float], digits: int = 4) -> str:
+    low, high = f"{min(values):.{digits}g}", f"{max(values):.{digits}g}"
     return low if low == high else f"{low} to {high}"
 
 
@@ -318,7 +373,54 @@ def overview(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sen
         words = f" Causes: {', '.join(f'{count} {cause}' for cause, count in causes.most_common())}." if causes else ""
         count = f"{len(diverged)} run{'' if len(diverged) == 1 else 's'}"
         texts.append(Sentence(f"{count} diverged, {name} earliest, at step {step}.{words}", "all losses"))
-    return texts + (arms(told, arm) if len(arm) <= MOST_ARMS else _entropies_of_many(told))
+    texts += _changed(told)
+    if len(arm) > MOST_ARMS:
+        return texts + _entropies_of_many(told)
+    return [*texts, *_contents(told, arm), *arms(told, arm)]
+
+
+def _changed(told: Sequence[Told]) -> list[Sentence]:
+    """The change on purpose of the runs, and which of them was ahead before it."""
+    changes: dict[tuple[int, str], list[Told]] = {}
+    for each in told:
+        if change := intervention(each.run):
+            changes.setdefault(change, []).append(each)
+    texts = []
+    for (step, words), members in list(changes.items())[:MOST_NAMED]:
+        which = f"{len(members)} of {len(told)}" if len(members) < len(told) else "All"
+        text = f"{which} runs were changed on purpose after step {step}: {words}."
+        losses = sorted((loss, each.run.name) for each in members if (loss := _at(each.run, LOSS, step)) is not None)
+        if len(losses) > 1:
+            (best, name), (worst, last) = losses[0], losses[-1]
+            text += f" Before it the loss was lowest in {name}, {best:.3g}, and highest in {last}, {worst:.3g}."
+        texts.append(Sentence(text, "all losses"))
+    return texts
+
+
+def _contents(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sentence]:
+    """The fields in which the arms differ, with the values of each; nothing where these are too many, or names alone."""
+    configs = {name: [told[i].run.config for i in places if told[i].run.config] for name, places in arm.items()}
+    if len(arm) < 2 or not all(configs.values()):
+        return []
+    values: dict[str, list[Any]] = {}
+    for field in configs[next(iter(configs))][0]:
+        each = [[config.get(field) for config in members] for members in configs.values()]
+        constant = all(value == members[0] for members in each for value in members)
+        firsts = [members[0] for members in each]
+        if constant and not field.startswith((*ASIDE, RATE)) and any(value != firsts[0] for value in firsts):
+            values[field] = firsts
+    if not 0 < len(values) <= MOST_DIFFERENCES:
+        return []
+    texts = []
+    for i, name in enumerate(configs):
+        fields = [f"{field} {_meaning(field, column[i])}" for field, column in values.items()]
+        texts.append(f"{name} has {_listed(fields)}")
+    return [Sentence(f"The arms differ in {_listed(list(values))}: {'; '.join(texts)}.")]
+
+
+def _meaning(field: str, value: Any) -> str:
+    words = MEANINGS.get((field, str(value)))
+    return f"{_shown(value)} ({words})" if words else _shown(value)
 
 
 def _entropies_of_many(told: Sequence[Told]) -> list[Sentence]:
@@ -333,7 +435,7 @@ def _entropies_of_many(told: Sequence[Told]) -> list[Sentence]:
         texts.append(
             f"In {len(fallen)} of {len(recorded)} runs with a record, a layer's attention entropy fell below {COLLAPSED} "
             f"nats, most often {layer} first ({count} of {len(fallen)}). It fell before the loss rose in {before} of "
-            f"these; in {never} the loss never rose."
+            f"these; in {never} the loss had no lasting rise."
         )
     elif recorded:
         texts.append(f"No layer's attention entropy fell below {COLLAPSED} nats in any run.")

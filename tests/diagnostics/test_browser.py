@@ -98,8 +98,10 @@ def test_everything_is_in_reach_of_the_keyboard(chromium, pages):
         chromium.key(name)
     assert tip(chromium) == "training loss: 1\nstep 10"
     chromium.key("ArrowDown")
-    assert tip(chromium) == "lowest layer's entropy: 2\nstep 10"
-    assert chromium.value(f"{LOSS}.querySelector('[aria-live]').textContent") == "lowest layer's entropy: 2\nstep 10"
+    assert tip(chromium) == "lowest entropy of any layer: 2\nstep 10"
+    assert (
+        chromium.value(f"{LOSS}.querySelector('[aria-live]').textContent") == "lowest entropy of any layer: 2\nstep 10"
+    )
     chromium.key("+")
     assert chromium.value("plots.values().next().value.range()") == [128.75, 376.25]
     chromium.key("0")
@@ -183,3 +185,18 @@ def test_a_printed_page_is_light_and_whole(chromium, pages):
     chromium.value("dispatchEvent(new Event('afterprint'))")
     assert chromium.value("theme.paper") == "#15171a"
     assert json.loads(chromium.value("document.getElementById('data').textContent"))["panels"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "numbers"),
+    [
+        (24, 4e5, [100, 1e3, 1e4, 1e5]),
+        (24, 600, [50, 100, 200, 500]),
+        (0.004, 0.05, [0.005, 0.01, 0.02, 0.05]),
+        (2.2, 4.6, [3, 4]),
+        (2.2, 2.9, [2.2, 2.4, 2.6, 2.8]),
+    ],
+)
+def test_a_logarithmic_axis_has_round_numbers_wherever_it_begins(chromium, pages, low, high, numbers):
+    chromium.open(pages / "run.html")
+    assert chromium.value(f"round(logarithmic({low}, {high})).filter((tick) => tick !== null)") == numbers

@@ -112,7 +112,7 @@ def test_a_short_run_is_told_to_be_short(tmp_path):
     page = page_of(tmp_path, run_folder(tmp_path / "a", [row(step, 1.0, 0.05) for step in (1, 2)], total=2))
     assert "Done after 2 steps. The run is too short to tell whether the loss rises." in page
     assert "at step 1; the run is too short to tell whether the loss rises." in page
-    assert "never rose" not in page
+    assert "No lasting rise" not in page
 
 
 def test_the_values_are_those_of_the_metrics(full):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
     [
         (200, "at step 340, 140 steps after the loss rose."),
         (340, "at step 340, the step at which the loss rose."),
-        (9999, "at step 340; the loss never rose."),
+        (9999, "at step 340; the loss had no lasting rise."),
     ],
 )
 def test_collapse_before_with_after_and_without_a_rise(tmp_path, rise, words):
@@ -100,7 +101,7 @@ def test_a_run_that_kept_its_entropy(tmp_path):
     run, found = read(run_folder(tmp_path / "a", rows, total=50))
     assert found.final == ("test/accuracy", 0.9125)
     assert told(run, found)[:2] == [
-        "Done after 50 steps with test/accuracy 0.9125. The loss never rose.",
+        "Done after 50 steps with test/accuracy 0.9125. No lasting rise of the loss.",
         "No layer's attention entropy fell below 0.1 nats: the lowest was 1 in encoder/block_1 at step 50.",
     ]
 
@@ -114,8 +115,8 @@ def test_sharpness_interventions_and_negative_gammas_are_spoken_of(tmp_path):
     said = " ".join(told(*read(run_folder(tmp_path / "a", rows, config=config, total=10))))
     assert "Sharpness was above its threshold at 3 of 10 measurements, first at step 8." in said
     assert (
-        "After step 4 the run was changed on purpose: attention temperature times 0.1, learning rate times 1; the lowest "
-        "layer's entropy went from 2 to 2 by step 5 and the loss went from 1 to 1 by step 5." in said
+        "After step 4 the run was changed on purpose: attention temperature times 0.1; the lowest entropy "
+        "of any layer went from 2 to 2 by step 5 and the loss went from 1 to 1 by step 5." in said
     )
     assert "γ became negative in 1 layers, head among them." in said
 
@@ -202,7 +203,7 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     assert "12 runs: 10 done, 2 diverged." in page
     assert "sigma: no layer collapsed, lowest entropy 2 nats." in page
     assert (
-        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1), encoder/block_0 first at step 1, lowest entropy "
+        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1), encoder/block_0 first by step 1, lowest entropy "
         "0.01 to 2 nats; 2 of 6 runs diverged (at learning rate 0.1) at step 21." in page
     )
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
@@ -210,8 +211,13 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
         "sweep: pre_ln comes within 10% of the best loss of all at learning rate 0.001 alone; its own best loss is "
         "1.005, at 0.001." in page
     )
-    assert "sweep: sigma comes within 10% of the best loss of all at learning rates 0.001 to 0.1 (100 times)" in page
-    assert '<td>0.001 alone</td><td>0.001 alone</td><td class="number">1.33</td>' in page
+    assert (
+        "sweep: sigma comes within 10% of the best loss of all at learning rates 0.001 to 0.1 (a factor of 100; 0.001 is "
+        "the lowest tried; 0.1 is the highest tried)" in page
+    )
+    # The last two: its lowest entropy at 0.001, and at any rate.
+    numbers = "".join(f'<td class="number">{number}</td>' for number in ("1.33", "2", "0.01"))
+    assert f"<td>0.001 alone</td><td>0.001 alone</td>{numbers}" in page
     assert pictures[:2] == ["all.png", "sweep-rates.png"]
     assert len({name.rsplit("-", 1)[0] for name in pictures[2:]}) == 3
     assert "3 of 12 runs are drawn" in page
@@ -441,13 +447,84 @@ def test_the_run_that_kept_its_attention_is_named_with_its_differences(tmp_path)
     plain_run(tmp_path / "runs/c", [*kept, {"step": 500, "eval/test/accuracy": 0.9}], arm="sigma", seed=0)
     sentences = story_of(tmp_path / "runs")
     assert sentences[-2].text == (
-        "This did not happen in c: it has model.norm post instead of pre and model.reparam sigma instead of none. Its "
-        "lowest entropy is 2 nats, its test/accuracy is 0.9 (here 0.5)."
+        "c had no collapse and no lasting rise of its loss: it has model.norm post instead of pre and model.reparam sigma "
+        "instead of none. Its lowest entropy is 2 nats, its test/accuracy is 0.9 (here 0.5)."
     )
     assert sentences[-2].topic == "all entropies"
-    # What would be tried has been: what is left is another seed.
-    assert sentences[-1].text == "To try next: b with another seed, to see that it was no luck."
-    assert shlex.split(sentences[-1].command)[-3:] == ["--config.seed=2", "--workdir", f"{fallen.parent / 'b'}-seed_2"]
+    # What would be tried has been: where only one seed has, what is left is another.
+    assert sentences[-1] == (
+        "What would be tried next, σReparam, has been, and trained in 2 of 2 runs: b and c.",
+        None,
+        "",
+        (),
+    )
+    shutil.rmtree(tmp_path / "runs/c")
+    once = story_of(tmp_path / "runs")[-1]
+    assert once.text == "To try next: b with another seed; one seed that trains may be luck."
+    assert shlex.split(once.command)[-3:] == ["--config.seed=2", "--workdir", f"{fallen.parent / 'b'}-seed_2"]
+
+
+def test_a_remedy_that_failed_is_not_recommended_again(tmp_path):
+    for name, arm in (("a", "pre_ln"), ("b", "sigma")):
+        plain_run(tmp_path / "runs" / name, collapsing(), arm=arm)
+    assert story_of(tmp_path / "runs")[-1].text == (
+        "What would be tried next, σReparam, has been, and its attention collapsed: b."
+    )
+
+
+def changed_run(folder, losses, entropies, arm, factor=0.1):
+    """A run that was changed on purpose after step 60, in a folder as a sweep names it."""
+    rows = [row(step, losses[step > 60], entropies[step > 60]) for step in range(5, 125, 5)]
+    plain_run(folder, rows, arm=arm, total=120)
+    config = json.loads((folder / "config.json").read_text())
+    config["intervention"] = {"at_steps": 60, "attention_temperature": factor, "learning_rate_factor": 1.0}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_change_on_purpose_is_told_of_first(tmp_path):
+    for arm, losses, entropies in (("pre_ln", (1.0, 2.0), (2.0, 0.3)), ("sigma", (1.5, 1.2), (2.5, 0.8))):
+        changed_run(tmp_path / f"runs/at=60,arm={arm},seed=0", losses, entropies, arm)
+    folders, _ = runs.find([str(tmp_path / "runs")])
+    # Arguments that all runs share tell none from another.
+    assert [place.name for place in folders] == ["arm=pre_ln", "arm=sigma"]
+    page, _ = page_of(tmp_path, tmp_path / "runs")
+    assert (
+        "All runs were changed on purpose after step 60: attention temperature times 0.1. Before it the loss was lowest in "
+        "arm=pre_ln, 1, and highest in arm=sigma, 1.5." in page
+    )
+    assert "model.norm pre (LayerNorm before each branch) and model.reparam none (plain kernels)" in page
+    assert (
+        "at the change on purpose the lowest entropy of any layer went from 2 to 0.3 by step 65 and the loss went from 1 "
+        "to 2 by step 65" in page
+    )
+    assert "arm=sigma had no lasting rise of its loss after the same change on purpose: it has" in page
+    control = page.split("<code>")[1].split("</code>")[0]
+    assert shlex.split(control.replace("\\\n", " "))[2:] == [
+        *("--config", f"{tmp_path}/runs/at=60,arm=pre_ln,seed=0/config.json"),
+        *("--config.intervention.attention_temperature=1.0", "--workdir"),
+        f"{tmp_path}/runs/at=60,arm=pre_ln,seed=0-control",
+    ]
+    # The control itself is no run that was changed.
+    changed_run(tmp_path / "control", (1.0, 0.9), (2.0, 2.0), "pre_ln", factor=1.0)
+    assert "changed on purpose" not in " ".join(told(*read(tmp_path / "control")))
+
+
+def test_layers_that_fell_first_are_told_of_with_their_rates(tmp_path):
+    record = {}
+    for rate, layer, step in ((0.1, 1, 20), (1.0, 0, 10)):
+        name = f"steps=40,arm=pre_ln,learning_rate={rate},seed=0"
+        rows = [row(at, 1.0, 0.05 if layer == 0 and at >= step else 2.0) for at in range(5, 45, 5)]
+        for each in rows:
+            each["attention/entropy/encoder/block_1"] = 0.05 if layer == 1 and each["step"] >= step else 2.0
+        run_folder(tmp_path / "sweep" / name, rows, total=40)
+        point = {"steps": 40, "arm": "pre_ln", "learning_rate": rate, "seed": 0}
+        record[name] = {"point": point, "state": "done", "status": 0}
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
+    page, _ = page_of(tmp_path, tmp_path / "sweep")
+    assert (
+        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1), encoder/block_1 first by step 20 (at learning rate "
+        "0.1) and encoder/block_0 first by step 10 (at learning rate 1), lowest entropy 0.05 nats" in page
+    )
 
 
 def test_a_name_that_cannot_be_shown_is_in_no_command(tmp_path):

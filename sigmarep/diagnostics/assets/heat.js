@@ -43,7 +43,7 @@ class Heat extends Plot {
   }
   /* Vertical places of rows; every stack of layers has its name above it. */
   place() {
-    let y = 2, stack = null;
+    let y = 2, stack = null, last = null;
     this.heads = [];
     this.tops = this.panel.lines.map((line) => {
       if (line.legend !== stack) {
@@ -51,6 +51,9 @@ class Heat extends Plot {
         this.heads.push([stack, y + 12]);
         y += 17;
       }
+      const block = /block_(\d+)/.exec(line.name), own = block && block[1];
+      if (own !== last && last !== null && this.rowHeight > 5) y += 3;
+      last = own;
       y += this.rowHeight;
       return y - this.rowHeight;
     });
@@ -85,7 +88,7 @@ class Heat extends Plot {
   draw() {
     /* Asking for the width lays the page out: once, not for every cell. */
     this.drawnWidth = this.width;
-    const { canvas, panel } = this, ratio = window.devicePixelRatio || 1, height = this.bottom + 24;
+    const { canvas, panel } = this, ratio = window.devicePixelRatio || 1, height = this.bottom + 38;
     canvas.width = this.drawnWidth * ratio; canvas.height = height * ratio;
     canvas.style.width = `${this.drawnWidth}px`; canvas.style.height = `${height}px`;
     const ctx = canvas.getContext("2d");
@@ -108,7 +111,17 @@ class Heat extends Plot {
       lowest = this.tops[row];
       ctx.fillText(label, AXIS - 6, this.tops[row] + Math.max(this.rowHeight, 9));
     });
+    if (this.rowHeight >= 9) {
+      ctx.textAlign = "left";
+      ctx.font = "9px system-ui, sans-serif";
+      panel.lines.forEach((line, row) => {
+        const head = /, head (\d+)$/.exec(line.name);
+        if (head) ctx.fillText(`head ${head[1]}`, this.drawnWidth - AXIS + 5, this.tops[row] + this.rowHeight - 2);
+      });
+      ctx.font = "11px system-ui, sans-serif";
+    }
     ctx.textAlign = "center";
+    ctx.fillText("step", this.drawnWidth / 2, this.bottom + 32);
     const [low, high] = this.range(), count = Math.max(Math.floor(this.drawnWidth / 110), 4);
     const unit = 10 ** Math.floor(Math.log10((high - low) / count)), size = Math.max([1, 2, 5, 10].map((m) => m * unit).find((m) => (high - low) / m <= count), 1);
     for (let step = Math.ceil(low / size) * size; step <= high; step += size) ctx.fillText(shown(step), this.x(step), this.bottom + 16);

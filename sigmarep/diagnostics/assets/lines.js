@@ -4,13 +4,27 @@
 /* Distances of ticks on an axis of steps: whole numbers. */
 const WHOLE = Array.from({ length: 16 }, (_, i) => 10 ** i).flatMap((unit) => [unit, 2 * unit, 5 * unit]);
 
-/* Ticks of a logarithmic axis that have a number: 1, 2 and 5 times powers of ten, the powers alone over four decades. */
+/* Ticks of a logarithmic axis that have a number: 1, 2 and 5 times powers of ten, the powers alone over three decades. */
 function round(ticks) {
-  const known = ticks.filter((tick) => tick > 0), wide = known.length && known.at(-1) > 1e4 * known[0];
-  return ticks.map((tick) => {
+  const known = ticks.filter((tick) => tick > 0), wide = known.length && known.at(-1) >= 1e3 * known[0];
+  const chosen = ticks.map((tick) => {
     const first = Number(tick.toExponential(6).split("e")[0]);
     return (wide ? [1] : [1, 2, 5]).includes(first) ? tick : null;
   });
+  return chosen.filter((tick) => tick !== null).length > 1 ? chosen : ticks;
+}
+/* Ticks of a logarithmic axis: 1 to 9 times powers of ten; evenly spaced ones where fewer than two of these are in it.
+   (uPlot counts from the axis's own end, which is no round number.) */
+function logarithmic(low, high) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    for (let digit = 1; digit < 10; digit++) ticks.push(Number(`${digit}e${power}`));
+  }
+  const inside = ticks.filter((tick) => tick >= low && tick <= high);
+  if (inside.length > 1) return inside;
+  const unit = 10 ** Math.floor(Math.log10(high - low)), size = [0.2, 0.5, 1, 2].map((m) => m * unit).find((m) => (high - low) / m <= 6) || unit;
+  const first = Math.ceil(low / size);
+  return Array.from({ length: Math.floor(high / size) - first + 1 }, (_, i) => Number(((first + i) * size).toPrecision(12)));
 }
 
 class Lines extends Plot {
@@ -136,14 +150,16 @@ class Lines extends Plot {
     const place = { stroke: () => theme.quiet, font, labelFont: font, ticks: { stroke: () => theme.rule, width: 1 } };
     const values = (u, ticks) => ticks.map((tick) => (tick === null ? "" : shown(tick)));
     const axes = [{
-      ...place, values, size: 38, labelSize: 14, labelGap: 0, label: panel.rates ? "learning rate" : "step",
+      ...place, values, size: 34, labelSize: 18, labelGap: 0, label: panel.rates ? "learning rate" : "step",
       grid: { stroke: () => theme.faint, width: 1 },
-      ...(panel.rates ? { filter: (u, ticks) => round(ticks) } : { incrs: WHOLE }),
+      ...(panel.rates ? { filter: (u, ticks) => round(ticks), splits: (u, place, low, high) => logarithmic(low, high) } : { incrs: WHOLE }),
     }];
     panel.axes.forEach((axis, i) => axes.push({
-      ...place, values, scale: `y${i}`, side: i ? 1 : 3, size: AXIS - 16, labelSize: 16, labelGap: 2, label: axis.label,
+      ...place, values, scale: `y${i}`, side: i ? 1 : 3, labelSize: 16, labelGap: 2,
+      /* As wide as its longest number. */
+      size: (u, texts) => Math.max(AXIS - 16, 18 + 7 * Math.max(0, ...(texts || []).map((text) => text.length))), label: axis.label,
       grid: { show: i === 0, stroke: () => theme.faint, width: 1 },
-      filter: (u, ticks) => (this.log[i] ? round(ticks) : ticks),
+      ...(this.log[i] ? { filter: (u, ticks) => round(ticks), splits: (u, place, low, high) => logarithmic(low, high) } : {}),
     }));
     const series = [{}, ...panel.lines.map((line, i) => ({
       label: line.name, scale: `y${line.axis}`, show: this.visible(i), stroke: () => colorOf(line.color), width: thin,
@@ -306,9 +322,10 @@ class Lines extends Plot {
     for (const level of this.panel.levels) {
       const y = u.valToPos(level.value, `y${level.axis}`, true);
       if (!(y >= top && y <= top + height)) continue;
-      ctx.strokeStyle = ctx.fillStyle = theme.fell;
+      ctx.strokeStyle = ctx.fillStyle = theme.quiet;
       ctx.setLineDash([6 * scale, 4 * scale]);
-      ctx.beginPath(); ctx.moveTo(left, y); ctx.lineTo(left + width, y); ctx.stroke();
+      /* A level of the right axis stays near it. */
+      ctx.beginPath(); ctx.moveTo(level.axis ? left + 0.8 * width : left, y); ctx.lineTo(left + width, y); ctx.stroke();
       ctx.textAlign = "right";
       ctx.save();
       ctx.lineWidth = 3 * scale; ctx.strokeStyle = theme.paper; ctx.setLineDash([]);
