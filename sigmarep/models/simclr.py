@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sigmarep.models.vit import ViT
 from sigmarep.nn import SigmaDense
+from sigmarep.nn.linear import Reparam
 
 HEAD_NORMS = ("batch", "none")
 
@@ -44,7 +45,7 @@ class Head(nn.Module):
     hidden: int
     width: int
     norm: str = "batch"
-    reparam: str = "none"
+    reparam: Reparam = "none"
     axis_name: str | None = None
     dtype: Any = None
 

@@ -1,6 +1,7 @@
 """Flax (Linen) modules under σReparam; needs jax and flax only."""
 
 from sigmarep.nn.attention import MultiHeadAttention
+from sigmarep.nn.check import check, decay_mask
 from sigmarep.nn.convert import reparametrize
 from sigmarep.nn.fold import fold
 from sigmarep.nn.linear import SigmaConv, SigmaDense, SigmaDenseGeneral, SigmaEmbed
@@ -16,6 +17,8 @@ __all__ = [
     "TransformerBlock",
     "TransformerConfig",
     "TransformerStack",
+    "check",
+    "decay_mask",
     "fold",
     "reparametrize",
 ]

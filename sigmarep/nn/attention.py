@@ -18,7 +18,7 @@ from sigmarep.fields import attribute
 from sigmarep.nn import attention_statistics, key_value_cache
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports
-from sigmarep.nn.linear import SigmaDenseGeneral
+from sigmarep.nn.linear import Reparam, SigmaDenseGeneral
 from sigmarep.nn.positions import Rotary
 from sigmarep.nn.visibility import FULL, Visibility
 
@@ -139,7 +139,7 @@ class MultiHeadAttention(nn.Module):
         **PIECE,
     )
     value_scale: float = 1.0
-    reparam: str = "sigma"
+    reparam: Reparam = "sigma"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1

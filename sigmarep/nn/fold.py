@@ -23,7 +23,14 @@ def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False, layers: La
         by, and no further step is made.
       layers: of the model (`sigmarep.nn.layers.describe`), needed where parameters are stacked along another axis than
         their first. The spectral variables are always stacked along their first.
+
+    Raises:
+      ValueError: the variables have no "params".
     """
+    if "params" not in variables:
+        raise ValueError(
+            f"variables: expected {{'params': …, 'spectral': …}}, got {', '.join(map(str, variables)) or 'nothing'}"
+        )
     return _fold(variables["params"], variables.get("spectral", {}), stored_sigma, {} if layers is None else layers, ())
 
 

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from flax.linen.recurrent import DenseParams
 from jax.extend.core import jaxpr_as_fun
 
-from sigmarep.nn.linear import ROLES, ReparametrizedLayer
+from sigmarep.nn.linear import ROLES, Reparam, ReparametrizedLayer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Axes:
     table: bool = False
     role: str = "hidden"
     makes: tuple[str, ...] = ()
-    reparam: str = "none"
+    reparam: Reparam = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ def _axes(module: nn.Module, name: str, rank: int, args: Any, kwargs: Any) -> Ax
     if name in stated:
         return stated[name]
     role, makes = getattr(module, "role", None), getattr(module, "makes", ())
-    reparam = "none"
+    reparam: Reparam = "none"
     if isinstance(module, ReparametrizedLayer):
         if role not in ROLES:
             raise ValueError(f"role = {role!r}: expected one of {', '.join(ROLES)}")

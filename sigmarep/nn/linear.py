@@ -13,7 +13,8 @@ layer. Layers stacked by `nn.scan` are the exception: they make one step per cal
 """
 
 import functools
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -22,7 +23,8 @@ import numpy as np
 
 from sigmarep.core import norms, spectral
 
-REPARAMS = ("none", "sigma", "spectral", "weight")
+Reparam = Literal["none", "sigma", "spectral", "weight"]
+REPARAMS: tuple[Reparam, ...] = get_args(Reparam)
 ROLES = ("hidden", "input", "output", "projector", "position")
 
 
@@ -50,7 +52,7 @@ class ReparametrizedLayer(nn.Module):
         for each index of the first output axis if there are several.
     """
 
-    reparam: str = "sigma"
+    reparam: Reparam = "sigma"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
@@ -62,6 +64,8 @@ class ReparametrizedLayer(nn.Module):
     @nn.nowrap
     def param(self, name, init_fn, *init_args, unbox=True, **init_kwargs):
         """Flax's `param`, except that asking for the kernel returns the effective kernel."""
+        if name == self.matrix_name and np.min(self.features) < 1:
+            raise ValueError(f"{self._label()}: features = {self.features}: expected at least 1")
         value = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
         return self._effective(value) if name == self.matrix_name else value
 
@@ -84,9 +88,13 @@ class ReparametrizedLayer(nn.Module):
         vectors = min(self.power_vectors, *matrix.shape)
         start = functools.cache(lambda: norms.leading_vectors(matrix, vectors))
         if not (self.has_variable("spectral", "u") or self.is_mutable_collection("spectral")):
+            lifted = "inside nn.scan or nn.vmap also name it in variable_axes={'params': 0, 'spectral': 0}"
+            if self.is_initializing():
+                # `init` may change every collection, but for those that a transformation of Flax's does not pass on.
+                raise ValueError(f"{self._label()}: the collection 'spectral' does not reach it; {lifted}")
             raise ValueError(
-                f"{type(self).__name__} {'/'.join(self.path)}: no spectral variables were given; pass the 'spectral' "
-                "collection together with 'params', or fold the parameters and use reparam='none'"
+                f"{self._label()}: no spectral variables were given; pass the 'spectral' collection together with 'params' "
+                f"({lifted}), or fold the parameters and use reparam='none'"
             )
         u = self.variable("spectral", "u", lambda: start()[0][0])
         basis = self.variable("spectral", "basis", lambda: start()[0][1:]) if vectors > 1 else None
@@ -101,6 +109,11 @@ class ReparametrizedLayer(nn.Module):
             if basis is not None:
                 basis.value = result.basis
         return result.kernel
+
+    @nn.nowrap
+    def _label(self) -> str:
+        """The layer's kind and path, for messages."""
+        return f"{type(self).__name__} {'/'.join(self.path)}".rstrip()
 
     @nn.nowrap
     def _gamma(self, of_kernel: jax.Array) -> jax.Array:
@@ -134,6 +147,16 @@ class SigmaDenseGeneral(ReparametrizedLayer, nn.DenseGeneral):
 
     σ is the norm of the matrix (contracted axes, features): a kernel (d, heads, head_dim) is d × (heads · head_dim).
     """
+
+    @nn.nowrap
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        axes = self.axis if isinstance(self.axis, Iterable) else (self.axis,)
+        if not all(-inputs.ndim <= axis < inputs.ndim for axis in axes):
+            raise ValueError(
+                f"{self._label()}: axis = {self.axis}: expected axes of its input of shape {inputs.shape}, "
+                f"{-inputs.ndim} to {inputs.ndim - 1}"
+            )
+        return super().__call__(inputs)
 
 
 class SigmaConv(ReparametrizedLayer, nn.Conv):

@@ -14,7 +14,7 @@ from sigmarep import doors, fields
 from sigmarep.fields import attribute
 from sigmarep.nn.attention import PIECE, AttentionConfig, MultiHeadAttention, create_attention
 from sigmarep.nn.axes import with_axes
-from sigmarep.nn.linear import REPARAMS, SigmaDense
+from sigmarep.nn.linear import REPARAMS, Reparam, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTanh
 from sigmarep.nn.seq_vcr import seq_vcr
 from sigmarep.nn.visibility import FULL, Visibility
@@ -84,7 +84,7 @@ class TransformerConfig(AttentionConfig):
         choices=BRANCH_SCALES,
     )
     layer_scale_init: float = attribute(1e-4, "Initial value of layer_scale.", at_least=0)
-    reparam: str = attribute(
+    reparam: Reparam = attribute(  # noqa: RUF009
         "none",
         "Reparametrization of the linear layers: sigma, (γ/σ)W with a learned γ; spectral, the same with γ = 1; weight, "
         "one gain per output.",
