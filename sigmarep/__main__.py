@@ -14,6 +14,7 @@ import runpy
 import sys
 
 import sigmarep
+from sigmarep.files import shipped
 
 # Shown first by --help, in this order; every other script can be named too.
 COMMANDS = (
@@ -36,12 +37,8 @@ COMMANDS = (
 
 
 def scripts() -> dict[str, pathlib.Path]:
-    """The files of the commands by name: those of the installed package, or of the checkout that it is part of."""
-    package = pathlib.Path(__file__).parent
-    for folder in (package / "scripts", package.parent / "scripts"):
-        if (folder / "train.py").is_file():
-            return {path.stem: path for path in sorted(folder.glob("*.py"))}
-    return {}
+    """The files of the commands by name."""
+    return {path.stem: path for path in sorted(pathlib.Path(shipped("scripts")).glob("*.py"))}
 
 
 def usage(files: dict[str, pathlib.Path]) -> str:

@@ -251,8 +251,12 @@ def stop_with_runs() -> None:
 
 def fail(error: SigmarepError) -> None:
     """Prints the error's line and ends the process with its status."""
+    sys.exit(_failed(error))
+
+
+def _failed(error: SigmarepError) -> int:
     print(f"{_program()}: {error}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_status)
+    return error.exit_status
 
 
 def _finish(main: Callable[[], Any]) -> None:
@@ -282,8 +286,7 @@ def outcome(main: Callable[[], Any]) -> int:
         main()
         return 0
     except SigmarepError as error:
-        print(f"{_program()}: {error}", file=sys.stderr, flush=True)
-        return error.exit_status
+        return _failed(error)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception:

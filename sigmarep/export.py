@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from sigmarep.errors import BadInput, SigmarepError
 from sigmarep.files import write_atomically
 from sigmarep.inference import Run
 from sigmarep.nn.positions import sincos_2d
 from sigmarep.training.mesh import path_name
-from sigmarep.weights import canonical, files, safetensors
+from sigmarep.weights import canonical, files
 from sigmarep.weights.names import NAMES
 
 FORMATS = ("safetensors", "stablehlo")
@@ -75,7 +76,9 @@ def save_weights(run: Run, output: str, *, names: str) -> list[str]:
             for name, content in exported.others.items():
                 write_atomically(os.path.join(output, name), content)
         path = os.path.join(output, files.SAVED) if folder else output
-        safetensors.write(path, exported.arrays, exported.about)
+        # The library writes the memory of an array as it lies, a transposed one's too.
+        arrays = {name: np.asarray(x, order="C") for name, x in exported.arrays.items()}
+        write_atomically(path, safetensors.numpy.save(arrays, exported.about))
     except OSError as error:
         raise SigmarepError(f"--output {output}: cannot be written ({error.strerror})") from error
     return [f"{path}: {len(exported.arrays)} arrays", *exported.lines]

@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 
+def shipped(name: str) -> str:
+    """The folder `configs` or `scripts`: that of the installed package, or of the checkout that it is part of."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, name)
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), name)
+
+
 def read_file(path: str) -> bytes:
     """The contents of a regular file.
 

@@ -5,17 +5,15 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from sigmarep.files import shipped
 from sigmarep.training import stored
 
 
 def paths() -> dict[str, str]:
-    """Paths by name: of the installed package, or of the checkout that it is part of."""
-    package = os.path.dirname(os.path.abspath(__file__))
-    for folder in (os.path.join(package, "configs"), os.path.join(os.path.dirname(package), "configs")):
-        if os.path.isfile(os.path.join(folder, "quickstart.py")):
-            files = sorted(pathlib.Path(folder).rglob("*.py"))
-            return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}
-    return {}
+    """Paths by name."""
+    folder = shipped("configs")
+    files = sorted(pathlib.Path(folder).rglob("*.py"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/asr/deep.py:arm=sigma --workdir runs/deep_asr_sigma
     python scripts/train.py --config configs/asr/deep.py:arm=plain --workdir runs/deep_asr_plain
-    python scripts/deep_speech.py --workdir runs/deep_asr      # all, three seeds, and the tables of the README
+    python scripts/deep_speech.py --workdir runs/deep_asr      # all, three seeds, and the tables of docs/results.md
 
 Arguments: arm (sigma: post-LN with σReparam, γ of the blocks starting at 0.1; sigma_one: γ starting at 1; plain: post-LN
 without it, the plain layers of the paper's code), depth (36), steps (300), learning_rate (0.004), warmup (0).

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/mt/deep.py:arm=sigma --workdir runs/deep_sigma
     python scripts/train.py --config configs/mt/deep.py:arm=plain --workdir runs/deep_plain
-    python scripts/deep_translation.py --workdir runs/deep      # all, three seeds, and the tables of the README
+    python scripts/deep_translation.py --workdir runs/deep      # all, three seeds, and the tables of docs/results.md
 
 Arguments: arm (sigma: post-LN with σReparam, γ starting at 0.1; sigma_one: γ starting at 1; plain: post-LN without it),
 depth (100; of the encoder and of the decoder), steps (200).

@@ -1,7 +1,7 @@
 """SimCLR on 1,437 real handwritten digits without their labels, and what a linear probe reads from the features.
 
     python scripts/train.py --config configs/ssl/quickstart.py --workdir runs/ssl_quickstart
-    python scripts/ssl_stability.py --workdir runs/ssl_stability     # the four arms, three seeds, and the README's table
+    python scripts/ssl_stability.py --workdir runs/ssl_stability     # four arms, three seeds: docs/results.md
 
 Arguments: arm (sigma_pre_ln: σReparam with pre-LN; sigma: σReparam without a norm; pre_ln; frozen_patch: pre-LN with the
 patch embedding as initialised), method (simclr), learning_rate (0.003), epochs (60).

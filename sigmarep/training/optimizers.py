@@ -17,7 +17,7 @@ makes its output, projects for pre-training or holds positions (`role`), and tha
 Under σReparam kernels are scale-invariant: a large learning rate makes them grow, and their steps relatively smaller. γ,
 biases, the scales of norms and embeddings are not. `scale_parameters_factor` multiplies the learning rate of
 `scale_parameters`; `non_matrix_learning_rate` is that of all but the hidden matrices; `relative_gradients` keeps the
-moments of kernels that grow from remembering how small they were. The README's sweeps show what they change.
+moments of kernels that grow from remembering how small they were. docs/results.md shows what they change.
 `layer_decay` lowers the rate from block to block, for fine-tuning.
 """
 
@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
 
@@ -38,6 +37,7 @@ from sigmarep.errors import BadInput
 from sigmarep.fields import Free, field
 from sigmarep.nn.layers import Layer, Layers
 from sigmarep.training import external
+from sigmarep.training.layer_decay import distances
 from sigmarep.training.mesh import path_name
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon")
@@ -245,7 +245,7 @@ def rate_factors(config: Any, params: Any, layers: Layers, rates: Rates) -> Any:
     scales = matching(params, config.scale_parameters)
     matrices = hidden_matrices(config, layers)
 
-    depths = {} if config.layer_decay == 1 else _distances(params, layers)
+    depths = {} if config.layer_decay == 1 else distances(params, layers)
 
     def factor(path, _, gain):
         own = rates.non_matrix_factor is not None and path_name(path) not in matrices
@@ -254,57 +254,6 @@ def rate_factors(config: Any, params: Any, layers: Layers, rates: Rates) -> Any:
         return base * config.layer_decay ** depths[path_name(path)] if depths else base
 
     return jax.tree_util.tree_map_with_path(factor, params, scales)
-
-
-def _distances(params: Any, layers: Layers) -> dict[str, Any]:
-    """Blocks from every parameter to the output, by path (Bao et al., 2022, BEiT): 0 for output layers and the last norm,
-    1 for the last block; one more than blocks for what comes before them. An array where blocks are stacked.
-
-    Each stack of blocks counts by itself. Parameters outside of all of them come before the blocks, but for output layers,
-    projectors, and what stands beside the blocks in their own module.
-    """
-    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    depths: dict[str, int] = {}
-    for name, shape in shapes.items():
-        if place := _block(name, shape, layers):
-            depths[place.stack] = max(depths.get(place.stack, 0), place.blocks)
-    if not depths:
-        raise BadInput("config.optimizer.layer_decay: the model has no stack of blocks (sigmarep.nn.TransformerStack)")
-    after = {layer.module for layer in layers.values() if layer.role in ("output", "projector")}
-
-    def distance(name, shape):
-        if place := _block(name, shape, layers):
-            distances = np.float32(depths[place.stack] - place.numbers)
-            if place.axis is None:
-                return distances
-            return distances.reshape([-1 if axis == place.axis else 1 for axis in range(len(shape))])
-        parent, _, _ = name.rpartition("/")
-        if parent in after or parent.rpartition("/")[0] in depths:
-            return 0.0
-        return 1.0 + max(depths.values())
-
-    return {name: distance(name, shape) for name, shape in shapes.items()}
-
-
-class _Block(NamedTuple):
-    """The block or blocks that a parameter is of: the module that holds them, their numbers, how many blocks are known by
-    it, and the parameter's axis over them, if it has one."""
-
-    stack: str
-    numbers: Any
-    blocks: int
-    axis: int | None
-
-
-def _block(name: str, shape: tuple[int, ...], layers: Layers) -> _Block | None:
-    for stack in layers.stacks:
-        if name.startswith(f"{stack}/"):
-            axis = layers.stacked[name][0]
-            return _Block(stack.rpartition("/")[0], np.arange(shape[axis]), shape[axis], axis)
-    # The name of a block of `TransformerStack` without scan.
-    if match := re.match(r"(?:(.*?)/)?block_(\d+)/", name):
-        return _Block(match[1] or "", int(match[2]), int(match[2]) + 1, None)
-    return None
 
 
 def kernel_norms(params: Any, layers: Layers) -> Any:

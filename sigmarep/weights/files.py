@@ -9,10 +9,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from sigmarep.errors import BadInput, one_line
 from sigmarep.files import read_json
-from sigmarep.weights import safetensors
 
 FIELD = "config.init_from.path"
 # Files of a folder that transformers has saved.
@@ -82,7 +82,15 @@ def _read_file(path: str) -> dict[str, np.ndarray]:
     # The protocol of a pickle is told by its first two bytes.
     if start[:1] == b"\x80" and not path.endswith(".safetensors"):
         raise BadInput(_pickled(path))
-    return safetensors.read(path)
+    return _read_safetensors(path)
+
+
+def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"it is no safetensors file that is whole: {one_line(error)}") from None
 
 
 def _pickled(path: str) -> str:
@@ -103,7 +111,7 @@ def _read_folder(path: str) -> dict[str, np.ndarray]:
     if os.path.exists(os.path.join(path, INDEX)):
         return _read_shards(path)
     if os.path.exists(os.path.join(path, SAVED)):
-        return safetensors.read(os.path.join(path, SAVED))
+        return _read_safetensors(os.path.join(path, SAVED))
     if any(os.path.exists(os.path.join(path, name)) for name in ORBAX):
         return _read_orbax(path)
     raise BadInput(
@@ -118,7 +126,7 @@ def _read_shards(path: str) -> dict[str, np.ndarray]:
         names = sorted({os.path.basename(name) for name in index["weight_map"].values()})
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f"{INDEX} names no files") from None
-    return {key: x for name in names for key, x in safetensors.read(os.path.join(path, name)).items()}
+    return {key: x for name in names for key, x in _read_safetensors(os.path.join(path, name)).items()}
 
 
 def _read_orbax(path: str) -> dict[str, np.ndarray]:

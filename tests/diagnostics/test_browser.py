@@ -7,7 +7,7 @@ import pytest
 from sigmarep.diagnostics import report
 from tests.diagnostics import browser
 from tests.diagnostics.test_page import HOSTILE, full_rows
-from tests.diagnostics.test_report import run_folder, sweep
+from tests.diagnostics.written import run_folder, sweep
 
 pytestmark = pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
 

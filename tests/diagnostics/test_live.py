@@ -6,8 +6,8 @@ import pytest
 
 from tests.diagnostics import browser
 from tests.diagnostics.test_page import full_rows
-from tests.diagnostics.test_report import collapsing, run_folder
 from tests.diagnostics.test_watch import add, serving
+from tests.diagnostics.written import collapsing, run_folder
 
 pytestmark = pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
 

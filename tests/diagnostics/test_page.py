@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sigmarep.diagnostics import lines, page, panels, report, watch
-from tests.diagnostics.test_report import collapsing, read, row, run_folder, sweep
+from tests.diagnostics.written import collapsing, read, row, run_folder, sweep
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,69 +4,17 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sigmarep.diagnostics import composition, findings, plots, report, runs, sensitivity
+from sigmarep.diagnostics import findings, plots, report, runs, sensitivity
 from sigmarep.errors import BadInput
+from tests.diagnostics.written import collapsing, page_of, read, read_all, row, run_folder, sweep, told
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
-
-
-def run_folder(folder, rows, *, end="\n", config=None, total=None, **files):
-    """A run with the metrics `rows`; `end` follows the last line."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"task": "image_classification", "seed": 0, **(config or {})}))
-    (folder / "environment.json").write_text(json.dumps({"total_steps": total, "packages": {"jax": "0.10"}}))
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + end)
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
-def row(step, loss, *entropies, **more):
-    found = {f"attention/entropy/encoder/block_{i}": value for i, value in enumerate(entropies)}
-    heads = {
-        f"attention/entropy_head/encoder/block_{i}/{h}": value for i, value in enumerate(entropies) for h in range(2)
-    }
-    least = {"attention/entropy_min": "nan" if "nan" in entropies else min(entropies)} if entropies else {}
-    return {"step": step, "train/loss": loss, **found, **heads, **least, **more}
-
-
-def collapsing(rise=400):
-    """100 lines, five steps apart: block 1 falls below 0.1 nats at step 340, block 0 at 360; the loss rises at `rise`."""
-
-    def entropy(step, at):
-        return 2.0 if step < at else 0.05
-
-    return [
-        row(step, 1.0 if step < rise else 2.0, entropy(step, 360), entropy(step, 340) + step * 1e-6)
-        for step in range(5, 505, 5)
-    ]
-
-
-def read_all(*folders):
-    return [runs.read(place) for place in runs.find([str(each) for each in folders]).places]
-
-
-def read(folder):
-    (run,) = read_all(folder)
-    return run, findings.facts(run)
-
-
-def told(run, facts):
-    return [sentence.text for sentence in findings.sentences(run, facts)]
-
-
-def page_of(tmp_path, *folders, most=6, static=None):
-    output = str(tmp_path / "out" / "page.html")
-    files = report.write([str(each) for each in folders], output, most=most, static=static)
-    return Path(files[0]).read_text(), [Path(each).name for each in files[1:]]
 
 
 def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
@@ -174,28 +122,6 @@ def test_a_damaged_file_is_said_and_costs_no_other_run(tmp_path):
     assert "2 unfinished" in page
     assert "broken: metrics.jsonl: 1 of 3 lines are damaged, line 2 first." in page
     assert list(read(broken)[0].rows) == [{"step": 1}, {"step": 2}]
-
-
-def sweep(tmp_path, arms=("pre_ln", "sigma"), rates=(0.001, 0.01, 0.1), seeds=2):
-    """`sigma` trains at all rates; `pre_ln` collapses at 0.01 and diverges at 0.1."""
-    record = {}
-    for arm in arms:
-        for rate in rates:
-            for seed in range(seeds):
-                name = f"arm={arm},learning_rate={rate},seed={seed}"
-                bad = arm == "pre_ln" and rate > 0.001
-                rows = [
-                    row(step, 3.0 if bad or step < 15 else 1.0 + seed / 100, 0.01 if bad else 2.0)
-                    for step in range(1, 21)
-                ]
-                if diverged := arm == "pre_ln" and rate == 0.1:
-                    rows.append(row(21, "nan", 0.01))
-                config = {"optimizer": {"learning_rate": rate}, "seed": seed}
-                run_folder(tmp_path / "sweep" / name, rows, config=config, total=20)
-                point = {"arm": arm, "learning_rate": rate, "config.seed": seed}
-                record[name] = {"point": point, "state": "diverged" if diverged else "done", "status": 0}
-    (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
-    return tmp_path / "sweep"
 
 
 def test_a_sweeps_ranges_and_sensitivities(tmp_path):
@@ -386,154 +312,6 @@ def test_a_sharpness_and_a_gamma_that_are_nan_are_neither_below_nor_hidden(tmp_p
     sentences = " ".join(told(*read(run_folder(tmp_path / "a", rows, total=3))))
     assert "Sharpness stayed below its threshold at 2 measurements. It was NaN at 1, first at step 2." in sentences
     assert "γ became negative in 1 layers, head among them." in sentences
-
-
-def plain_run(folder, rows, *, arm="pre_ln", seed=0, total=500, **optimizer):
-    model = {"pre_ln": {"norm": "pre", "reparam": "none"}, "sigma": {"norm": "post", "reparam": "sigma"}}[arm]
-    config = {"model": model, "optimizer": {"learning_rate": 0.02, **optimizer}, "seed": seed, "total_steps": total}
-    return run_folder(folder, rows, config=config, total=total)
-
-
-def story_of(*folders):
-    """The sentences of the first run on the page of all, with their commands."""
-    judged = [composition.judge(run) for run in read_all(*folders)]
-    drawn = {0: composition.draw(read_all(*folders)[0], judged[0].facts, most=1)}
-    return composition.compose(judged, drawn, []).details[0].sentences
-
-
-def test_what_grew_before_the_first_layer_fell(tmp_path):
-    rows = collapsing()
-    for each in rows:
-        step = each["step"]
-        each["attention/max_logit/encoder/block_1"] = 4.0 if step < 335 else 200.0
-        each["spectral/sigma/encoder/block_1/attention/query"] = 2.0 if step < 340 else 7.0
-        each["spectral/sigma/encoder/block_1/attention/value"] = 1.0 if step < 340 else 99.0
-        each["spectral/sigma/encoder/block_0/attention/query"] = 1.0 if step < 340 else 99.0
-        each["train/learning_rate"] = min(step / 100, 1.0) * 0.02
-    sentences = story_of(plain_run(tmp_path / "a", rows))
-    before = next(each for each in sentences if each.text.startswith("Before that"))
-    # The values of the others are of no account for block 1's attention; those at step 335 are the last before its fall.
-    assert before.text == (
-        "Before that, between steps 335 and 340, σ of encoder/block_1/attention/query grew from 2 to 7."
-    )
-    assert before.topic == "spectral/sigma/"
-    assert "The learning rate was then 0.02, its highest." in [each.text for each in sentences]
-
-
-def test_the_advice_is_a_command_for_a_new_folder(tmp_path):
-    folder = plain_run(tmp_path / "it's a run", collapsing())
-    told = story_of(folder)[-1]
-    assert told.text == "To try next: σReparam, which bounds the logits, at the same learning rate."
-    words = shlex.split(told.command)
-    assert words == [
-        *("python", "scripts/train.py", "--config", f"{folder}/config.json", "--config.model.norm=post"),
-        *("--config.model.reparam=sigma", "--workdir", f"{folder}-sigma"),
-    ]
-    os.makedirs(f"{folder}-sigma")
-    assert shlex.split(story_of(folder)[-1].command)[-1] == f"{folder}-sigma-2"
-    # σReparam that falls all the same learns more slowly; a short run goes on for longer; a steady one may learn faster.
-    slow = story_of(plain_run(tmp_path / "b", collapsing(), arm="sigma"))[-1]
-    assert "--config.optimizer.learning_rate=0.0067" in slow.command
-    short = story_of(plain_run(tmp_path / "c", [row(1, 1.0, 2.0)], total=1))[-1]
-    assert short.text == "To try next: a longer run; 1 steps tell little."
-    steady = story_of(plain_run(tmp_path / "d", [row(step, 5.0 / step, 2.0) for step in range(1, 51)], total=50))[-1]
-    assert "--config.optimizer.learning_rate=0.06" in steady.command
-
-
-def test_the_run_that_kept_its_attention_is_named_with_its_differences(tmp_path):
-    fallen = plain_run(tmp_path / "runs/a", [*collapsing(), {"step": 500, "eval/test/accuracy": 0.5}])
-    kept = [row(step, 5.0 / step, 2.0) for step in range(5, 505, 5)]
-    plain_run(tmp_path / "runs/b", [*kept, {"step": 500, "eval/test/accuracy": 0.9}], arm="sigma", seed=1)
-    plain_run(tmp_path / "runs/c", [*kept, {"step": 500, "eval/test/accuracy": 0.9}], arm="sigma", seed=0)
-    sentences = story_of(tmp_path / "runs")
-    assert sentences[-2].text == (
-        "c had no collapse and no lasting rise of its loss: it has model.norm post instead of pre and model.reparam sigma "
-        "instead of none. Its lowest entropy is 2 nats, its test/accuracy is 0.9 (here 0.5)."
-    )
-    assert sentences[-2].topic == "all entropies"
-    # What would be tried has been: where only one seed has, what is left is another.
-    assert sentences[-1] == (
-        "What would be tried next, σReparam, has been, and trained in 2 of 2 runs: b and c.",
-        None,
-        "",
-        (),
-    )
-    shutil.rmtree(tmp_path / "runs/c")
-    once = story_of(tmp_path / "runs")[-1]
-    assert once.text == "To try next: b with another seed; one seed that trains may be luck."
-    assert shlex.split(once.command)[-3:] == ["--config.seed=2", "--workdir", f"{fallen.parent / 'b'}-seed_2"]
-
-
-def test_a_remedy_that_failed_is_not_recommended_again(tmp_path):
-    for name, arm in (("a", "pre_ln"), ("b", "sigma")):
-        plain_run(tmp_path / "runs" / name, collapsing(), arm=arm)
-    assert story_of(tmp_path / "runs")[-1].text == (
-        "What would be tried next, σReparam, has been, and its attention collapsed: b."
-    )
-
-
-def changed_run(folder, losses, entropies, arm, factor=0.1):
-    """A run that was changed on purpose after step 60, in a folder as a sweep names it."""
-    rows = [row(step, losses[step > 60], entropies[step > 60]) for step in range(5, 125, 5)]
-    plain_run(folder, rows, arm=arm, total=120)
-    config = json.loads((folder / "config.json").read_text())
-    config["intervention"] = {"at_steps": 60, "attention_temperature": factor, "learning_rate_factor": 1.0}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_a_change_on_purpose_is_told_of_first(tmp_path):
-    for arm, losses, entropies in (("pre_ln", (1.0, 2.0), (2.0, 0.3)), ("sigma", (1.5, 1.2), (2.5, 0.8))):
-        changed_run(tmp_path / f"runs/at=60,arm={arm},seed=0", losses, entropies, arm)
-    folders, _ = runs.find([str(tmp_path / "runs")])
-    # Arguments that all runs share tell none from another.
-    assert [place.name for place in folders] == ["arm=pre_ln", "arm=sigma"]
-    page, _ = page_of(tmp_path, tmp_path / "runs")
-    assert (
-        "All runs were changed on purpose after step 60: attention temperature times 0.1. Before it the loss was lowest in "
-        "arm=pre_ln, 1, and highest in arm=sigma, 1.5." in page
-    )
-    assert "model.norm pre (LayerNorm before each branch) and model.reparam none (plain kernels)" in page
-    assert (
-        "at the change on purpose the lowest entropy of any layer went from 2 to 0.3 by step 65 and the loss went from 1 "
-        "to 2 by step 65" in page
-    )
-    assert "arm=sigma had no lasting rise of its loss after the same change on purpose: it has" in page
-    control = page.split("<code>")[1].split("</code>")[0]
-    assert shlex.split(control.replace("\\\n", " "))[2:] == [
-        *("--config", f"{tmp_path}/runs/at=60,arm=pre_ln,seed=0/config.json"),
-        *("--config.intervention.attention_temperature=1.0", "--workdir"),
-        f"{tmp_path}/runs/at=60,arm=pre_ln,seed=0-control",
-    ]
-    # The control itself is no run that was changed.
-    changed_run(tmp_path / "control", (1.0, 0.9), (2.0, 2.0), "pre_ln", factor=1.0)
-    assert "changed on purpose" not in " ".join(told(*read(tmp_path / "control")))
-
-
-def test_layers_that_fell_first_are_told_of_with_their_rates(tmp_path):
-    record = {}
-    for rate, layer, step in ((0.1, 1, 20), (1.0, 0, 10)):
-        name = f"steps=40,arm=pre_ln,learning_rate={rate},seed=0"
-        rows = [row(at, 1.0, 0.05 if layer == 0 and at >= step else 2.0) for at in range(5, 45, 5)]
-        for each in rows:
-            each["attention/entropy/encoder/block_1"] = 0.05 if layer == 1 and each["step"] >= step else 2.0
-        run_folder(tmp_path / "sweep" / name, rows, total=40)
-        point = {"steps": 40, "arm": "pre_ln", "learning_rate": rate, "seed": 0}
-        record[name] = {"point": point, "state": "done", "status": 0}
-    (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
-    page, _ = page_of(tmp_path, tmp_path / "sweep")
-    assert (
-        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1), encoder/block_1 first by step 20 (at learning rate "
-        "0.1) and encoder/block_0 first by step 10 (at learning rate 1), lowest entropy 0.05 nats" in page
-    )
-
-
-def test_a_name_that_cannot_be_shown_is_in_no_command(tmp_path):
-    told = story_of(plain_run(tmp_path / "a\nb", collapsing()))[-1]
-    assert told.text.startswith("To try next")
-    assert told.command == ""
-    page, _ = page_of(tmp_path, plain_run(tmp_path / "$(touch x) <b>", collapsing()))
-    assert "&#x27;" in page.split("<code>")[1].split("</code>")[0]
-    assert "<b>/config.json" not in page
 
 
 @pytest.mark.parametrize(("column", "inches"), [("single", 3.3), ("double", 6.9)])

@@ -12,7 +12,7 @@ import pytest
 from sigmarep.diagnostics import files, follow, show, watch
 from sigmarep.errors import BadInput
 from tests.diagnostics.test_page import HOSTILE
-from tests.diagnostics.test_report import collapsing, row, run_folder, sweep
+from tests.diagnostics.written import collapsing, row, run_folder, sweep
 
 
 def add(folder, *rows):

@@ -8,9 +8,11 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from sigmarep.errors import BadInput
-from sigmarep.weights import files, safetensors
+from sigmarep.weights import files
 
 ARRAYS = {
     "a/b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -30,9 +32,10 @@ def same(read, written):
 
 def test_safetensors_are_read_as_written(tmp_path):
     path = str(tmp_path / "w.safetensors")
-    safetensors.write(path, ARRAYS, {"step": "7"})
+    save_file({name: np.asarray(x) for name, x in ARRAYS.items()}, path, {"step": "7"})
     same(files.read(path), ARRAYS)
-    assert safetensors.metadata(path) == {"step": "7"}
+    with safe_open(path, "numpy") as file:
+        assert file.metadata() == {"step": "7"}
 
 
 def test_npz_are_read_as_written(tmp_path):
@@ -50,9 +53,9 @@ def test_a_checkpoint_of_orbax(tmp_path):
 
 
 def test_a_folder_of_transformers_whole_and_in_shards(tmp_path):
-    safetensors.write(str(tmp_path / "model.safetensors"), {"a": ARRAYS["a/b"]}, {})
+    save_file({"a": ARRAYS["a/b"]}, tmp_path / "model.safetensors")
     same(files.read(str(tmp_path)), {"a": ARRAYS["a/b"]})
-    safetensors.write(str(tmp_path / "model-2.safetensors"), {"half": ARRAYS["half"]}, {})
+    save_file({"half": ARRAYS["half"]}, tmp_path / "model-2.safetensors")
     index = {"weight_map": {"a": "model.safetensors", "half": "../elsewhere/model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     same(files.read(str(tmp_path)), {"a": ARRAYS["a/b"], "half": ARRAYS["half"]})
@@ -97,11 +100,11 @@ def header(**entries):
         (b"", "no safetensors file"),
         (b"\xff" * 8 + b"{}", "no safetensors file"),
         (b"\x02\0\0\0\0\0\0\0[]", "no safetensors file"),
-        (header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}), "a is not whole"),
-        (header(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}) + b"\0" * 8, "a is not whole"),
-        (header(a={"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}) + b"\0" * 8, "a is not whole"),
-        (header(a={"dtype": "pickle", "shape": [1], "data_offsets": [0, 4]}) + b"\0" * 8, "type, shape or place"),
-        (header(a=3) + b"\0" * 8, "type, shape or place"),
+        (header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}), "no safetensors file"),
+        (header(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}) + b"\0" * 8, "no safetensors file"),
+        (header(a={"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}) + b"\0" * 8, "no safetensors file"),
+        (header(a={"dtype": "pickle", "shape": [1], "data_offsets": [0, 4]}) + b"\0" * 8, "no safetensors file"),
+        (header(a=3) + b"\0" * 8, "no safetensors file"),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, content, reason):
