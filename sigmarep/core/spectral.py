@@ -30,6 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sigmarep.core.norms import divisor, unit
 
@@ -124,10 +125,14 @@ def _block_step(kernel: jax.Array, block: jax.Array) -> PowerStep:
     vectors, outputs = block.shape
     inputs = _input_axes(kernel, outputs)
 
+    # Where the mesh's axes are explicit the sums over shards of W must be asked for; the block is whole on every device.
+    mesh = jax.typeof(kernel).sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None
+
     def contracted(left, axes):
         # Contracts W over its own axes: a reshaped or transposed W may be gathered from its shards first.
         both = (tuple(range(1, left.ndim)), tuple(axes))
-        return jnp.tensordot(left, kernel, axes=both, precision=lax.Precision.HIGHEST)
+        return jnp.tensordot(left, kernel, axes=both, precision=lax.Precision.HIGHEST, out_sharding=whole)
 
     over_outputs = block.reshape(vectors, *kernel.shape[inputs:])
     image = lax.stop_gradient(contracted(over_outputs, range(inputs, kernel.ndim))).reshape(vectors, -1).T
@@ -161,34 +166,34 @@ def effective_kernel(kernel: jax.Array, gamma: jax.Array, sigma: jax.Array, *, d
     return (kernel.astype(jnp.float32) * _ratio(gamma, sigma)).astype(kernel.dtype if dtype is None else dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _reparametrize(kernel, gamma, u, basis, dtype):
-    return _reparametrize_fwd(kernel, gamma, u, basis, dtype)[0]
+    step = power_step(kernel, u, basis)
+    return effective_kernel(kernel, gamma, step.sigma, dtype=dtype), step.u, step.sigma, step.basis
 
 
-def _reparametrize_fwd(kernel, gamma, u, basis, dtype):
+@_reparametrize.defjvp
+def _reparametrize_jvp(dtype, primals, tangents):
+    kernel, gamma, u, basis = primals
     step = power_step(kernel, u, basis)
     effective = effective_kernel(kernel, gamma, step.sigma, dtype=dtype)
-    return (effective, step.u, step.sigma, step.basis), (kernel, gamma, step)
+    tangent = _effective_tangent(*tangents[:2], kernel, gamma, step.v, step.u, step.sigma, dtype)
+    statistics = (step.u, step.sigma, step.basis)
+    return (effective, *statistics), (tangent, *jax.tree.map(jnp.zeros_like, statistics))
 
 
-def _reparametrize_bwd(dtype, residuals, cotangents):
-    kernel, gamma, step = residuals
-    g = cotangents[0].astype(jnp.float32)
-    w = kernel.astype(jnp.float32)
-    nonzero = step.sigma > TINY
-    reciprocal = _ratio(jnp.float32(1.0), step.sigma)
-    # Scaled before the sum, so that neither a tiny nor a huge W overflows or underflows float32.
-    d_gamma = jnp.sum(g * (w * reciprocal))
-    rank_one = jnp.where(nonzero, d_gamma, 0.0)
-    inputs = _input_axes(kernel, step.u.size)
-    outer = _over_inputs(step.v, kernel, inputs) * _over_outputs(step.u, kernel, inputs)
-    d_kernel = (gamma * reciprocal) * (g - rank_one * outer)
-    zeros = jax.tree.map(jnp.zeros_like, (step.u, step.basis))
-    return d_kernel.astype(kernel.dtype), d_gamma.astype(gamma.dtype), *zeros
-
-
-_reparametrize.defvjp(_reparametrize_fwd, _reparametrize_bwd)
+# Transposed it recomputes, from its own arguments, all that has the kernel's size: of these only the kernel is saved.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(7,))
+def _effective_tangent(d_kernel, d_gamma, kernel, gamma, v, u, sigma, dtype):
+    """The directional derivative of Ŵ, in an order of operations whose transpose is that of the module docstring."""
+    reciprocal = _ratio(jnp.float32(1.0), sigma)
+    inputs = _input_axes(kernel, u.size)
+    outer = _over_inputs(v, kernel, inputs) * _over_outputs(u, kernel, inputs)
+    direct = (gamma * reciprocal) * d_kernel.astype(jnp.float32)
+    along = jnp.where(sigma > TINY, jnp.sum(direct * outer), 0.0)
+    # W is scaled before the sum that the transpose makes of this product, so that neither a tiny nor a huge W overflows
+    # or underflows float32.
+    return (direct + (d_gamma.astype(jnp.float32) - along) * (kernel.astype(jnp.float32) * reciprocal)).astype(dtype)
 
 
 def reparametrize(
@@ -207,7 +212,8 @@ def reparametrize(
       dtype: type of the returned kernel, `kernel.dtype` if None.
     """
     dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
-    return Reparametrized(*_reparametrize(kernel, gamma, *lax.stop_gradient((u, basis)), dtype))
+    effective, *statistics = _reparametrize(kernel, gamma, *lax.stop_gradient((u, basis)), dtype)
+    return Reparametrized(effective, *lax.stop_gradient(statistics))
 
 
 def weight_normalized(kernel: jax.Array, gain: jax.Array, *, dtype=None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Mistakes with σReparam are named, by errors or by `check`."""
+"""Mistakes with σReparam are named, by errors or by `check`, and derivatives go forward too."""
 
 import types
 
@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from sigmarep.core import spectral
 from sigmarep.nn import (
+    MultiHeadAttention,
     SigmaDense,
     SigmaDenseGeneral,
     check,
@@ -63,6 +66,22 @@ def test_folding_parameters_alone_says_what_is_expected():
         ValueError, match=r"^variables: expected \{'params': …, 'spectral': …\}, got bias, gamma, kernel$"
     ):
         fold(dict(sorted(SigmaDense(3).init(KEY, X)["params"].items())))
+
+
+@pytest.mark.parametrize("spec", [("x",), (None, "y"), ("x", "y")])
+def test_a_block_of_vectors_works_on_a_mesh_of_explicit_axes(spec):
+    kernel = jax.random.normal(KEY, (16, 12))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+
+    @jax.jit
+    def run(kernel):
+        vectors = jnp.eye(12)[:3]
+        return spectral.reparametrize(kernel, jnp.float32(2.0), vectors[0], basis=vectors[1:])
+
+    expected = run(kernel)
+    with jax.set_mesh(mesh):
+        result = run(jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(*spec))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +165,49 @@ def test_the_check_compiles_one_program_once(trained):
     before = _measure._cache_size()
     check(moved)
     assert _measure._cache_size() == before
+
+
+@pytest.mark.parametrize("power_vectors", [1, 3])
+def test_derivatives_forward_equal_those_backward(power_vectors):
+    layer = SigmaDense(3, power_vectors=power_vectors)
+    variables = layer.init(KEY, X)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), variables["params"])
+
+    def output(params):
+        return jnp.sin(layer.apply({**variables, "params": params}, X[:2]))
+
+    direction = jax.tree.map(jnp.cos, params)
+
+    @jax.jit
+    def both(params):
+        along = jax.jvp(output, (params,), (direction,))[1]
+        linear = jax.linearize(output, params)[1](direction)
+        return jax.jacrev(output)(params), jax.jacfwd(output)(params), along, linear
+
+    backward, forward, along, linear = both(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), forward, backward)
+    expected = sum(
+        jnp.sum(a * b, axis=range(2, a.ndim)) for a, b in zip(*map(jax.tree.leaves, (backward, direction)), strict=True)
+    )
+    for tangent in (along, linear):
+        np.testing.assert_allclose(tangent, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_derivatives_pass_through_scans_and_checkpoints():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + MultiHeadAttention(2, reparam="sigma")(x), None
+
+    axes = {"params": 0, "spectral": 0}
+    model = nn.scan(nn.remat(Block), variable_axes=axes, split_rngs={"params": True}, length=2)()
+    variables = jax.jit(model.init)(KEY, X[None], None)
+
+    def loss(params):
+        return jnp.sum(model.apply({**variables, "params": params}, X[None], None)[0] ** 2)
+
+    direction = jax.tree.map(jnp.cos, variables["params"])
+    backward = jax.jit(jax.grad(loss))(variables["params"])
+    forward = jax.jit(lambda p, d: jax.jvp(loss, (p,), (d,))[1])(variables["params"], direction)
+    expected = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, backward, direction)))
+    np.testing.assert_allclose(forward, expected, rtol=1e-4)
