@@ -5,6 +5,7 @@ from sigmarep.nn.check import check, decay_mask
 from sigmarep.nn.convert import reparametrize
 from sigmarep.nn.fold import fold
 from sigmarep.nn.linear import SigmaConv, SigmaDense, SigmaDenseGeneral, SigmaEmbed
+from sigmarep.nn.observe import observe
 from sigmarep.nn.transformer import Mlp, TransformerBlock, TransformerConfig, TransformerStack
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "check",
     "decay_mask",
     "fold",
+    "observe",
     "reparametrize",
 ]

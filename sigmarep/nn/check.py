@@ -20,7 +20,7 @@ ITERATIONS = 12
 NAMED = 3
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A reparametrized kernel as matrices (*stacked, inputs, outputs) with its state, and γ, None if it has none."""
 
     matrices: jax.Array
@@ -78,7 +78,7 @@ def check(
             "and put back what each training apply returns with mutable=['spectral']."
         )
     if spectral_state:
-        sentences += _of_values(_parts(params, spectral_state, layers), "")
+        sentences += _of_values(parts_of(params, spectral_state, layers), "")
     if optimizer is not None:
         sentences += _of_optimizer(optimizer, params)
     if ema is not None:
@@ -142,7 +142,8 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _parts(params: Any, state: Any, layers: Mapping[str, Layer] | None) -> dict[str, _Part]:
+def parts_of(params: Any, state: Any, layers: Mapping[str, Layer] | None) -> dict[str, Part]:
+    """The reparametrized kernels by path; arguments as those of `check`."""
     if isinstance(params, trees.Params):
         if layers is None:
             raise ValueError("layers: needed for sigmarep.nn.trees.Params; pass those that trees.init was given")
@@ -175,15 +176,15 @@ def _places(state: Any, path: tuple[str, ...]) -> list[str]:
     return [place for name, value in state.items() for place in _places(value, (*path, name))]
 
 
-def _part(kernel, gamma, state, layer: Layer | None) -> _Part:
+def _part(kernel, gamma, state, layer: Layer | None) -> Part:
     u, sigma = state["u"], state["sigma"]
     matrices = jnp.reshape(kernel, (*sigma.shape, -1, u.shape[-1])) if layer is None else layer.matrices(kernel)
-    return _Part(matrices, u, sigma, state.get("basis"), gamma)
+    return Part(matrices, u, sigma, state.get("basis"), gamma)
 
 
 @jax.jit
-def _measure(parts: dict[str, _Part]) -> dict[str, _Measured]:
-    def one(part: _Part) -> _Measured:
+def _measure(parts: dict[str, Part]) -> dict[str, _Measured]:
+    def one(part: Part) -> _Measured:
         function = _measure_one
         for _ in range(part.sigma.ndim):
             function = jax.vmap(function)
@@ -206,7 +207,7 @@ def _measure_one(matrix, u, basis):
     return _Measured(norm, step.sigma, length)
 
 
-def _of_values(parts: dict[str, _Part], whose: str) -> list[str]:
+def _of_values(parts: dict[str, Part], whose: str) -> list[str]:
     measured = jax.device_get(_measure({name: part._replace(gamma=None) for name, part in parts.items()}))
     if not measured:
         return []
@@ -275,10 +276,10 @@ def _of_ema(ema: Any, params: Any, state: Any, layers: Any) -> list[str]:
     if not _alike(averaged, params):
         return ["The averaged weights have another structure than the parameters: average γ and the kernels alike."]
     if own is not None:
-        return _of_values(_parts(averaged, own, layers), "In the averaged weights: ")
+        return _of_values(parts_of(averaged, own, layers), "In the averaged weights: ")
     if state is None:
         return ["The averaged weights have no collection 'spectral': evaluate them with that of the training."]
-    return _of_values(_parts(averaged, state, layers), "In the averaged weights, with the training's u: ")
+    return _of_values(parts_of(averaged, state, layers), "In the averaged weights, with the training's u: ")
 
 
 def _alike(first: Any, second: Any) -> bool:
@@ -299,7 +300,7 @@ def decay_mask(params: Any) -> Any:
 
     def decayed(path, leaf):
         name = path_name(path).rpartition("/")[2]
-        return leaf.ndim > 1 and not (name == "gamma" or name.endswith("_gamma") or name == "bias")
+        return leaf.ndim > 1 and not (name == "gamma" or name.endswith("_gamma") or name in ("bias", "scale"))
 
     if isinstance(params, trees.Params):
         gamma: Any = dict.fromkeys(params.gamma, False)
