@@ -30,7 +30,7 @@ from sigmarep.nn import trees
 from sigmarep.nn.check import parts_of
 from sigmarep.nn.convert import Reparametrized
 from sigmarep.nn.layers import Layer, path_name
-from sigmarep.nn.observe import observe
+from sigmarep.nn.observe import Statistics, observe
 
 FILE = "metrics.jsonl"
 # As those of the trainer's panel, on kernels without a stored σ.
@@ -88,22 +88,21 @@ class Recorder:
 
     def _panel(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self._observed is None:
-            if self._layers is None:
-                self._layers = _layers(self._function, args, kwargs)
-            self._observed = self._make(kwargs)
+            self._layers = _layers(self._function, args, kwargs) if self._layers is None else self._layers
+            self._observed = self._make(kwargs, self._layers)
         attention, spectra = jax.device_get(self._observed(*args, **_arrays(kwargs)))
         stacks = getattr(self._layers, "stacks", {})
         return attention_metrics(attention, stacks) | _flat(spectra, stacks)
 
-    def _make(self, options: Mapping[str, Any]) -> Callable[..., Any]:
+    def _make(self, options: Mapping[str, Any], layers: Mapping[str, Layer]) -> Callable[..., Any]:
         # What is no array, such as train=False, is a constant of the program.
         constants = {name: value for name, value in options.items() if name not in _arrays(options)}
 
         def run(*args, **kwargs):
-            statistics = {}
+            statistics: Statistics = {}
             if self._function is not None:
                 _, statistics = observe(self._function)(*args, **kwargs, **constants)
-            return statistics, spectral_statistics(*_trained(args[0]), self._layers)
+            return statistics, spectral_statistics(*_trained(args[0]), layers)
 
         return jax.jit(run)
 
@@ -120,7 +119,7 @@ def spectral_statistics(params: Any, state: Any, layers: Mapping[str, Layer]) ->
     weights = params.weights if isinstance(params, trees.Params) else params
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
     modules = [layer.module for layer in layers.values()]
-    metrics = {}
+    metrics: dict[str, jax.Array] = {}
     for path, layer in layers.items():
         name = layer.module if layer.module and modules.count(layer.module) == 1 else path
         matrices = layer.matrices(leaves[path]).astype(jnp.float32)

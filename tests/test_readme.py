@@ -25,7 +25,8 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_an_example_runs(code):
+def test_an_example_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)
     if "plain" in names:
@@ -35,6 +36,9 @@ def test_an_example_runs(code):
         before = names["theirs"].apply(names["trained"], names["x"])
         np.testing.assert_allclose(names["y"], before, rtol=1e-5, atol=1e-5)
         assert "layers_1/query/kernel" in names["model"].table()
+    if "row" in names:
+        assert "attention/entropy/layers_0" in names["row"]
+        assert "spectral/norm/layers_1" in names["row"]
 
 
 def test_the_notebook_example_runs(tmp_path, monkeypatch):

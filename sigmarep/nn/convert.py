@@ -132,12 +132,9 @@ class Reparametrized:
             variables["params"], self.chosen, gamma_init=self.gamma_init, power_vectors=self.power_vectors
         )
         nested = _copied(params.weights)
-        spectral: dict[str, Any] = {}
         for path in self.chosen:
-            gamma, place = self._places(path)
-            _put(nested, gamma, params.gamma[path])
-            _put(spectral, place, state[path])
-        return {**variables, "params": nested, "spectral": spectral}
+            _put(nested, self._places(path)[0], params.gamma[path])
+        return {**variables, "params": nested, "spectral": self._nested(state)}
 
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: CollectionFilter = False, **kwargs: Any) -> Any:
         """The module's `apply` on effective kernels.
@@ -159,10 +156,15 @@ class Reparametrized:
         if not store:
             return result
         y, updates = result
-        spectral: dict[str, Any] = {}
-        for path in self.chosen:
-            _put(spectral, self._places(path)[1], state[path])
-        return y, {**updates, "spectral": spectral}
+        return y, {**updates, "spectral": self._nested(state)}
+
+    def advance(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The same variables with one power step stored, for after an update in a loop that makes nothing mutable.
+
+        Such a loop may train all of `variables`: derivatives with respect to the vectors are zero.
+        """
+        _, state = trees.apply(*self._taken_apart(variables), self.chosen)
+        return {**variables, "spectral": self._nested(state)}
 
     def fold(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Variables of the plain module with the outputs of `apply`: effective kernels, no γ and no `spectral`."""
@@ -182,6 +184,13 @@ class Reparametrized:
             rows.append((name, str(leaf.shape), why))
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         return "\n".join(f"{name:{widths[0]}}  {shape:{widths[1]}}  {why}" for name, shape, why in rows)
+
+    def _nested(self, state: trees.State) -> dict[str, Any]:
+        """The collection `spectral`."""
+        spectral: dict[str, Any] = {}
+        for path in self.chosen:
+            _put(spectral, self._places(path)[1], state[path])
+        return spectral
 
     def _places(self, path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Where γ is in `params`, and where u and σ are in `spectral`."""

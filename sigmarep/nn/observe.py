@@ -301,8 +301,8 @@ def _mask_of_jax(arguments: Mapping[str, Any], queries: int, keys: int) -> tuple
         mask = _both(mask, (jnp.arange(keys) < lengths[:, None])[:, None, None])
     if (window := arguments["local_window_size"]) is not None:
         before, after = (window, window) if isinstance(window, int) else window
-        ahead = jnp.arange(keys) - jnp.arange(queries)[:, None]
-        mask = _both(mask, (ahead >= -before) & (ahead <= after))
+        offset = jnp.arange(keys) - jnp.arange(queries)[:, None]
+        mask = _both(mask, (offset >= -before) & (offset <= after))
     lengths = arguments["query_seq_lengths"]
     return mask, None if lengths is None else jnp.arange(queries) < lengths[:, None]
 

@@ -6,12 +6,19 @@
 
 `params` is what an optimizer trains; `state` belongs beside it in a train state and in checkpoints. An evaluation calls
 `apply` as well and drops the new state. Both work under `jit`, `vmap`, `scan` and `grad`.
+
+Where a model is a tree itself, as in Equinox, `SigmaTree` is the pair in the place of the model:
+
+    model = SigmaTree.of(model)                            # called as the model was, on effective weights
+    model = model.advance()                                # after every update: one power step, stored
+    plain = model.fold()                                   # the model, with the same outputs
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -129,6 +136,42 @@ def apply(params: Params, state: State, layers: Mapping[str, Layer]) -> tuple[An
         return layer.restored(result.kernel)
 
     return jax.tree_util.tree_map_with_path(effective, params.weights), new
+
+
+class SigmaTree(flax.struct.PyTreeNode):
+    """A model that is a pytree, under σReparam: a tree with γ and the vectors of the power iteration among its leaves.
+
+    Derivatives with respect to the vectors are zero, so that a whole tree may be given to an optimizer without weight
+    decay; with it leave all but the kernels out (`sigmarep.nn.decay_mask(model.params)`).
+
+    Attributes:
+      params, state: see `init`. layers: of the reparametrized leaves.
+    """
+
+    params: Params
+    state: State
+    layers: tuple[Layer, ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, model: Any, layers: Mapping[str, Layer] | None = None, **options: Any) -> "SigmaTree":
+        """Args: a model; its layers, `matrices(model)` if None; options of `init`."""
+        layers = matrices(model) if layers is None else layers
+        return cls(*init(model, layers, **options), tuple(layers.values()))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model with its effective weights."""
+        return self.fold()(*args, **kwargs)
+
+    def fold(self) -> Any:
+        """The plain model with the effective weights."""
+        return apply(self.params, self.state, self._by_path())[0]
+
+    def advance(self) -> "SigmaTree":
+        """The same with one power step stored: for after an update."""
+        return self.replace(state=apply(self.params, self.state, self._by_path())[1])
+
+    def _by_path(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
 
 
 def _reparametrized(kernel, gamma, u, basis):

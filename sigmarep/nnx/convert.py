@@ -25,7 +25,8 @@ def reparametrize(
     """Puts an NNX model under σReparam, in place: its linear layers become those of this package.
 
     They are the layers whose class is exactly `nnx.Linear`, `LinearGeneral` or `Conv`, wherever they are (in attention,
-    in recurrent cells, stacked by `nnx.vmap`), and with `embeddings` `nnx.Embed`.
+    in recurrent cells, stacked by `nnx.vmap`), and with `embeddings` `nnx.Embed`. Where a model reads a kernel itself, past
+    its layer, it goes on reading the plain one: exclude that layer.
 
     Args:
       model: anything of NNX. Make its `nnx.Optimizer` after this.
@@ -62,7 +63,7 @@ def fold(model: nnx.Module) -> None:
             for name in ("gamma", "u", "sigma", "basis", "use_running_average"):
                 delattr(module, name)
             getattr(module, module.matrix_name)[...] = kernel
-            module.__class__ = module.plain
+            object.__setattr__(module, "__class__", module.plain)
 
 
 def layers(model: nnx.Module) -> dict[str, Layer]:
@@ -75,8 +76,8 @@ def as_variables(model: nnx.Module) -> tuple[Any, Any]:
     """Parameters as nested dicts, and the variables of the power iteration under the names of `sigmarep.nn`, or None."""
     params: dict[str, Any] = {}
     state: dict[str, Any] = {}
-    for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        _put(params, tuple(map(str, path)), value[...])
+    for keys, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        _put(params, tuple(map(str, keys)), value[...])
     for path, module in _modules(model):
         if isinstance(module, Sigma):
             named = {"u": module.u, "sigma": module.sigma, "basis": module.basis}

@@ -118,10 +118,16 @@ def begin(module: Any, *, reparam: Reparam, gamma_init: float | str, power_vecto
     if reparam == "spectral":
         module.gamma = nnx.data(None)
         return
-    if gamma_init not in ("one", "sigma") and not isinstance(gamma_init, int | float):
+    module.gamma = nnx.Param(_initial_gamma(gamma_init, sigma))
+
+
+def _initial_gamma(gamma_init: float | str, sigma: jax.Array) -> jax.Array:
+    if gamma_init == "sigma":
+        return sigma
+    value = 1.0 if gamma_init == "one" else gamma_init
+    if isinstance(value, str):
         raise ValueError(f"gamma_init = {gamma_init!r}: expected 'one', 'sigma' or a number")
-    gamma = sigma if gamma_init == "sigma" else jnp.full(sigma.shape, 1.0 if gamma_init == "one" else gamma_init)
-    module.gamma = nnx.Param(gamma.astype(jnp.float32))
+    return jnp.full(sigma.shape, value, jnp.float32)
 
 
 def layer_of(module: Any, path: str = "") -> Layer:
