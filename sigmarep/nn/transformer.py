@@ -140,6 +140,12 @@ class TransformerConfig(AttentionConfig):
     )
     init_std: float = attribute(0.02, "Standard deviation of trunc_normal and normal.", above=0)
     scan: bool = attribute(True, "Stacks the parameters of all blocks and compiles one block.")
+    scan_unroll: int = attribute(
+        1,
+        "Blocks of the scan that are compiled one after another; with all of them nothing is copied between blocks, and "
+        "compiling takes longer.",
+        at_least=1,
+    )
     remat: str = attribute(
         "none",
         "Recomputation in the backward pass: full, of each block; dots, of all but its matrix products.",
@@ -348,13 +354,14 @@ class TransformerStack(nn.Module):
             return block(x, rate, visibility=visibility, **options)
 
         if c.remat != "none":
-            apply_block = nn.remat(apply_block, policy=REMATS[c.remat], prevent_cse=not c.scan)
+            apply_block = nn.remat(apply_block, policy=REMATS[c.remat], prevent_cse=not c.scan or c.scan_unroll > 1)
         if c.scan:
             scanned = nn.scan(
                 lambda block, carry, rate: (apply_block(block, carry, rate), None),
                 variable_axes={"params": 0, "spectral": 0, "attention": 0, "losses": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.depth,
+                unroll=min(c.scan_unroll, c.depth),
                 # The check traces the block once more, and random numbers are drawn after as many traces as ever.
                 check_constancy_invariants=self.is_initializing() or not options.get("deterministic", True),
             )

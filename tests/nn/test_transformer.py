@@ -29,9 +29,10 @@ def close(a, b, rtol=1e-4, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("norm", ["pre", "deepnorm"])
-def test_scanned_equals_unrolled_in_output_state_and_gradient(norm):
-    c = dataclasses.replace(SMALL, norm=norm)
+# Two of the scan's three blocks at once leave a remainder; eight are more than there are.
+@pytest.mark.parametrize(("norm", "at_once"), [("pre", 1), ("deepnorm", 1), ("pre", 2), ("pre", 8)])
+def test_scanned_equals_unrolled_in_output_state_and_gradient(norm, at_once):
+    c = dataclasses.replace(SMALL, norm=norm, scan_unroll=at_once)
     scanned, unrolled = TransformerStack(c), TransformerStack(dataclasses.replace(c, scan=False))
     stacked = scanned.init(KEY, X)
     apart = unstacked(stacked, 3)
@@ -51,10 +52,10 @@ def test_scanned_equals_unrolled_in_output_state_and_gradient(norm):
     close(unstacked({"params": gradient}, 3)["params"], other)
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("full", True), ("full", False), ("dots", True)])
-def test_recomputing_changes_neither_gradient_nor_power_step(remat, scan):
+@pytest.mark.parametrize(("remat", "scan", "at_once"), [("full", True, 1), ("full", False, 1), ("dots", True, 2)])
+def test_recomputing_changes_neither_gradient_nor_power_step(remat, scan, at_once):
     # Dropout too: what is recomputed must draw the same masks.
-    c = dataclasses.replace(SMALL, depth=2, scan=scan, dropout=0.3, layer_drop=0.3)
+    c = dataclasses.replace(SMALL, depth=2, scan=scan, scan_unroll=at_once, dropout=0.3, layer_drop=0.3)
     options = {"deterministic": False, "rngs": {"dropout": KEY}, "mutable": ["spectral"]}
     variables = TransformerStack(c).init(KEY, X)
     results = []
