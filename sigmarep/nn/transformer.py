@@ -19,11 +19,13 @@ from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTan
 from sigmarep.nn.seq_vcr import seq_vcr
 from sigmarep.nn.visibility import FULL, Visibility
 
+# Under a checkpoint the backward pass keeps the activation's input alone, not what its derivative is made of: by the bytes that
+# are moved, computing these once more is the cheaper way.
 ACTIVATIONS: dict[str, Callable] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu": jax.checkpoint(lambda x: nn.gelu(x, approximate=False)),
+    "gelu_tanh": jax.checkpoint(lambda x: nn.gelu(x, approximate=True)),
     "relu": nn.relu,
-    "silu": nn.silu,
+    "silu": jax.checkpoint(nn.silu),
     "tanh": nn.tanh,
 }
 NORMS = ("none", "pre", "post", "deepnorm")
