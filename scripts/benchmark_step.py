@@ -2,7 +2,7 @@
 
     python scripts/benchmark_step.py [--width 384] [--depth 4] [--batch_size 32] [--rounds 15]
     python scripts/benchmark_step.py --width 768 --depth 12 --image_size 224 --patch_size 16 --batch_size 256 \
-        --dtype bfloat16 --peak_tflops 989      # ViT-B/16 on an H100
+        --dtype bfloat16 --peak_tflops 989 --scan_unroll 12 --steps 8      # ViT-B/16 on an H100 or H200
 
 The models alternate in one process, so that a change in the machine's speed affects all of them. Printed are the median
 over rounds, and the median of the ratios within each round. The pictures are the digits, enlarged; their content does not
@@ -22,10 +22,17 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples per step.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Side of an image, in pixels.")
 PATCH_SIZE = flags.DEFINE_integer("patch_size", 8, "Side of a patch, in pixels.")
 ATTENTION = flags.DEFINE_string("attention", "auto", "config.model.attention_implementation.")
+SCAN_UNROLL = flags.DEFINE_integer("scan_unroll", 1, "config.model.scan_unroll.", lower_bound=1)
+QKV = flags.DEFINE_string("qkv", "separate", "config.model.qkv.")
+ACTIVATION = flags.DEFINE_string("activation", "gelu", "config.model.activation.")
+POWER_VECTORS = flags.DEFINE_integer("power_vectors", 16, "Leaves out models with more vectors of the power iteration.")
 PEAK = flags.DEFINE_float(
     "peak_tflops", 0.0, "The device's dense peak for --dtype; prints the share of it that is used."
 )
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Number of timed steps of each model.", lower_bound=2)
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Number of turns of each model.", lower_bound=2)
+STEPS = flags.DEFINE_integer(
+    "steps", 1, "Steps of a turn, queued as in a training, so that an accelerator copies batches while it computes."
+)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
 
 # Norm, reparametrization, vectors of the power iteration.
@@ -54,6 +61,7 @@ def prepare(norm: str, reparam: str, power_vectors: int = 1):
     model = config.model
     model.norm, model.reparam, model.power_vectors = norm, reparam, power_vectors
     model.patch_size, model.attention_implementation = PATCH_SIZE.value, ATTENTION.value
+    model.scan_unroll, model.qkv, model.activation = SCAN_UNROLL.value, QKV.value, ACTIVATION.value
     model.depth, model.width, model.num_heads = DEPTH.value, WIDTH.value, max(WIDTH.value // 64, 1)
     model.mlp_dim = 4 * WIDTH.value
     experiment = build(validate(config))
@@ -69,8 +77,9 @@ def described() -> str:
 
     return (
         f"ViT, depth {DEPTH.value}, width {WIDTH.value}, {tokens()} tokens, batch {BATCH_SIZE.value}, {DTYPE.value}, "
-        f"attention {ATTENTION.value}, on {jax.devices()[0].device_kind}, jax {jax.__version__}, median of {ROUNDS.value} "
-        "interleaved rounds"
+        f"attention {ATTENTION.value}, qkv {QKV.value}, {ACTIVATION.value}, {SCAN_UNROLL.value} blocks at once, "
+        f"on {jax.devices()[0].device_kind}, jax {jax.__version__}, median of {ROUNDS.value} "
+        f"interleaved rounds of {STEPS.value} steps"
     )
 
 
@@ -90,22 +99,24 @@ def model_flops() -> float:
 def main() -> None:
     import jax
 
-    runs = {name: prepare(*words) for name, words in ARMS.items()}
+    arms = {name: words for name, words in ARMS.items() if words[2] <= POWER_VECTORS.value}
+    runs = {name: prepare(*words) for name, words in arms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS.value):
         for name, (experiment, state, batch) in runs.items():
             start = time.perf_counter()
-            state, output = experiment.runner.step(state, batch, panel=False)
+            for _ in range(STEPS.value):
+                state, output = experiment.runner.step(state, batch, panel=False)
             jax.block_until_ready((state, output))
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / STEPS.value)
             runs[name] = (experiment, state, batch)
     print(described())
     for name, times in seconds.items():
         rate = model_flops() / statistics.median(times) / 1e12
         used = f", {rate / PEAK.value:.1%} of the peak" if PEAK.value else ""
         print(f"{name:31} {1000 * statistics.median(times):9.1f} ms, {rate:.4g} model TFLOP/s{used}")
-    for ours in (name for name, words in ARMS.items() if words[1] == "sigma"):
-        for base in (name for name, words in ARMS.items() if words[1] == "none"):
+    for ours in (name for name, words in arms.items() if words[1] == "sigma"):
+        for base in (name for name, words in arms.items() if words[1] == "none"):
             ratios = [a / b for a, b in zip(seconds[ours], seconds[base], strict=True)]
             low, _, high = statistics.quantiles(ratios, n=4)
             print(f"{ours} / {base}: {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f})")
