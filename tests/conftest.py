@@ -1,7 +1,9 @@
 """Eight virtual devices for every test, and one compilation cache for all runs of the suite."""
 
+import collections
 import gc
 import os
+import pathlib
 import tempfile
 from importlib.metadata import version
 
@@ -52,5 +54,43 @@ def one_device():
         yield
 
 
+# Test functions, one a line, that are slow beside those marked in their files; written by --update-slow.
+SLOW = pathlib.Path(__file__).with_name("slow.txt")
+
+
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files of the configurations")
+    parser.addoption(
+        "--update-slow",
+        type=float,
+        metavar="SECONDS",
+        help="list the tests that took longer, of the files that run",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    listed = set(SLOW.read_text(encoding="utf-8").split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in listed:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure(config):
+    if config.getoption("--update-slow") is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Durations(config), "slow tests")
+
+
+class _Durations:
+    """Measures every test, those of xdist's workers too, and lists the slow ones at the end."""
+
+    def __init__(self, config):
+        self.limit, self.seconds = config.getoption("--update-slow"), collections.defaultdict(float)
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self):
+        files = {name.partition("::")[0] for name in self.seconds}
+        others = {name for name in SLOW.read_text(encoding="utf-8").split() if name.partition("::")[0] not in files}
+        slow = {name.partition("[")[0] for name, seconds in self.seconds.items() if seconds > self.limit}
+        SLOW.write_text("".join(f"{name}\n" for name in sorted(others | slow)), encoding="utf-8")

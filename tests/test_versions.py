@@ -80,3 +80,9 @@ def test_it_counts_what_pytest_reports(script, tmp_path):
     (tmp_path / "test_it.py").write_text(source)
     subprocess.run([sys.executable, "-m", "pytest", "--junitxml=report.xml", "-c", os.devnull, "."], cwd=tmp_path)
     assert script.count((tmp_path / "report.xml").read_text()) == "2 passed, 1 failed, 1 skipped"
+
+
+def test_every_slow_test_exists():
+    for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split():
+        path, _, name = line.partition("::")
+        assert f"def {name.rpartition('::')[2]}(" in (ROOT / path).read_text(encoding="utf-8"), line
