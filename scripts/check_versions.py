@@ -5,9 +5,9 @@
 
 Each of the two gets a virtual environment of its own in a temporary folder, with the extra `dev`, and runs
 `pytest -m "not slow"` with the arguments behind `--`. Oldest are the lower bounds of all direct requirements together, so
-bounds that exclude one another count as a failure. An interpreter that is not on PATH is named and skipped. Needs the
-package `packaging` and nothing else. Exit status: 0 unless an environment failed, then 1; 2 for an interpreter that was
-asked for and does not run.
+bounds that exclude one another count as a failure. An interpreter is looked for on PATH and in pyenv's folder; one
+that is in neither is named and skipped. Needs the package `packaging` and nothing else. Exit status: 0 unless an
+environment failed, then 1; 2 for an interpreter that was asked for and does not run.
 """
 
 import argparse
@@ -76,6 +76,13 @@ def runs(python: str) -> bool:
     return subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0
 
 
+def interpreter(name: str) -> str | None:
+    """The command of an interpreter on PATH, else the newest of that name among pyenv's, else None."""
+    versions = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv") / "versions"
+    others = sorted(map(str, versions.glob(f"{name.removeprefix('python')}*/bin/{name}")), reverse=True)
+    return next((python for python in (name, *others) if runs(python)), None)
+
+
 def check(age: str, python: str, arguments: Sequence[str]) -> tuple[bool, str]:
     """Installs and tests in a new environment of the interpreter; returns success and the summary."""
     start = time.monotonic()
@@ -131,11 +138,13 @@ def main() -> None:
         if flags.only not in (None, age):
             continue
         asked = getattr(flags, age)
-        python = asked or name
-        if not runs(python):
-            if asked:
-                parser.error(f"--{age} {asked}: expected a command that starts Python")
-            summaries.append(f"{age}, {python}: SKIPPED, no such interpreter on PATH; name one by --{age}")
+        if asked and not runs(asked):
+            parser.error(f"--{age} {asked}: expected a command that starts Python")
+        python = asked or interpreter(name)
+        if python is None:
+            summaries.append(
+                f"{age}, {name}: SKIPPED, no such interpreter on PATH or in pyenv's folder; name one by --{age}"
+            )
             print(summaries[-1], flush=True)
             continue
         success, summary = check(age, python, flags.pytest)

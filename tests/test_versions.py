@@ -23,9 +23,9 @@ def script():
     return module
 
 
-def run(*arguments, path=os.environ["PATH"]):
+def run(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env={**os.environ, "PATH": path}
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
     )
 
 
@@ -61,10 +61,21 @@ def test_interpreters_that_are_not_there_are_named_and_skipped(tmp_path):
     shim = tmp_path / "python3.13"
     shim.write_text("#!/bin/sh\nexit 127\n")
     shim.chmod(0o755)
-    done = run(path=str(tmp_path))
+    done = run(PATH=str(tmp_path), PYENV_ROOT=str(tmp_path / "pyenv"))
     assert done.returncode == 0, done.stderr
     assert "oldest, python3.11: SKIPPED" in done.stdout
     assert "newest, python3.13: SKIPPED" in done.stdout
+
+
+def test_interpreters_of_pyenv_are_taken_where_path_has_none(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    for version in ("3.13.0", "3.13.1"):
+        folder = tmp_path / "versions" / version / "bin"
+        folder.mkdir(parents=True)
+        (folder / "python3.13").symlink_to(sys.executable)
+    assert script.interpreter("python3.13") == str(tmp_path / "versions" / "3.13.1" / "bin" / "python3.13")
+    assert script.interpreter("python3.11") is None
 
 
 def test_an_interpreter_that_was_asked_for_must_run():

@@ -19,8 +19,8 @@ from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTan
 from sigmarep.nn.seq_vcr import seq_vcr
 from sigmarep.nn.visibility import FULL, Visibility
 
-# Under a checkpoint the backward pass keeps the activation's input alone, not what its derivative is made of: by the bytes that
-# are moved, computing these once more is the cheaper way.
+# Under a checkpoint the backward pass keeps the activation's input alone, not what its derivative is made of: by the bytes
+# that are moved, computing these once more is the cheaper way.
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": jax.checkpoint(lambda x: nn.gelu(x, approximate=False)),
     "gelu_tanh": jax.checkpoint(lambda x: nn.gelu(x, approximate=True)),
