@@ -1,16 +1,18 @@
 """Makes every run of a configuration file's `sweep()`, on this machine or on a cluster.
 
     python scripts/sweep.py --config configs/stability/vit.py --workdir runs/stability_vit [--jobs 2] [--dry_run]
+    python scripts/sweep.py … --vectorize 32                      # on a GPU: 32 runs of one program at a time
     python scripts/sweep.py … --launcher slurm --option gpus-per-node=1 --option time=12:00:00
     python scripts/sweep.py … --launcher skypilot --option accelerators=tpu-v5litepod-16 --option bucket=gs://NAME
     python scripts/sweep.py … --table
 
 Each run has its own folder, where log.txt has its output, and is what scripts/train.py makes alone. A process makes
 runs one after another, first those of one program, which differ in seed and rates alone; --jobs is the number of
-processes. Runs that are done or diverged are not repeated; runs that failed or were stopped are. The processes share
-compiled programs (JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints the
-files and commands of a launch without writing or running anything; `--table` prints the states of the runs. See
-docs/launch.md.
+processes. With --vectorize N a process makes up to N runs of one program together, by jax.vmap on one device, each with
+its own data order, metrics, checkpoints and end: for an accelerator that a single small run leaves idle. Runs that are
+done or diverged are not repeated; runs that failed or were stopped are. The processes share compiled programs
+(JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints the files and commands of
+a launch without writing or running anything; `--table` prints the states of the runs. See docs/launch.md.
 
 Exit status: 0 if every run is done or diverged, or was submitted to the cluster; 1 if a run failed; 143 if stopped by
 SIGTERM or Ctrl-C, after the runs have saved their states.
@@ -28,7 +30,15 @@ from sigmarep.errors import BadInput
 
 CONFIG = flags.DEFINE_string("config", None, "Configuration file with a function sweep().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; locally half the cores by default.", lower_bound=1)
+JOBS = flags.DEFINE_integer(
+    "jobs",
+    None,
+    "Number of processes at a time; locally half the cores by default, one with --vectorize.",
+    lower_bound=1,
+)
+VECTORIZE = flags.DEFINE_integer(
+    "vectorize", 1, "Most runs of one program that a process makes together, on an accelerator.", lower_bound=1
+)
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the commands without running them.")
 LAUNCHER = flags.DEFINE_enum("launcher", "local", launchers.LAUNCHERS, "This machine, or the kind of cluster.")
 OPTION = flags.DEFINE_multi_string(
@@ -69,12 +79,14 @@ def main() -> None:
     except OSError as error:
         raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
     command.stop_with_runs()
+    jobs = JOBS.value or (sweeps.default_jobs() if VECTORIZE.value == 1 else 1)
     record = sweeps.execute(
         runs,
         workdir,
-        jobs=JOBS.value or sweeps.default_jobs(),
+        jobs=jobs,
         say=lambda text: print(text, flush=True),
-        environment=sweeps.shared_cache(workdir),
+        environment=sweeps.environment_of(workdir, jobs),
+        vectorize=VECTORIZE.value,
     )
     if RUN.value is not None and record[runs[0].name]["state"] == "stopped":
         sys.exit(143)

@@ -31,7 +31,7 @@ def main() -> None:
         _prepare()
         from sigmarep import worker_process
 
-        worker_process.serve(CONNECTION.value, train)
+        worker_process.serve(CONNECTION.value, train, show)
         return
     config = command.resolved_config(CONFIG)
     if DESCRIBE.value:
@@ -55,8 +55,12 @@ def train(config, workdir: str, programs=None) -> None:
 
     with processes.ending_together():
         result = train_and_evaluate(config, workdir, programs=programs)
-    if processes.index():
-        return
+    if not processes.index():
+        show(result, workdir)
+
+
+def show(result, workdir: str) -> None:
+    """Prints the result of a run and where its files are."""
     for name, value in result.items():
         if name.startswith("eval/"):
             print(f"{name.removeprefix('eval/').replace('/', ' ')}: {value:.4g}")

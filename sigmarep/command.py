@@ -285,13 +285,18 @@ def outcome(main: Callable[[], Any]) -> int:
     try:
         main()
         return 0
-    except SigmarepError as error:
+    except (Exception, SystemExit) as error:
+        return status_of(error)
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a command that fails by `error`, which is printed."""
+    if isinstance(error, SigmarepError):
         return _failed(error)
-    except SystemExit as error:
+    if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except Exception:
-        traceback.print_exc()
-        return 1
+    traceback.print_exception(error)
+    return 1
 
 
 def _parse(arguments: Sequence[str], *, positional: bool) -> list[str]:

@@ -185,12 +185,13 @@ def execute(
     jobs: int,
     say: Callable[[str], None],
     environment: dict[str, str] | None = None,
+    vectorize: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Makes the runs that are not finished, and returns the record of all.
 
     Runs of one program (`sigmarep.training.experiment.program_key`) are made one after another in one process, which
-    compiles it once. A run's metrics are those that it has alone, and how it ends is its own affair: after a run that
-    failed, or was killed, another process goes on.
+    compiles it once, or several together by one vectorized program (`sigmarep.training.lanes`). A run's metrics are those
+    that it has alone, and how it ends is its own affair: after a run that failed, or was killed, another process goes on.
 
     The output of a run goes to `log.txt` in its folder. The record is updated after every run, so that an interrupted
     sweep continues where it was; several machines may update it. If this process is interrupted, or killed, its runs
@@ -199,19 +200,22 @@ def execute(
     Args:
       todo: the runs of the sweep.
       workdir: folder of the sweep.
-      jobs: number of runs at a time.
+      jobs: number of processes at a time.
       say: receives lines of progress.
       environment: environment variables of the runs; None for those of this process.
+      vectorize: most runs that a process makes together.
 
     Raises:
       BadInput: the record cannot be read.
     """
     record = read_record(workdir)
     waiting = [run for run in todo if record.get(run.name, {}).get("state") not in FINAL]
-    say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs} at a time")
+    together = f" x {vectorize} of one program" if vectorize > 1 else ""
+    say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs}{together} at a time")
     if waiting:
         variables = dict(os.environ if environment is None else environment)
-        _Execution(waiting, workdir, record=record, say=say, environment=variables).make(jobs)
+        execution = _Execution(waiting, workdir, record=record, say=say, environment=variables, vectorize=vectorize)
+        execution.make(jobs)
     return record
 
 
@@ -226,12 +230,16 @@ class _Execution:
         record: dict[str, dict[str, Any]],
         say: Callable[[str], None],
         environment: dict[str, str],
+        vectorize: int,
     ):
         self._workdir, self._record, self._say, self._environment = workdir, record, say, environment
+        self._vectorize = vectorize
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._workers: set[Worker] = set()
         # Runs of one program, by its key.
         self._groups: dict[str, collections.deque[PlannedRun]] = {"": collections.deque(waiting)}
+        # Runs of a group that are made together.
+        self._widths: dict[str, int] = {}
         # Keys of the groups that a worker has begun.
         self._begun: set[str] = set()
 
@@ -260,6 +268,9 @@ class _Execution:
         self._groups = {}
         for run, key in zip(runs, keys, strict=True):
             self._groups.setdefault(run.name if key is None else key, collections.deque()).append(run)
+        for key, group in self._groups.items():
+            # As even as can be: the program computes places that are not used too.
+            self._widths[key] = -(-len(group) // -(-len(group) // self._vectorize))
         return worker
 
     def _started(self, run: PlannedRun) -> Worker | None:
@@ -275,8 +286,8 @@ class _Execution:
         with self._lock:
             self._workers.discard(worker)
 
-    def _next(self, group: str | None) -> tuple[str, PlannedRun] | None:
-        """The next run for a worker that has made those of `group`: one more of these, else of a program that nobody has
+    def _next(self, group: str | None) -> tuple[str, list[PlannedRun]] | None:
+        """The next runs for a worker that has made those of `group`: more of these, else of a program that nobody has
         begun, else of the one with the most runs left."""
         with self._lock:
             left = {key: runs for key, runs in self._groups.items() if runs}
@@ -286,28 +297,42 @@ class _Execution:
             chosen = group if group in left else unbegun[0] if unbegun else max(left, key=lambda each: len(left[each]))
             assert chosen is not None
             self._begun.add(chosen)
-            return chosen, left[chosen].popleft()
+            runs = left[chosen]
+            return chosen, [runs.popleft() for _ in range(min(self._widths.get(chosen, 1), len(runs)))]
 
     def _slot(self, worker: Worker | None) -> None:
-        """Makes runs, one after another, until none is left."""
+        """Makes runs until none is left."""
         group = None
         try:
             while chosen := self._next(group):
-                group, run = chosen
-                if not self._free(run):
+                group, runs = chosen
+                if not all(map(self._free, runs)):
                     return
-                worker = worker or self._started(run)
+                worker = worker or self._started(runs[0])
                 if worker is None:
                     return
-                start = time.monotonic()
-                status, goes_on = worker.make(run.arguments, os.path.join(self._workdir, run.name), self._log(run))
-                self._ended(run, status, time.monotonic() - start)
-                if not goes_on:
+                if not self._made(worker, runs, self._widths.get(group, 1)):
                     self._closed(worker)
                     worker = None
         finally:
             if worker is not None:
                 self._closed(worker)
+
+    def _made(self, worker: Worker, runs: Sequence[PlannedRun], width: int) -> bool:
+        """Makes runs, together if `width` is above 1, and notes how they end. True if the worker goes on."""
+        start = time.monotonic()
+        each = [(run.arguments, os.path.join(self._workdir, run.name), self._log(run)) for run in runs]
+        if width == 1:
+            status, goes_on = worker.make(*each[0])
+            self._ended(runs[0], status, time.monotonic() - start)
+            return goes_on
+        answers = worker.make_together(each, width)
+        while True:
+            try:
+                number, status = next(answers)
+            except StopIteration as end:
+                return end.value
+            self._ended(runs[number], status, time.monotonic() - start)
 
     def _log(self, run: PlannedRun) -> str:
         folder = os.path.join(self._workdir, run.name)
@@ -367,6 +392,13 @@ def compare(path: str, points: Sequence[Point], workdir: str, script: str, *, jo
             raise SigmarepError(f"{folder}: {state}{_reason(folder, state)}; the same command makes this run again")
         outcomes.append(Outcome(run.point, state, read_metrics(os.path.join(folder, "metrics.jsonl"))))
     return outcomes
+
+
+def environment_of(workdir: str, jobs: int) -> dict[str, str]:
+    """Environment variables of a sweep's processes: `shared_cache`; several leave each other room on a GPU, whose memory
+    JAX would else give to the first."""
+    room = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if jobs > 1 else {}
+    return room | shared_cache(workdir)
 
 
 def default_jobs() -> int:

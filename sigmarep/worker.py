@@ -1,8 +1,9 @@
-"""The processes of a sweep, from the side of the sweep: each makes runs one after another (`sigmarep.worker_process`)."""
+"""The processes of a sweep, from the side of the sweep: each makes runs one after another or
+together (`sigmarep.worker_process`)."""
 
 import contextlib
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from multiprocessing import Pipe
 from typing import Any
 
@@ -43,9 +44,36 @@ class Worker:
         answer = self._ask("run", arguments, workdir, log)
         return (self.close(), False) if answer is None else answer
 
+    def make_together(
+        self, runs: Sequence[tuple[Sequence[str], str, str]], width: int
+    ) -> Generator[tuple[int, int], None, bool]:
+        """Makes runs together, given as arguments, workdir and log, by a program for `width`; yields the number and the
+        exit status of each as it ends.
+
+        Returns:
+          True if the process goes on.
+        """
+        left = set(range(len(runs)))
+        answer = self._ask("together", runs, width)
+        while left and answer is not None:
+            left.discard(answer[0])
+            yield answer
+            answer = self._next_answer()
+        if answer is not None:
+            return answer[1]
+        status = self.close()
+        for number in sorted(left):
+            yield number, status
+        return False
+
     def _ask(self, *question: Any) -> Any:
         with contextlib.suppress(EOFError, OSError):
             self._connection.send(question)
+            return self._next_answer()
+        return None
+
+    def _next_answer(self) -> Any:
+        with contextlib.suppress(EOFError, OSError):
             # A process that it has started may hold the connection open after its end.
             while not self._connection.poll(POLL_SECONDS):
                 if self._process.poll() is not None and not self._connection.poll():

@@ -1,14 +1,16 @@
-"""A process of a sweep: makes runs one after another, and compiles what they share once.
+"""A process of a sweep: makes runs one after another or together, and compiles what they share once.
 
 The sweep has the other end of its connection (`sigmarep.worker`).
 """
 
 import contextlib
+import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from sigmarep import command
 from sigmarep.errors import BadInput, Diverged
@@ -17,12 +19,13 @@ from sigmarep.errors import BadInput, Diverged
 GOES_ON = (0, BadInput.exit_status, Diverged.exit_status)
 
 
-def serve(descriptor: int, train: Callable[..., None]) -> None:
+def serve(descriptor: int, train: Callable[..., None], show: Callable[..., None]) -> None:
     """Makes the runs that come by the connection, until it is closed.
 
     Args:
       descriptor: of the connection.
-      train: `train(config, workdir, programs)` makes a run.
+      train: `train(config, workdir, programs)` makes a run and prints its result.
+      show: `show(result, workdir)` prints the result of a run that is made together with others.
     """
     import jax
 
@@ -44,9 +47,12 @@ def serve(descriptor: int, train: Callable[..., None]) -> None:
             if what == "keys":
                 connection.send([key(arguments) for arguments in details[0]])
                 continue
-            arguments, workdir, log = details
-            _print_to(log)
-            status = command.outcome(lambda: train(command.resolve(arguments), workdir, programs))  # noqa: B023
+            if what == "together":
+                status = _together(connection, programs, show, *details)
+            else:
+                arguments, workdir, log = details
+                _print_to(log)
+                status = command.outcome(lambda: train(command.resolve(arguments), workdir, programs))  # noqa: B023
             sys.stdout.flush()
             sys.stderr.flush()
             goes_on = status in GOES_ON and jax.process_count() == 1
@@ -55,6 +61,73 @@ def serve(descriptor: int, train: Callable[..., None]) -> None:
                 sys.exit(status)
             # The state of the run is part of cycles.
             gc.collect()
+
+
+def _together(
+    connection: Connection,
+    programs: Any,
+    show: Callable[..., None],
+    runs: Sequence[tuple[Sequence[str], str, str]],
+    width: int,
+) -> int:
+    """Makes runs together, and sends the number and the exit status of each as it ends.
+
+    Args:
+      runs: arguments, workdir and log of each.
+      width: see `sigmarep.training.lanes.Group`.
+
+    Returns:
+      The first status that is not in `GOES_ON`, 0 if there is none.
+    """
+    from sigmarep.training.lanes import Group, Steps
+    from sigmarep.training.loop import training
+
+    def steps(arguments: Sequence[str], workdir: str, place: Any) -> Steps:
+        """Makes a run, and returns its exit status."""
+        try:
+            result = yield from training(command.resolve(arguments), workdir, programs=programs, place=place)
+            show(result, workdir)
+            return 0
+        except (Exception, SystemExit) as error:
+            return command.status_of(error)
+
+    def ended(number: int, status: int) -> None:
+        statuses.append(status)
+        connection.send((number, status))
+
+    statuses: list[int] = []
+    group = Group(width)
+    # All that is not printed by Python.
+    _print_to(runs[0][2])
+    with contextlib.ExitStack() as stack:
+        lanes = []
+        for arguments, workdir, log in runs:
+            file = stack.enter_context(open(log, "a", buffering=1))
+            lanes.append(_printing_to(file, steps(arguments, workdir, group.lane())))
+        group.run(lanes, ended)
+    return next((status for status in statuses if status not in GOES_ON), 0)
+
+
+def _printing_to(file: Any, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """The same generator, with all that it prints in a file."""
+    resume = functools.partial(steps.send, None)
+    try:
+        while True:
+            try:
+                with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                    request = resume()
+            except StopIteration as end:
+                return end.value
+            try:
+                answer = yield request
+                resume = functools.partial(steps.send, answer)
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                resume = functools.partial(steps.throw, error)
+    finally:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            steps.close()
 
 
 def _print_to(path: str) -> None:

@@ -175,10 +175,12 @@ def build(
     *,
     devices: Sequence[Any] | None = None,
     programs: Programs | None = None,
+    data: TaskData | None = None,
 ) -> Experiment:
     """The experiment of a validated configuration. Opens its data; compiles and writes nothing.
 
     Args:
+      data: its data side, if that is open already.
       devices: those of all processes if None.
       programs: to take the program from, if one of the same `program_key` and data is among them; by default
         `shared_programs`.
@@ -187,7 +189,8 @@ def build(
       BadInput: a field is impossible, alone or with the data or the devices.
     """
     programs = programs or shared_programs(config.to_dict())
-    return _experiment(config, tasks.get(config.task).open_data(config), programs, devices)
+    data = tasks.get(config.task).open_data(config) if data is None else data
+    return _experiment(config, data, programs, devices)
 
 
 def build_program(config: ml_collections.FrozenConfigDict, *, devices: Sequence[Any] | None = None) -> Program:

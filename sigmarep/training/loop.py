@@ -18,12 +18,12 @@ from sigmarep.training import init_from, workdir
 from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
 from sigmarep.training.checkpoints import Checkpointer, check_path, has_checkpoint
 from sigmarep.training.config import validate
-from sigmarep.training.diagnosis import diagnose
 from sigmarep.training.divergence import DivergenceCheck, GoodCheckpoints
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, Programs, build
+from sigmarep.training.lanes import Alone, LaneOutput, StepRequest, Steps, alone
 from sigmarep.training.mesh import input_share, path_name
-from sigmarep.training.metrics import MetricWriter, read_metrics
+from sigmarep.training.metrics import MetricWriter
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.processes import ending_together, steps_in_flight
@@ -32,6 +32,7 @@ from sigmarep.training.schedules import create_schedule
 from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 from sigmarep.training.stopped import FILE as STOPPED
 from sigmarep.training.stopped import StoppedEarly, stopped_early, write_stopped
+from sigmarep.training.summary import summary
 from sigmarep.training.workdir_lock import WorkdirLock
 
 # Steps given to the devices before the host waits for the oldest: enough to keep them busy, few enough that
@@ -64,12 +65,30 @@ def train_and_evaluate(
       Diverged: see `config.divergence_factor`; the last good checkpoint is the newest then, `diagnosis.json` is written.
       Stopped: SIGTERM arrived; the state is saved.
     """
+    return alone(training(config, folder, callbacks, programs=programs))
+
+
+def training(
+    config: ml_collections.ConfigDict,
+    folder: str,
+    callbacks: Sequence[Callback] = (),
+    *,
+    programs: Programs | None = None,
+    place: Alone | None = None,
+) -> Steps:
+    """Does what `train_and_evaluate` does, and yields the steps that are to be made.
+
+    Args:
+      place: where the run is made; alone on its devices if None.
+    """
+    place = place or Alone()
     check_path(folder)
     config = validate(config)
     announce(f"{config.task} in {folder}: opens the data, then compiles its first step", mode=config.writers.progress)
     with waiting("opening the data", mode=config.writers.progress):
-        experiment = build(config, programs=programs)
-        # What is wrong with a split to be evaluated shows now, before anything is written.
+        experiment = build(config, programs=programs, data=place.open_data(config))
+        # What is wrong with the place, or with a split to be evaluated, shows now, before anything is written.
+        place.runner(experiment.runner)
         evaluator = experiment.evaluator()
         others = named_callbacks(experiment.config.callbacks, callbacks)
         files = experiment.data.files()
@@ -79,7 +98,7 @@ def train_and_evaluate(
             files = {**files, **start.files}
     workdir.check(folder, experiment.config, files)
     _check_length(folder, experiment)
-    with WorkdirLock(folder) as lock, Preemption(Stopped.exit_status) as preemption:
+    with WorkdirLock(folder) as lock, place.preemption() as preemption:
         workdir.claim(
             folder,
             experiment.config,
@@ -87,11 +106,11 @@ def train_and_evaluate(
             total_steps=experiment.total_steps,
             primary_metric=experiment.task.primary_metric,
         )
-        run = _Run(experiment, evaluator, others, folder, preemption, lock, start)
+        run = _Run(experiment, evaluator, others, folder, place, preemption, lock, start)
         try:
             # Closing waits for all processes: not where one is gone.
             with ending_together():
-                run.train()
+                yield from run.train()
         except Diverged:
             run.leave_good_checkpoint()
             raise
@@ -115,25 +134,6 @@ def _check_length(folder: str, experiment: Experiment) -> None:
             f"config.optimizer.schedule = {config.schedule!r} depends on that from step "
             f"{differing[0] + 1} on; keep {old}, or choose another folder"
         )
-
-
-def summary(folder: str) -> dict[str, Any]:
-    """The last evaluation of a run; the lowest layer's attention entropy in nats, with its layer and step, over the steps
-    at which loss and attention statistics are finite; the first step at which these statistics are not, if there is one;
-    and why the run was stopped early, if it was."""
-    rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
-    last: dict[str, Any] = {}
-    for row in rows:
-        last |= {name: value for name, value in row.items() if name.startswith("eval/")}
-    diagnosis = diagnose(rows)
-    if diagnosis.lowest:
-        for name, value in zip(("lowest", "lowest_layer", "lowest_step"), diagnosis.lowest, strict=True):
-            last[f"attention/entropy_{name}"] = value
-    if diagnosis.nonfinite:
-        last["attention/entropy_nonfinite_step"], _ = diagnosis.nonfinite
-    if stopped := stopped_early(folder):
-        last["stopped_early"] = stopped.reason
-    return last
 
 
 def _checked(extra: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -163,13 +163,15 @@ class _Run:
         evaluator: Evaluator,
         others: Mapping[str, Callback],
         folder: str,
+        place: Alone,
         preemption: Preemption,
         lock: WorkdirLock,
         start: init_from.Start | None,
     ):
         config = experiment.config
         self.experiment, self.evaluator, self.workdir = experiment, evaluator, folder
-        self.preemption, self.lock = preemption, lock
+        self.place, self.preemption, self.lock = place, preemption, lock
+        self.runner = place.runner(experiment.runner)
         self.total_steps = experiment.total_steps
         self.clock = Clock()
         # Every process would say the same.
@@ -184,7 +186,7 @@ class _Run:
         extra = _checked(extra, os.path.join(folder, "checkpoints", str(self.step)))
         if restored is not None:
             self.progress.message(f"resumed from the checkpoint of step {self.step}")
-        self._state = experiment.runner.put_state(state)
+        self._state = self.runner.put_state(state)
         self.clock.load_state_dict(extra["clock"])
         self.good = GoodCheckpoints(config.divergence_factor, extra["good"])
         self.checkpoints.last_good = self.good.step
@@ -205,13 +207,13 @@ class _Run:
         self.sharpness = experiment.sharpness()
         # Shapes of batches, with and without the panel, whose programs are compiled.
         self.programs: set[Any] = set()
-        self.in_flight: collections.deque[jax.Array] = collections.deque()
-        self.output: StepOutput | None = None
-        self.unlogged: tuple[int, StepOutput] | None = None
+        self.in_flight: collections.deque[StepOutput | LaneOutput] = collections.deque()
+        self.output: StepOutput | LaneOutput | None = None
+        self.unlogged: tuple[int, StepOutput | LaneOutput] | None = None
         self.evaluated_step: int | None = None
         self.saved_step = self.step
-        # The last checkpoint and the loss of the step after it, which judges it.
-        self.unproven: tuple[int, jax.Array] | None = None
+        # The last checkpoint and the output of the step after it, whose loss judges it.
+        self.unproven: tuple[int, StepOutput | LaneOutput] | None = None
         if start is not None and restored is None:
             # A run that resumes before its first other checkpoint needs the file of the weights no more.
             self.save()
@@ -236,12 +238,12 @@ class _Run:
 
     @property
     def state(self) -> TrainState:
-        return self.experiment.runner.get_state(self._state)
+        return self.runner.get_state(self._state)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self.writer.write(self.step, metrics)
 
-    def train(self) -> None:
+    def train(self) -> Steps:
         """Makes the steps that are left, until a callback ends the run.
 
         After step s come, in this order: its log, sharpness, the evaluation, the checkpoint. A run that resumes from the
@@ -261,7 +263,7 @@ class _Run:
             if self.callbacks.stop:
                 break
             first = not self.programs
-            self.make_step(step, batch)
+            yield from self.make_step(step, batch)
             self.callbacks.emit("on_step", self)
             if first:
                 # No device waits: the next step may be another program, which has to be compiled.
@@ -284,7 +286,7 @@ class _Run:
             self.end_early(self.callbacks.stop)
         self.checkpoints.wait()
 
-    def make_step(self, step: int, batch: Batch) -> None:
+    def make_step(self, step: int, batch: Batch) -> Steps:
         """Gives the devices a step, and logs an earlier one that waited for it."""
         intervention = self.experiment.intervention_step
         first = not self.programs
@@ -301,11 +303,11 @@ class _Run:
                 stack.enter_context(self.progress.waiting("compiling the training step"))
             self.preemption.nothing_to_save = first
             self.lock.check()
-            self._state, self.output = self.experiment.runner.step(self._state, batch, panel=logging)
+            self._state, self.output = yield StepRequest(self.runner, self._state, batch, logging)
             if self.saved_step == self.step:
-                self.unproven = (self.step, self.output.scalars["loss"])
+                self.unproven = (self.step, self.output)
             self.step = step
-            self.in_flight.append(self.output.scalars["loss"])
+            self.in_flight.append(self.output)
             if first or len(self.in_flight) > steps_in_flight(STEPS_IN_FLIGHT):
                 jax.block_until_ready(self.in_flight.popleft())
             self.preemption.nothing_to_save = False
@@ -319,8 +321,8 @@ class _Run:
         """Judges the last checkpoint by the loss of the step after it, where that is `step` or an earlier one."""
         if self.unproven is None or self.unproven[0] >= step:
             return
-        (saved, loss), self.unproven = self.unproven, None
-        self.good.judge(saved, float(loss))
+        (saved, output), self.unproven = self.unproven, None
+        self.good.judge(saved, float(output.scalars["loss"]))
         self.checkpoints.last_good = self.good.step
 
     def leave_good_checkpoint(self) -> None:
@@ -336,6 +338,7 @@ class _Run:
     def intervene(self) -> None:
         """Goes on with the experiment that `config.intervention` makes of this one."""
         self.experiment = self.experiment.intervened()
+        self.runner = self.place.runner(self.experiment.runner)
         self.programs.clear()
         self.evaluator, self.sharpness = self.experiment.evaluator(), self.experiment.sharpness()
         changes = self.experiment.config.intervention
@@ -349,7 +352,7 @@ class _Run:
         if self.unlogged is None:
             return
         (step, output), self.unlogged = self.unlogged, None
-        output = jax.device_get(output)
+        output = output.on_host()
         self.prove(step)
         scalars = {f"train/{name}": float(value) for name, value in output.scalars.items()}
         speed = {f"train/{self.experiment.data.unit}_per_second": self.clock.units_per_second}
@@ -357,14 +360,14 @@ class _Run:
             "on_log", self, step, {**scalars, **speed, **panel_metrics(output.panel, self.experiment.layers.stacks)}
         )
 
-    def log_undue(self, output: StepOutput) -> None:
+    def log_undue(self, output: StepOutput | LaneOutput) -> None:
         """Logs the last step, though no log was due: its loss ends the run, and belongs into the metrics."""
         self.unlogged = (self.step, output)
         self.log()
 
     def measure_sharpness(self) -> None:
         with self.clock.measure("evaluating"):
-            self.write(self.sharpness(self._state))
+            self.write(self.sharpness(self.state))
 
     def evaluate(self) -> None:
         """Evaluates the state, and keeps what the model made; never one whose loss says that the run diverged."""

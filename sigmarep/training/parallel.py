@@ -43,24 +43,54 @@ class Runner(Protocol):
         """The program of `step`, not compiled yet. `state` may be shapes, and then `batch` may be those of a global one."""
 
 
+def _of_many(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step of several runs: `(states, batches, index, active, panel, inputs) -> (states, outputs)`.
+
+    States, inputs and outputs have the runs as their first axis; the batch of run i is `batches[index[i]]`, or `batches`
+    for all where `index` is None. Runs that `active` (runs,) has False for keep their state; None: all are active.
+    """
+
+    def step_of_many(states, batches, index, active, panel, inputs):
+        if index is not None:
+            batches = jax.tree.map(lambda x: x[index], batches)
+        new, outputs = jax.vmap(
+            lambda state, batch, own: step(state, batch, panel, *own), in_axes=(0, None if index is None else 0, 0)
+        )(states, batches, inputs)
+        if active is not None:
+            new = jax.tree.map(lambda x, y: jnp.where(jnp.expand_dims(active, range(1, x.ndim)), x, y), new, states)
+        return new, outputs
+
+    return step_of_many
+
+
 class JitRunner:
-    """The state and the batch are global arrays over a mesh."""
+    """The state and the batch are global arrays over a mesh.
+
+    Attributes:
+      inputs: see `with_inputs`.
+      step_of_many: compiled, see `_of_many`; for runs on one device.
+    """
 
     def __init__(self, mesh: Mesh, make_step: Callable[..., Any], shardings: Any):
         self.mesh = mesh
         self.shardings = shardings
         self._batch = meshes.batch_sharding(mesh)
-        self._inputs: tuple[Any, ...] = ()
+        self.inputs: tuple[Any, ...] = ()
+        step = make_step(axis_name=None)
         self._step = jax.jit(
-            make_step(axis_name=None),
+            step,
             static_argnums=2,
             donate_argnums=0,
             out_shardings=(self.shardings, meshes.replicated(mesh)),
         )
+        # Of several runs, on one device: see `_of_many`.
+        self.step_of_many = jax.jit(
+            _of_many(step), static_argnums=4, donate_argnums=0, out_shardings=meshes.replicated(mesh)
+        )
 
     def with_inputs(self, *inputs):
         other = copy.copy(self)
-        other._inputs = inputs
+        other.inputs = inputs
         return other
 
     def put_state(self, state):
@@ -75,15 +105,15 @@ class JitRunner:
 
     def _on_devices(self) -> tuple[Any, ...]:
         """The inputs as arrays over the mesh; put there once."""
-        if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(self._inputs)):
+        if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(self.inputs)):
             place = meshes.replicated(self.mesh)
-            self._inputs = jax.tree.map(
-                lambda x: jax.make_array_from_callback((), place, lambda _: np.asarray(x, np.float32)), self._inputs
+            self.inputs = jax.tree.map(
+                lambda x: jax.make_array_from_callback((), place, lambda _: np.asarray(x, np.float32)), self.inputs
             )
-        return self._inputs
+        return self.inputs
 
     def lower(self, state, batch, *, panel):
-        inputs = self._inputs
+        inputs = self.inputs
         if _abstract(batch):
             place = meshes.replicated(self.mesh)
             inputs = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=place), inputs)

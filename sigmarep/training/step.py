@@ -41,6 +41,10 @@ class StepOutput(NamedTuple):
     scalars: dict[str, jax.Array]
     panel: dict[str, Any]
 
+    def on_host(self) -> "StepOutput":
+        """The same in the memory of the host; waits for the step."""
+        return jax.device_get(self)
+
 
 def create_state(
     init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, *, seed: int, ema: bool
