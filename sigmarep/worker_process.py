@@ -79,8 +79,9 @@ def _together(
     Returns:
       The first status that is not in `GOES_ON`, 0 if there is none.
     """
-    from sigmarep.training.lanes import Group, Steps
+    from sigmarep.training.lanes import Group
     from sigmarep.training.loop import training
+    from sigmarep.training.requests import Steps
 
     def steps(arguments: Sequence[str], workdir: str, place: Any) -> Steps:
         """Makes a run, and returns its exit status."""

@@ -1,6 +1,7 @@
 """Evaluating variables on every split of their task."""
 
 import collections
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from jax.sharding import Mesh
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput, Diverged
-from sigmarep.tasks.protocol import Evaluation, Outputs
+from sigmarep.tasks.protocol import Batch, Evaluation, Outputs
 from sigmarep.training import mesh as meshes
 from sigmarep.training.divergence import nan_loss
 from sigmarep.training.parallel import check_rows, global_batch
 from sigmarep.training.processes import steps_in_flight
+from sigmarep.training.requests import EvaluationRequest, Steps, alone
 from sigmarep.training.restore import restore
 
 # As STEPS_IN_FLIGHT of the loop; and the devices never hold the results of a whole split.
@@ -56,7 +58,7 @@ class Evaluator:
         self,
         mesh: Mesh,
         evaluations: Sequence[Evaluation],
-        compiled: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+        compiled: dict[Any, Callable[..., Any]] | None = None,
     ):
         """Makes an evaluator.
 
@@ -76,9 +78,13 @@ class Evaluator:
 
     def __call__(self, variables: dict[str, Any]) -> dict[str, float]:
         """{"eval/<split>/<metric>": value} of variables in the mesh's layout."""
+        return alone(self.steps(variables))
+
+    def steps(self, variables: Any) -> Steps:
+        """Does what a call does, of variables in the runner's layout, and yields the steps that are to be made."""
         metrics = {}
         for evaluation in self._evaluations:
-            results = self.results(evaluation, variables)
+            results = yield from self._results(evaluation, variables)
             for name, value in evaluation.finish(results).items():
                 metrics[f"eval/{evaluation.name}/{name}"] = value
             if evaluation.outputs is not None:
@@ -87,17 +93,21 @@ class Evaluator:
 
     def results(self, evaluation: Evaluation, variables: dict[str, Any]) -> list[Any]:
         """Results of an evaluation's step for each of its batches, on the host."""
+        return alone(self._results(evaluation, variables))
+
+    def _results(self, evaluation: Evaluation, variables: Any) -> Steps:
         results: list[Any] = []
         in_flight: collections.deque[Any] = collections.deque()
         share, most = meshes.input_share(self._mesh), steps_in_flight(BATCHES_IN_FLIGHT)
+        run = functools.partial(self._run, evaluation.step)
         for batch in evaluation.batches(process_index=share.part, process_count=share.parts):
-            with meshes.activations_placed(self._mesh):
-                in_flight.append(self._step(evaluation)(variables, global_batch(batch, self._mesh)))
+            in_flight.append((yield EvaluationRequest(evaluation.step, self._compiled, run, variables, batch)))
             if len(in_flight) > most:
-                results.append(jax.device_get(in_flight.popleft()))
-        return results + jax.device_get(list(in_flight))
+                results.append(in_flight.popleft().on_host())
+        return results + [each.on_host() for each in in_flight]
 
-    def _step(self, evaluation: Evaluation) -> Callable[..., Any]:
-        if evaluation.step not in self._compiled:
-            self._compiled[evaluation.step] = jax.jit(evaluation.step, out_shardings=meshes.replicated(self._mesh))
-        return self._compiled[evaluation.step]
+    def _run(self, step: Callable[..., Any], variables: Any, batch: Batch) -> Any:
+        if step not in self._compiled:
+            self._compiled[step] = jax.jit(step, out_shardings=meshes.replicated(self._mesh))
+        with meshes.activations_placed(self._mesh):
+            return self._compiled[step](variables, global_batch(batch, self._mesh))

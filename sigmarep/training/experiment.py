@@ -72,7 +72,7 @@ class Program:
     abstract_state: TrainState
     initialize: Callable[..., TrainState]
     tridiagonals: Callable[..., Any]
-    evaluation_steps: dict[Callable[..., Any], Callable[..., Any]]
+    evaluation_steps: dict[Any, Callable[..., Any]]
 
     def create_state(self, loaded: Mapping[str, jax.Array] | None = None) -> TrainState:
         """The state before the first step, in the mesh's layout; with loaded parameters by path, `init_from.Start.params`,

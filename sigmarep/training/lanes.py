@@ -1,9 +1,8 @@
-"""Several runs at a time in one program: requests of the loop, and who answers them.
+"""Several runs at a time in one program.
 
-The loop (`sigmarep.training.loop`) is a generator: it yields a `StepRequest` for every step and is sent the new state and
-the output. `alone` answers one run by its own runner. A `Group` waits until all of its runs, the lanes, have asked, and
-answers them by one program, `jax.vmap` of the step over states, rates and batches. All else, such as folders, locks,
-metrics, checkpoints and callbacks, is each lane's own, in the same code.
+A run yields its requests to the devices (`sigmarep.training.requests`). A `Group` waits until all of its runs, the lanes,
+have asked, and answers them by one program, `jax.vmap` of the step over states, rates and batches. All else, such as
+folders, locks, metrics, checkpoints and callbacks, is each lane's own, in the same code that makes a run alone.
 
 Lanes may differ in all that is an input of the program (`sigmarep.training.experiment.program_key`). One that ends early,
 diverged or stopped, leaves its place in the program unused. Lanes with equal seeds read one stream, whose batches are given
@@ -13,8 +12,9 @@ to the devices once.
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,43 +23,13 @@ import numpy as np
 
 from sigmarep import tasks
 from sigmarep.errors import BadInput, SigmarepError, Stopped, one_line
-from sigmarep.tasks.protocol import Batch, TaskData
+from sigmarep.tasks.protocol import Batch, Evaluation, TaskData
 from sigmarep.training import mesh as meshes
 from sigmarep.training.experiment import program_key
 from sigmarep.training.parallel import JitRunner, Runner
 from sigmarep.training.preemption import Preemption
-from sigmarep.training.step import StepOutput, TrainState
-
-
-class StepRequest(NamedTuple):
-    """A step that a run wants made: arguments of `Runner.step`. It is answered by the new state and the output."""
-
-    runner: Any
-    state: Any
-    batch: Batch
-    panel: bool
-
-    def answer(self) -> Any:
-        """Makes the step of a run that is alone."""
-        return self.runner.step(self.state, self.batch, panel=self.panel)
-
-
-# Returns what the run returns.
-Steps = Generator[StepRequest, Any, Any]
-
-
-def alone(steps: Steps) -> Any:
-    """Answers the requests of one run as they come, and returns its result."""
-    resume: Callable[[], StepRequest] = functools.partial(steps.send, None)
-    while True:
-        try:
-            request = resume()
-        except StopIteration as end:
-            return end.value
-        try:
-            resume = functools.partial(steps.send, request.answer())
-        except BaseException as error:
-            resume = functools.partial(steps.throw, error)
+from sigmarep.training.requests import EvaluationRequest, Pause, StepRequest, Steps
+from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 
 
 class Alone:
@@ -127,51 +97,63 @@ class LaneRunner:
         """A copy of the lane's state."""
         return self._group.get(self._number)
 
+    def evaluation_variables(self, _: None) -> None:
+        """Those of the group's state are used."""
+
 
 class _Results:
-    """Outputs of a step of all lanes, fetched once for all that ask."""
+    """Outputs of a program of all lanes, fetched once for all that ask."""
 
-    def __init__(self, output: StepOutput):
-        self._output = output
-
-    @functools.cached_property
-    def scalars(self) -> dict[str, np.ndarray]:
-        return jax.device_get(self._output.scalars)
+    def __init__(self, output: Any):
+        self.output = output
 
     @functools.cached_property
-    def panel(self) -> dict[str, Any]:
-        return jax.device_get(self._output.panel)
+    def on_host(self) -> Any:
+        return jax.device_get(self.output)
 
-    def block_until_ready(self) -> None:
-        jax.block_until_ready(self._output.scalars["loss"])
+    def of(self, number: int) -> Any:
+        """Those of a lane, on the host."""
+        return jax.tree.map(lambda x: x[number], self.on_host)
+
+
+class LaneResults:
+    """Results of an evaluation's step of one lane."""
+
+    def __init__(self, results: _Results, number: int):
+        self._results, self._number = results, number
+
+    def on_host(self) -> Any:
+        """The same in the memory of the host."""
+        return self._results.of(self._number)
 
 
 class LaneOutput:
     """A `StepOutput` of one lane."""
 
-    def __init__(self, results: _Results, number: int):
-        self._results, self._number = results, number
+    def __init__(self, scalars: _Results, panel: _Results, number: int):
+        self._scalars, self._panel, self._number = scalars, panel, number
 
     @property
-    def scalars(self) -> dict[str, np.ndarray]:
-        """Those of the lane; waits for the step."""
-        return {name: values[self._number] for name, values in self._results.scalars.items()}
+    def scalars(self) -> dict[str, Any]:
+        """Those of the lane, on the host."""
+        return self._scalars.of(self._number)
 
     def on_host(self) -> StepOutput:
         """See `StepOutput.on_host`."""
-        return StepOutput(self.scalars, jax.tree.map(lambda x: x[self._number], self._results.panel))
+        return StepOutput(self.scalars, self._panel.of(self._number))
 
     def block_until_ready(self) -> None:
         """Waits for the step."""
-        self._results.block_until_ready()
+        jax.block_until_ready(self._scalars.output)
 
 
 class SharedData:
-    """The data side of lanes with one seed: those at the same step get the same batch object."""
+    """The data side of lanes with one seed: those at the same place get the same batch object."""
 
     def __init__(self, data: TaskData):
         self._data = data
-        self._cursors: list[_Cursor] = []
+        self._streams: dict[Any, _SharedStream] = {}
+        self._evaluations: dict[int, tuple[Any, list[Evaluation]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._data, name)
@@ -179,30 +161,71 @@ class SharedData:
     def train_stream(self, *, start: int, process_index: int, process_count: int) -> Iterator[Batch]:
         """See `TaskData.train_stream`."""
         share = {"process_index": process_index, "process_count": process_count}
-        number = start
-        while True:
-            yield self._batch(number, share)
-            number += 1
+        stream = self._streams.setdefault(
+            (process_index, process_count), _SharedStream(lambda number: self._data.train_stream(start=number, **share))
+        )
+        return stream.read(start)
 
-    def _batch(self, number: int, share: Mapping[str, int]) -> Batch:
+    def evaluations(self, model: Any) -> list[Evaluation]:
+        """See `TaskData.evaluations`; opened once for a model."""
+        if id(model) not in self._evaluations:
+            shared = [each._replace(batches=_shared(each.batches)) for each in self._data.evaluations(model)]
+            # The model is kept, lest another one have its number.
+            self._evaluations[id(model)] = (model, shared)
+        return self._evaluations[id(model)][1]
+
+
+def _shared(batches: Callable[..., Iterable[Batch]]) -> Callable[..., Iterable[Batch]]:
+    """`Evaluation.batches` for lanes that read the same ones at about the same time."""
+    streams: dict[Any, _SharedStream] = {}
+
+    def read(**share: int) -> Iterator[Batch]:
+        stream = streams.setdefault(
+            tuple(sorted(share.items())), _SharedStream(lambda number: itertools.islice(batches(**share), number, None))
+        )
+        return stream.read(0)
+
+    return read
+
+
+class _SharedStream:
+    """A stream of numbered batches with several readers, whose places in it are near each other.
+
+    Args:
+      opened: makes the stream of the batches from a number on.
+    """
+
+    def __init__(self, opened: Callable[[int], Iterator[Batch]]):
+        self._opened = opened
+        self._cursors: list[_Cursor] = []
+
+    def read(self, start: int) -> Iterator[Batch]:
+        """Yields the batches from the number `start` on."""
+        for number in itertools.count(start):
+            if (batch := self._at(number)) is None:
+                return
+            yield batch
+
+    def _at(self, number: int) -> Batch | None:
         for cursor in self._cursors:
             if cursor.number == number - 1:
                 cursor.advance()
             if cursor.number == number:
                 return cursor.batch
-        cursor = _Cursor(number, self._data.train_stream(start=number, **share))
-        self._cursors.append(cursor)
-        return cursor.batch
+        self._cursors = [cursor for cursor in self._cursors if cursor.batch is not None]
+        self._cursors.append(_Cursor(number, self._opened(number)))
+        return self._cursors[-1].batch
 
 
 class _Cursor:
-    """A stream at the batch `number`."""
+    """A stream at the batch `number`; `batch` is None behind the last one."""
 
     def __init__(self, number: int, stream: Iterator[Batch]):
-        self._stream, self.number, self.batch = stream, number, next(stream)
+        self._stream, self.number = iter(stream), number
+        self.batch: Batch | None = next(self._stream, None)
 
     def advance(self) -> None:
-        self.number, self.batch = self.number + 1, next(self._stream)
+        self.number, self.batch = self.number + 1, next(self._stream, None)
 
 
 class Group:
@@ -234,7 +257,7 @@ class Group:
         key = (program_key(config.to_dict()), config.seed)
         if key not in self._data:
             self._data[key] = SharedData(tasks.get(config.task).open_data(config))
-        return self._data[key]  # type: ignore[return-value]
+        return self._data[key]
 
     def put(self, number: int, state: TrainState, runner: JitRunner) -> None:
         """Takes the state of a lane; all lanes have states of the same shapes."""
@@ -257,7 +280,7 @@ class Group:
           lanes: a generator for each of the group's lanes, in their order; what one raises ends all.
           ended: is given the number of a lane and its result, as soon as it has one.
         """
-        requests: dict[int, StepRequest] = {}
+        requests: dict[int, Any] = {}
 
         def resume(number: int, method: str, value: Any) -> None:
             requests.pop(number, None)
@@ -280,53 +303,69 @@ class Group:
                 for lane in lanes:
                     lane.close()
 
-    def _answers(self, requests: Mapping[int, StepRequest]) -> dict[int, tuple[str, Any]]:
-        """The method of each lane's generator to be called, with its argument."""
+    def _answers(self, requests: Mapping[int, Any]) -> dict[int, tuple[str, Any]]:
+        """The method of each lane's generator to be called, with its argument; of some lanes only where the others have to
+        wait for them."""
+        evaluating = {number: each for number, each in requests.items() if isinstance(each, EvaluationRequest)}
+        pausing = {number: each for number, each in requests.items() if isinstance(each, Pause)}
+        if pausing:
+            return {number: ("send", each.answer()) for number, each in pausing.items()}
         kinds = collections.defaultdict(list)
-        for number, request in requests.items():
+        for number, request in (evaluating or requests).items():
             shapes = tuple((name, np.shape(x)) for name, x in sorted(request.batch.items()))
-            kinds[request.runner.own.step_of_many, shapes].append(number)
+            program = request.function if evaluating else request.runner.own.step_of_many
+            kinds[program, shapes].append(number)
         # Of lanes at different steps one may have to log: what the others do not ask for costs less than a second pass.
-        panel = any(request.panel for request in requests.values())
+        panel = not evaluating and any(request.panel for request in requests.values())
         answers: dict[int, tuple[str, Any]] = {}
         for numbers in kinds.values():
+            asked = {number: requests[number] for number in numbers}
             try:
-                results = _Results(self._step(requests, numbers, panel, masked=len(kinds) > 1))
+                made = self._evaluated(asked) if evaluating else self._step(asked, panel, masked=len(kinds) > 1)
             except Exception as error:
                 failure = self._explained(error)
                 return {number: ("throw", failure) for number in requests}
-            answers |= {number: ("send", (None, LaneOutput(results, number))) for number in numbers}
+            answers |= {number: ("send", answer) for number, answer in made.items()}
         return answers
 
-    def _step(
-        self, requests: Mapping[int, StepRequest], numbers: Sequence[int], panel: bool, *, masked: bool
-    ) -> StepOutput:
-        """Makes a step of the lanes `numbers`, whose program and shapes of batches are the same."""
-        first = requests[numbers[0]]
-        batches = list({id(requests[number].batch): requests[number].batch for number in numbers}.values())
-        self._streams = max(self._streams, len(batches))
-        batch, index = batches[0], None
-        if self._streams > 1:
-            place = {id(each): i for i, each in enumerate(batches)}
-            chosen = [0] * self.width
-            for number in numbers:
-                chosen[number] = place[id(requests[number].batch)]
-            padded = batches + batches[:1] * (self._streams - len(batches))
-            batch = {name: np.stack([each[name] for each in padded]) for name in batch}
-            index = self._placed(("index", *chosen), lambda: np.asarray(chosen, np.int32))
-        active = np.isin(np.arange(self.width), numbers) if masked else None
-        inputs = self._placed((first.runner.own.step_of_many, *numbers), lambda: self._inputs(requests, numbers))
+    def _step(self, asked: Mapping[int, StepRequest], panel: bool, *, masked: bool) -> dict[int, Any]:
+        """Makes a step of lanes whose program and shapes of batches are the same."""
+        program = next(iter(asked.values())).runner.own.step_of_many
+        batch, index = self._batches(asked)
+        active = np.isin(np.arange(self.width), list(asked)) if masked else None
+        inputs = self._placed((program, *asked), lambda: self._inputs(asked))
         with meshes.activations_placed(self._mesh):
-            self._states, output = first.runner.own.step_of_many(
-                self._states, dict(batch), index, active, panel, inputs
-            )
-        return output
+            self._states, output = program(self._states, batch, index, active, panel, inputs)
+        results = _Results(output.scalars), _Results(output.panel)
+        return {number: (None, LaneOutput(*results, number)) for number in asked}
 
-    def _inputs(self, requests: Mapping[int, StepRequest], numbers: Sequence[int]) -> Any:
+    def _evaluated(self, asked: Mapping[int, EvaluationRequest]) -> dict[int, Any]:
+        """Makes a step of an evaluation of lanes whose shapes of batches are the same."""
+        first = next(iter(asked.values()))
+        batch, index = self._batches(asked)
+        if (key := ("of many", first.function)) not in first.compiled:
+            first.compiled[key] = jax.jit(_of_many(first.function), out_shardings=meshes.replicated(self._mesh))
+        with meshes.activations_placed(self._mesh):
+            results = _Results(first.compiled[key](evaluation_variables(self._states), batch, index))
+        return {number: LaneResults(results, number) for number in asked}
+
+    def _batches(self, asked: Mapping[int, Any]) -> tuple[dict[str, Any], Any]:
+        """The batches of the lanes, each once, and the number of that of every place; where all have the same one, this and
+        None."""
+        batches = list({id(request.batch): request.batch for request in asked.values()}.values())
+        self._streams = max(self._streams, len(batches))
+        if self._streams == 1:
+            return dict(batches[0]), None
+        place = {id(each): i for i, each in enumerate(batches)}
+        chosen = [place[id(asked[number].batch)] if number in asked else 0 for number in range(self.width)]
+        padded = batches + batches[:1] * (self._streams - len(batches))
+        stacked = {name: np.stack([each[name] for each in padded]) for name in batches[0]}
+        return stacked, self._placed(("index", *chosen), lambda: np.asarray(chosen, np.int32))
+
+    def _inputs(self, asked: Mapping[int, StepRequest]) -> Any:
         """The runners' inputs, stacked; unused places have those of the first lane."""
-        every = [
-            requests[number if number in numbers else numbers[0]].runner.own.inputs for number in range(self.width)
-        ]
+        first = next(iter(asked.values()))
+        every = [asked.get(number, first).runner.own.inputs for number in range(self.width)]
         return jax.tree.map(lambda *each: np.asarray(each, np.float32), *every)
 
     def _placed(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -343,6 +382,17 @@ class Group:
         )
         failure.__cause__ = error
         return failure
+
+
+def _of_many(step: Callable[..., Any]) -> Callable[..., Any]:
+    """An evaluation's step for variables of several runs; batches and index as in `JitRunner.step_of_many`."""
+
+    def step_of_many(variables, batches, index):
+        if index is not None:
+            batches = jax.tree.map(lambda x: x[index], batches)
+        return jax.vmap(step, in_axes=(0, None if index is None else 0))(variables, batches)
+
+    return step_of_many
 
 
 @functools.partial(jax.jit, donate_argnums=0)

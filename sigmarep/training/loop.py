@@ -21,15 +21,16 @@ from sigmarep.training.config import validate
 from sigmarep.training.divergence import DivergenceCheck, GoodCheckpoints
 from sigmarep.training.evaluation import Evaluator
 from sigmarep.training.experiment import Experiment, Programs, build
-from sigmarep.training.lanes import Alone, LaneOutput, StepRequest, Steps, alone
+from sigmarep.training.lanes import Alone, LaneOutput
 from sigmarep.training.mesh import input_share, path_name
 from sigmarep.training.metrics import MetricWriter
 from sigmarep.training.panel import panel_metrics
 from sigmarep.training.preemption import Preemption
 from sigmarep.training.processes import ending_together, steps_in_flight
 from sigmarep.training.progress import Clock, Progress, announce, waiting
+from sigmarep.training.requests import Pause, StepRequest, Steps, alone
 from sigmarep.training.schedules import create_schedule
-from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
+from sigmarep.training.step import StepOutput, TrainState
 from sigmarep.training.stopped import FILE as STOPPED
 from sigmarep.training.stopped import StoppedEarly, stopped_early, write_stopped
 from sigmarep.training.summary import summary
@@ -273,17 +274,19 @@ class _Run:
                 self.measure_sharpness()
             if due("eval", step):
                 self.log()
-                self.evaluate()
+                yield from self.evaluate()
             signalled = self.preemption.stops_after(step)
             if due("checkpoint", step) or signalled:
                 self.log()
                 self.save()
             if signalled and step < total and not self.callbacks.stop:
+                yield Pause()
                 self.checkpoints.wait()
                 raise Stopped(f"stopped by SIGTERM after step {step} of {total}; the state is saved in {self.workdir}")
         self.log()
         if self.callbacks.stop and self.step < total:
-            self.end_early(self.callbacks.stop)
+            yield from self.end_early(self.callbacks.stop)
+        yield Pause()
         self.checkpoints.wait()
 
     def make_step(self, step: int, batch: Batch) -> Steps:
@@ -369,12 +372,12 @@ class _Run:
         with self.clock.measure("evaluating"):
             self.write(self.sharpness(self.state))
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> Steps:
         """Evaluates the state, and keeps what the model made; never one whose loss says that the run diverged."""
         if self.output is not None and self.divergence.reason(float(self.output.scalars["loss"])):
             self.log_undue(self.output)
         with self.clock.measure("evaluating"), self._first_evaluation():
-            metrics = self.evaluator(evaluation_variables(self.state))
+            metrics = yield from self.evaluator.steps(self.runner.evaluation_variables(self._state))
         self.evaluated_step = self.step
         self.callbacks.emit("on_evaluation", self, self.step, metrics)
         if jax.process_index() == 0:
@@ -405,10 +408,10 @@ class _Run:
         self.saved_step = self.step
         self.callbacks.emit("on_checkpoint", self, self.step)
 
-    def end_early(self, stop: Stop) -> None:
+    def end_early(self, stop: Stop) -> Steps:
         """Ends the run as a callback asked for, and keeps the reason in the workdir."""
         if stop.evaluate and self.evaluated_step != self.step:
-            self.evaluate()
+            yield from self.evaluate()
         if self.saved_step != self.step:
             self.save()
         self.checkpoints.wait()

@@ -18,7 +18,7 @@ from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layers
 from sigmarep.tasks.protocol import AXIS
 from sigmarep.training import mesh as meshes
-from sigmarep.training.step import StepOutput, TrainState
+from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 
 
 class Runner(Protocol):
@@ -35,6 +35,10 @@ class Runner(Protocol):
 
     def get_state(self, state: Any) -> TrainState:
         """Converts a state from the runner's layout to the mesh's."""
+
+    def evaluation_variables(self, state: Any) -> Any:
+        """`step.evaluation_variables` of a state in the runner's layout, in the mesh's."""
+        return evaluation_variables(self.get_state(state))
 
     def step(self, state: Any, batch: Any, *, panel: bool) -> tuple[Any, StepOutput]:
         """One training step on this process's rows of the global batch; `state` is consumed."""
@@ -63,7 +67,7 @@ def _of_many(step: Callable[..., Any]) -> Callable[..., Any]:
     return step_of_many
 
 
-class JitRunner:
+class JitRunner(Runner):
     """The state and the batch are global arrays over a mesh.
 
     Attributes:
@@ -126,7 +130,7 @@ class JitRunner:
             return self._step.lower(state, batch, panel, *inputs)
 
 
-class PmapRunner:
+class PmapRunner(Runner):
     """Every device of this process holds a whole state and an equal share of the batch."""
 
     def __init__(self, mesh: Mesh, make_step: Callable[..., Any], shardings: Any):

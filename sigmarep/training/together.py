@@ -6,8 +6,9 @@ from typing import Any
 import ml_collections
 
 from sigmarep.training.experiment import Programs
-from sigmarep.training.lanes import Group, Steps
+from sigmarep.training.lanes import Group
 from sigmarep.training.loop import training
+from sigmarep.training.requests import Steps
 
 
 def train_together(
@@ -23,7 +24,8 @@ def train_together(
     Returns:
       For each run the result of `train_and_evaluate`, or what it would have raised.
     """
-    group, results = Group(len(runs)), {}
+    group = Group(len(runs))
+    results: dict[int, Any] = {}
 
     def caught(steps: Steps) -> Steps:
         try:

@@ -1,16 +1,18 @@
 """Runs made together by one program: each is what it is alone."""
 
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from sigmarep.errors import Diverged
-from sigmarep.training import train_and_evaluate
+from sigmarep.errors import BadInput, Diverged, Stopped
+from sigmarep.training import Callback, train_and_evaluate
 from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import Programs, build
+from sigmarep.training.lanes import SharedData
 from sigmarep.training.metrics import read_metrics
 from sigmarep.training.together import train_together
 
@@ -29,7 +31,7 @@ def programs():
 
 def tiny(data_dir, **fields):
     config = default_config("image_classification")
-    config.total_steps, config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 6, 2, 3, 4
+    config.total_steps, config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 6, 1, 3, 4
     config.batch_size, config.writers.progress = 16, "off"
     config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 1, 8, 2, 8
     config.model.patch_size, config.model.dropout = 4, 0.1
@@ -93,3 +95,53 @@ def test_lanes_are_the_runs_made_alone_and_a_diverged_one_ends_as_it_does_alone(
             assert result.keys() == expected.keys()
         assert_same_run(config, together, alone)
     assert rows(tmp_path / "together0") != rows(tmp_path / "together2")
+
+
+def test_runs_that_were_stopped_go_on_together_each_where_it_was(data_dir, programs, tmp_path):
+    class Stop(Callback):
+        """Ends the run in the way that a signal does, after the checkpoint of a step."""
+
+        def __init__(self, step):
+            self.step = step
+
+        def on_checkpoint(self, run, step):
+            if step == self.step:
+                raise Stopped(f"after step {step}")
+
+    configs = [tiny(data_dir, seed=seed, checkpoint_every_steps=1) for seed in (0, 0)]
+    configs[1].optimizer.learning_rate = 0.05
+    for i, (config, step) in enumerate(zip(configs, (2, 5), strict=True)):
+        train_and_evaluate(config, str(tmp_path / f"alone{i}"), programs=programs)
+        with pytest.raises(Stopped):
+            train_and_evaluate(config, str(tmp_path / f"together{i}"), [Stop(step)], programs=programs)
+    train_together([(config, str(tmp_path / f"together{i}")) for i, config in enumerate(configs)], programs=programs)
+    for i, config in enumerate(configs):
+        assert_same_run(config, tmp_path / f"together{i}", tmp_path / f"alone{i}")
+
+
+def test_lanes_with_one_seed_read_one_stream(data_dir):
+    opened = []
+
+    class Data:
+        unit = "examples"
+
+        def train_stream(self, *, start, process_index, process_count):
+            opened.append(start)
+            for number in itertools.count(start):
+                yield {"x": np.asarray([number])}
+
+    data = SharedData(Data())
+    readers = [data.train_stream(start=start, process_index=0, process_count=1) for start in (3, 3, 7)]
+    for number in range(4):
+        first, second, third = (next(reader) for reader in readers)
+        assert first is second
+        assert [int(each["x"][0]) for each in (first, second, third)] == [3 + number, 3 + number, 7 + number]
+    assert data.unit == "examples"
+    assert opened == [3, 7]
+
+
+def test_what_runs_made_together_need(data_dir, tmp_path):
+    (result,) = train_together([(tiny(data_dir, parallel="pmap"), str(tmp_path / "run"))])
+    assert isinstance(result, BadInput)
+    assert str(result) == "config.parallel = 'pmap': runs made together (--vectorize) need 'jit'"
+    assert not (tmp_path / "run").exists()
