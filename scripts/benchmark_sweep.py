@@ -8,9 +8,9 @@ The third makes that many seeds of each arm together (`scripts/sweep.py --vector
 on this machine's first device. Printed are seconds of all, with the start and compilation; examples or tokens a second of
 all runs over the last steps; and the largest relative difference of the training loss in the first ten steps.
 
-With --before both make the same runs with one worker, from an empty folder. Printed are wall-clock and processor time, and how long all
-runs of the file's sweep() would take: that of an arm's first run, which compiles, for each arm, and the mean of the later
-ones for each other run. Runs of both whose metrics differ are counted.
+With --before both make the same runs with one worker, from an empty folder. Printed are wall-clock and processor time, and
+how long all runs of the file's sweep() would take: that of an arm's first run, which compiles, for each arm, and the mean
+of the later ones for each other run. Runs of both whose metrics differ are counted.
 """
 
 import json
@@ -130,9 +130,9 @@ def compare_together(arm: str, point: dict, count: int, folder: str) -> None:
     slow = speed(os.path.join(single, "runs")) / min(RUNS.value, count)
     unequal = difference(os.path.join(several, "runs"), os.path.join(single, "runs"))
     print(
-        f"{arm}, {count} seeds: together {together.wall:.0f} s, {fast:,.0f} a second; one after another {whole:.0f} s (first "
-        f"{alone.first:.1f}, later {alone.later:.1f}), {slow:,.0f} a second; {whole / together.wall:.2f} times as fast in "
-        f"all, {fast / slow:.2f} times while they train; losses differ by {unequal:.1e}",
+        f"{arm}, {count} seeds: together {together.wall:.0f} s, {fast:,.0f} a second; one after another {whole:.0f} s "
+        f"(first {alone.first:.1f}, later {alone.later:.1f}), {slow:,.0f} a second; {whole / together.wall:.2f} times as "
+        f"fast in all, {fast / slow:.2f} times while they train; losses differ by {unequal:.1e}",
         flush=True,
     )
 

@@ -68,6 +68,10 @@ def main() -> None:
             raise BadInput(f"--run {RUN.value}: expected a number from 0 to {len(runs) - 1}")
         runs = [runs[RUN.value]]
     elif LAUNCHER.value != "local":
+        if VECTORIZE.value > 1:
+            raise BadInput(
+                f"--vectorize {VECTORIZE.value}: needs --launcher local; {LAUNCHER.value} starts each run alone"
+            )
         launch(runs, path, workdir)
         return
     if DRY_RUN.value:
