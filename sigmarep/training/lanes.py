@@ -311,7 +311,8 @@ class Group:
         if pausing:
             return {number: ("send", each.answer()) for number, each in pausing.items()}
         kinds = collections.defaultdict(list)
-        for number, request in (evaluating or requests).items():
+        chosen: Mapping[int, Any] = evaluating or requests
+        for number, request in chosen.items():
             shapes = tuple((name, np.shape(x)) for name, x in sorted(request.batch.items()))
             program = request.function if evaluating else request.runner.own.step_of_many
             kinds[program, shapes].append(number)
