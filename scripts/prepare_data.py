@@ -3,9 +3,9 @@
     python scripts/prepare_data.py --name cifar10 [--data_dir DIR]
 
 Data sets from Python packages (digits, mnist5k, python_docs, interface_en_de, spoken_sentences) need nothing else.
-libreoffice_help_en_de and stamp_recordings/es (fr, ro, ca, ru, bg, latin) need Debian packages, which the error names. All
-others need `pip install "sigmarep[tf]"` on the machine that prepares them. For imagenet2012 first put
-ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into DIR/downloads/manual.
+libreoffice_help_en_de, fashion_mnist_package, gcide and stamp_recordings/es (fr, ro, ca, ru, bg, latin) need Debian
+packages, which the error names. All others need `pip install "sigmarep[tf]"` on the machine that prepares them. For
+imagenet2012 first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into DIR/downloads/manual.
 """
 
 from absl import flags

@@ -72,7 +72,9 @@ class Description(NamedTuple):
 OWN = {
     "digits": ("sigmarep.data.datasets.digits", "Digits"),
     "mnist5k": ("sigmarep.data.datasets.mnist5k", "Mnist5k"),
+    "fashion_mnist_package": ("sigmarep.data.datasets.fashion", "FashionMnistPackage"),
     "python_docs": ("sigmarep.data.datasets.python_docs", "PythonDocs"),
+    "gcide": ("sigmarep.data.datasets.gcide", "Gcide"),
     "interface_en_de": ("sigmarep.data.datasets.interface_en_de", "InterfaceEnDe"),
     "libreoffice_help_en_de": ("sigmarep.data.datasets.libreoffice_help", "LibreofficeHelpEnDe"),
     "spoken_sentences": ("sigmarep.data.datasets.spoken_sentences", "SpokenSentences"),
@@ -106,6 +108,7 @@ PUBLISHED = {
     "cifar10": Description(10, (32, 32, 3), {"train": 50_000, "test": 10_000}),
     "cifar100": Description(100, (32, 32, 3), {"train": 50_000, "test": 10_000}),
     "digits": Description(10, (8, 8, 1), {"train": 1_437, "test": 360}),
+    "fashion_mnist_package": Description(10, (28, 28, 1), {"train": 60_000, "test": 10_000}),
 }
 
 

@@ -1,11 +1,12 @@
 """The text data sets that packages bring: what they keep, and what they keep apart."""
 
+import gzip
 import os
 
 import pytest
 
 from sigmarep.data import splitting
-from sigmarep.data.datasets import libreoffice_help, python_docs
+from sigmarep.data.datasets import gcide, libreoffice_help, python_docs
 from sigmarep.data.text import documents
 from sigmarep.data.text import parallel as parallel_text
 from sigmarep.errors import BadInput
@@ -114,3 +115,68 @@ def test_training_keeps_no_pair_that_resembles_a_held_out_one(tmp_path):
     held_out = {splitting.gist(row[0]) for split in ("validation", "test") for row in rows[split]}
     assert held_out
     assert not held_out & {splitting.gist(row[0]) for row in rows["train"]}
+
+
+DICTIONARY = r"""
+00-database-info
+   Converted from the original.
+This line of a notice is at a line's start.
+
+A \A\ (named [=a] in the English).
+   1. The first letter of the alphabet. It is found in {Inscriptions},
+      and elsewhere.
+      [1913 Webster]
+
+         An apple, or a pear. --Pope.
+   [Webster 1913 Suppl.]
+
+Wearish \Wear"ish\, a. [Etymol. uncertain.]
+   1. Weak; withered. [Obs.]
+      [1913 Webster +PJC]
+
+Wearish \Wear"ish\, n.
+   One that is weak.
+
+Alone
+
+Wearish \Wear"ish\, a. [Etymol. uncertain.]
+   1. Weak; withered. [Obs.]
+"""
+
+
+def test_the_dictionary_is_read_by_headword_without_marks_and_pronunciations():
+    assert list(gcide.entries(DICTIONARY)) == [
+        (
+            "A",
+            "A. 1. The first letter of the alphabet. It is found in Inscriptions, and elsewhere.\n"
+            "An apple, or a pear. --Pope.",
+        ),
+        ("Wearish", "Wearish, a. [Etymol. uncertain.] 1. Weak; withered. [Obs.]"),
+        ("Wearish", "Wearish, n. One that is weak."),
+        ("Wearish", "Wearish, a. [Etymol. uncertain.] 1. Weak; withered. [Obs.]"),
+    ]
+
+
+def test_all_entries_of_a_word_are_in_one_split_and_equal_ones_are_used_once():
+    words = ["".join("abcdefghij"[int(digit)] for digit in f"{n:03}") for n in range(400)]
+    entries = (f"{word} \\{word}\\, {kind}.\n   Of the kind {kind}.\n" for word in words for kind in ("n", "v", "n"))
+    rows = gcide.split("A \\A\\, n.\n   A letter.\n\n" + "\n".join(entries))
+    words_of = {name: {headword for headword, _ in of_split} for name, of_split in rows.items()}
+    assert sum(map(len, rows.values())) == 2 * 400 + 1
+    assert sum(map(len, words_of.values())) == 400 + 1
+    expected = {word for word in [*words, "A"] if splitting.fraction(word.lower()) < 0.05}
+    assert words_of["test"] == expected != set()
+
+
+@pytest.mark.skipif(os.path.isfile(os.path.join(gcide.INSTALLED, gcide.FILE)), reason="the dictionary is installed")
+def test_an_unpacked_dictionary_is_prepared_and_a_missing_one_names_the_package(tmp_path):
+    with pytest.raises(BadInput, match=r"apt-get install dict-gcide, or: .*dpkg -x"):
+        opened(tmp_path, name="gcide", folder="")
+    path = tmp_path / "data/downloads/gcide/usr/share/dictd/gcide.dict.dz"
+    path.parent.mkdir(parents=True)
+    words = "".join(f"w{n} \\W\\, n.\n   Number {n}.\n\n" for n in range(300))
+    path.write_bytes(gzip.compress(f"notice\n\nA \\A\\, n.\n   A letter.\n\n{words}".encode()))
+    texts = [
+        text for split in ("train", "validation", "test") for text in opened(tmp_path, split, name="gcide", folder="")
+    ]
+    assert sorted(texts) == sorted(["A, n. A letter.", *(f"w{n}, n. Number {n}." for n in range(300))])

@@ -1,11 +1,13 @@
 """Data sets through TFDS: the project's own builder, sets prepared by name, and what the errors say."""
 
+import gzip
 import importlib.util
 import io
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sigmarep.data import sources
+from sigmarep.data.datasets import fashion
 from sigmarep.data.images import transforms
 from sigmarep.errors import BadInput
 
@@ -57,6 +60,45 @@ def test_the_five_thousand_digits_are_mlxtends_with_the_last_of_every_class_for_
         read = {(source[i]["image"].tobytes(), int(source[i]["label"])) for i in range(len(source))}
         rows = np.flatnonzero((np.arange(5000) % 500 >= 400) == last)
         assert read == {(pixels[row].astype(np.uint8).tobytes(), int(labels[row])) for row in rows}
+
+
+def idx(*, shape, values):
+    """A gzipped idx file of unsigned bytes."""
+    header = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
+    return gzip.compress(header + np.asarray(values, np.uint8).tobytes())
+
+
+@pytest.mark.skipif(os.path.isdir(fashion.INSTALLED), reason="the pictures are installed")
+def test_the_pictures_of_clothes_are_read_from_the_unpacked_package(tmp_path):
+    with pytest.raises(BadInput, match=r"apt-get install dataset-fashion-mnist, or: .*dpkg -x"):
+        sources.open_source("fashion_mnist_package", "train", data_dir=str(tmp_path))
+    package = tmp_path / "downloads/fashion/usr/share/datasets/fashion-mnist"
+    package.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    made = {}
+    for split, name, count in (("train", "train", 7), ("test", "t10k", 3)):
+        pictures, labels = rng.integers(0, 256, (count, 28, 28)), rng.integers(0, 10, count)
+        made[split] = {
+            (picture.astype(np.uint8).tobytes(), int(label)) for picture, label in zip(pictures, labels, strict=True)
+        }
+        (package / f"{name}-images-idx3-ubyte.gz").write_bytes(idx(shape=pictures.shape, values=pictures))
+        (package / f"{name}-labels-idx1-ubyte.gz").write_bytes(idx(shape=labels.shape, values=labels))
+    for split, examples in made.items():
+        source = sources.open_source("fashion_mnist_package", split, data_dir=str(tmp_path))
+        assert {(source[i]["image"].tobytes(), int(source[i]["label"])) for i in range(len(source))} == examples
+    assert sources.describe("fashion_mnist_package", data_dir=str(tmp_path)).class_names[0] == "T-shirt/top"
+    # The sizes that are known without the files are those of the whole package.
+    assert sources.published("fashion_mnist_package").splits == {"train": 60_000, "test": 10_000}
+
+
+def test_a_damaged_file_of_the_clothes_is_named(tmp_path):
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(idx(shape=(2, 28, 28), values=np.zeros(2 * 784)))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(shape=(3,), values=[1, 2, 3]))
+    with pytest.raises(BadInput, match="has 1568 pixels for 3 labels of test"):
+        fashion.read(str(tmp_path), "test")
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b and no more")
+    with pytest.raises(BadInput, match=r"t10k-images-idx3-ubyte\.gz: cannot be read"):
+        fashion.read(str(tmp_path), "test")
 
 
 def test_slices_and_sums_are_splits(folder):
