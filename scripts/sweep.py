@@ -5,6 +5,7 @@
     python scripts/sweep.py … --launcher slurm --option gpus-per-node=1 --option time=12:00:00
     python scripts/sweep.py … --launcher skypilot --option accelerators=tpu-v5litepod-16 --option bucket=gs://NAME
     python scripts/sweep.py … --table
+    python scripts/sweep.py --config configs/stability/width.py:size=gpu …      # sweep("size=gpu")
 
 Each run has its own folder, where log.txt has its output, and is what scripts/train.py makes alone. A process makes
 runs one after another, first those of one program, which differ in seed and rates alone; --jobs is the number of
@@ -19,6 +20,7 @@ SIGTERM or Ctrl-C, after the runs have saved their states.
 """
 
 import collections
+import inspect
 import os
 import shlex
 import sys
@@ -28,7 +30,9 @@ from absl import flags
 from sigmarep import command, launchers
 from sigmarep.errors import BadInput
 
-CONFIG = flags.DEFINE_string("config", None, "Configuration file with a function sweep().")
+CONFIG = flags.DEFINE_string(
+    "config", None, "Configuration file with a function sweep(); what stands behind a colon is its argument."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
 JOBS = flags.DEFINE_integer(
     "jobs",
@@ -51,14 +55,19 @@ TABLE = flags.DEFINE_boolean("table", False, "Print the states of the runs witho
 def main() -> None:
     from sigmarep import sweeps
 
-    path, workdir = command.required("config", CONFIG.value), command.required("workdir", WORKDIR.value)
+    given, workdir = command.required("config", CONFIG.value), command.required("workdir", WORKDIR.value)
+    # What stands behind the colon is handed to sweep().
+    path, _, text = given.partition(":")
     if not os.path.isfile(path):
         raise BadInput(f"--config {path}: there is no such file")
     module = command.load_config_file(path)
     if not hasattr(module, "sweep"):
         raise BadInput(f"--config {path}: has no function sweep()")
     script = os.path.join(os.path.dirname(__file__), "train.py")
-    runs = sweeps.runs(path, module.sweep(), workdir, script, imports=command.imports())
+    if text and not inspect.signature(module.sweep).parameters:
+        raise BadInput(f"--config {given}: its sweep() takes no argument; leave out {text!r}")
+    points = module.sweep(text) if text else module.sweep()
+    runs = sweeps.runs(path, points, workdir, script, imports=command.imports())
     if TABLE.value:
         for row in sweeps.table(runs, workdir):
             print("{:40} {:10} {:>8} {:>10}".format(*row))
@@ -72,7 +81,7 @@ def main() -> None:
             raise BadInput(
                 f"--vectorize {VECTORIZE.value}: needs --launcher local; {LAUNCHER.value} starts each run alone"
             )
-        launch(runs, path, workdir)
+        launch(runs, given, workdir)
         return
     if DRY_RUN.value:
         for run in runs:

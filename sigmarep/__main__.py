@@ -32,6 +32,7 @@ COMMANDS = (
     "train_vocabulary",
     "choose_decoding",
     "sensitivity",
+    "stable_rates",
     "compile_check",
 )
 

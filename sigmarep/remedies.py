@@ -18,6 +18,7 @@ PLAIN = {"model.norm": "pre", "model.reparam": "none"}
 SIGMA = {"model.norm": "post", "model.reparam": "sigma"}
 ARMS: dict[str, dict[str, Any]] = {
     "pre_ln": PLAIN,
+    "post_ln": {"model.norm": "post", "model.reparam": "none"},
     "sigma": SIGMA,
     "sigma_pre_ln": {"model.norm": "pre", "model.reparam": "sigma"},
     # γ starts at σ(W₀): the network at the start is the plain one.
@@ -33,6 +34,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "sigma_only": {"model.norm": "none", "model.reparam": "sigma"},
     "spectral": {"model.norm": "post", "model.reparam": "spectral"},
     "weight": {"model.norm": "pre", "model.reparam": "weight"},
+    # Scale-invariant kernels without a bound on their spectral norm, in the place of σReparam's.
+    "weight_post_ln": {"model.norm": "post", "model.reparam": "weight"},
     "qk_norm": PLAIN | {"model.qk_norm": "layer"},
     "soft_cap": PLAIN | {"model.logit_cap": 10.0},
     "qk_clip": PLAIN | {"optimizer.qk_clip": 10.0},

@@ -178,6 +178,29 @@ def read_record(workdir: str) -> dict[str, dict[str, Any]]:
         raise BadInput(f"{path}: cannot be read ({one_line(error)}); move it away to start a new record") from None
 
 
+def finished_runs(workdir: str) -> dict[str, "Outcome"]:
+    """The outcomes of a sweep's runs that are done or diverged, by name; those whose folders no longer exist are left out.
+
+    Raises:
+      BadInput: the folder has no sweep, or a file of metrics cannot be read.
+    """
+    record = read_record(workdir)
+    if not record:
+        raise BadInput(f"--workdir {workdir}: holds no sweep (there is no {RECORD}, or nothing in it)")
+    outcomes = {}
+    for name, run in record.items():
+        if run["state"] not in ("done", "diverged"):
+            continue
+        path = os.path.join(workdir, name, "metrics.jsonl")
+        try:
+            rows = read_metrics(path)
+        except (OSError, json.JSONDecodeError) as error:
+            raise BadInput(f"{path}: cannot be read ({error})") from None
+        if rows or run["state"] == "diverged":
+            outcomes[name] = Outcome(run["point"], run["state"], rows)
+    return outcomes
+
+
 def execute(
     todo: Sequence[PlannedRun],
     workdir: str,

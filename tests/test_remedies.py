@@ -30,7 +30,7 @@ def test_every_arm_is_a_valid_configuration_of_every_task_and_changes_what_it_na
 
 def test_the_arms_that_are_swept_exist_and_others_are_refused():
     assert set(SWEPT) <= set(ARMS)
-    with pytest.raises(BadInput, match="config argument arm = 'warp': expected one of pre_ln, sigma, "):
+    with pytest.raises(BadInput, match="config argument arm = 'warp': expected one of pre_ln, post_ln, sigma, "):
         set_arm(default_config("translation"), "warp")
 
 

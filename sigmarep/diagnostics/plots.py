@@ -62,7 +62,7 @@ def load() -> Any:
     return Figure
 
 
-def _figure(heights: Sequence[float], width: float = WIDTHS["single"]) -> tuple[Any, list[Any]]:
+def new_figure(heights: Sequence[float], width: float = WIDTHS["single"]) -> tuple[Any, list[Any]]:
     new = load()
     from matplotlib.ticker import MaxNLocator
 
@@ -135,7 +135,7 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
         axes.minorticks_off()
 
 
-def _legend(axes: Any, count: int) -> None:
+def add_legend(axes: Any, count: int) -> None:
     if count > 1:
         # Above the axes, so that it never covers curves.
         columns = _columns(axes.figure.get_figwidth())
@@ -178,7 +178,7 @@ def entropy(run: Run, facts: Facts, width: float = WIDTHS["single"]) -> Any | No
     groups = by_group([name.removeprefix(prefix) for name in run.names if name.startswith(prefix)])
     if not groups:
         return None
-    figure, axes = _figure([1.2, *[1.2, 1.2] * len(groups)], width)
+    figure, axes = new_figure([1.2, *[1.2, 1.2] * len(groups)], width)
     losses = run.series(LOSS)
     _line(axes[0], *losses, color="#333333", linewidth=1.2)
     _scale(axes[0], losses.values)
@@ -198,7 +198,7 @@ def entropy(run: Run, facts: Facts, width: float = WIDTHS["single"]) -> Any | No
             if len(groups) > 1:
                 each.text(0.99, 0.96, plain(group), transform=each.transAxes, ha="right", va="top", fontsize=7)
             each.set_ylim(bottom=0)
-        _legend(above, len(layers))
+        add_legend(above, len(layers))
     _events(axes, run, facts)
     axes[-1].set_xlabel("step")
     return figure
@@ -229,7 +229,7 @@ def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str], width: float) ->
     }
     if not shown:
         return None
-    figure, axes = _figure([1.3] * len(shown), width)
+    figure, axes = new_figure([1.3] * len(shown), width)
     # A kind of layer has the same color, and a stack the same dashes, in all panels.
     places = {name: kind_and_stack(name) for names in shown.values() for name in names}
     kinds, stacks = (list(dict.fromkeys(each)) for each in zip(*places.values(), strict=True))
@@ -249,7 +249,7 @@ def _by_kind(run: Run, facts: Facts, panels: Mapping[str, str], width: float) ->
             named.add(kind)
         _scale(each, everything)
         each.set_ylabel(title)
-        _legend(each, len(each.get_legend_handles_labels()[1]))
+        add_legend(each, len(each.get_legend_handles_labels()[1]))
     _events(axes, run, facts)
     axes[-1].set_xlabel("step")
     return figure
@@ -260,14 +260,14 @@ def sharpness(run: Run, facts: Facts, width: float = WIDTHS["single"]) -> Any | 
     shown = [name for name in SHARPNESS if name in run.names]
     if not shown:
         return None
-    figure, axes = _figure([1.5] * len(shown), width)
+    figure, axes = new_figure([1.5] * len(shown), width)
     for name, each in zip(shown, axes, strict=True):
         values, limit = run.series(name), run.series(SHARPNESS[name])
         _line(each, *values, color=PALETTE[0], label="measured")
         _line(each, *limit, color=PALETTE[1], linestyle="--", label="threshold")
         _scale(each, [*values.values, *limit.values])
         each.set_ylabel("largest eigenvalue" + (",\npreconditioned Hessian" if "precond" in name else ",\nHessian"))
-        _legend(each, 2)
+        add_legend(each, 2)
     _events(axes, run, facts)
     axes[-1].set_xlabel("step")
     return figure
@@ -280,7 +280,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str], width: float = WIDT
         return None
     arms = list(dict.fromkeys(arm(run) for run in shown))
     with_entropy = any(LOWEST in run.names for run in shown)
-    figure, axes = _figure([1.8, 1.6] if with_entropy else [2.0], width)
+    figure, axes = new_figure([1.8, 1.6] if with_entropy else [2.0], width)
     named = len(arms) <= len(PALETTE) * len(DASHES) and len(arms) <= 12
     seen: set[str] = set()
     everything: list[float] = []
@@ -304,14 +304,14 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str], width: float = WIDT
         axes[1].axhline(diagnosis.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
         axes[1].set_ylabel("entropy of the\nlowest layer, nats")
         axes[1].set_ylim(bottom=0)
-    _legend(axes[0], len(seen))
+    add_legend(axes[0], len(seen))
     axes[-1].set_xlabel("step")
     return figure
 
 
 def rates(table: sensitivity.Table, width: float = WIDTHS["single"]) -> Any:
     """Draws final loss and lowest entropy against the learning rate: every seed, their range, and the median."""
-    figure, axes = _figure([2.0, 1.5], width)
+    figure, axes = new_figure([2.0, 1.5], width)
     losses = sensitivity.medians(table)
     best = sensitivity.best_loss(losses)
     starts = [each.start for by_rate in table.values() for runs in by_rate.values() for each in runs]
@@ -323,9 +323,9 @@ def rates(table: sensitivity.Table, width: float = WIDTHS["single"]) -> Any:
         shift = 1.05 ** (i - (len(table) - 1) / 2)
         label = plain(shortened(arm, MOST_CHARACTERS))
         final = {rate: [min(each.loss, top) for each in runs] for rate, runs in by_rate.items()}
-        _seeds(axes[0], final, shift=shift, lost=top, label=label, **style)
+        draw_seeds(axes[0], final, shift=shift, lost=top, label=label, **style)
         lowest = {rate: [each.lowest for each in runs if math.isfinite(each.lowest)] for rate, runs in by_rate.items()}
-        _seeds(axes[1], lowest, shift=shift, lost=math.inf, label=label, **style)
+        draw_seeds(axes[1], lowest, shift=shift, lost=math.inf, label=label, **style)
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)
     axes[0].set(ylabel="training loss at the end", xscale="log")
@@ -333,11 +333,11 @@ def rates(table: sensitivity.Table, width: float = WIDTHS["single"]) -> Any:
     axes[1].minorticks_off()
     axes[1].axhline(diagnosis.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
     axes[1].set(ylabel="lowest entropy\nof the run, nats", xlabel="learning rate", ylim=(0, None))
-    _legend(axes[0], len(table))
+    add_legend(axes[0], len(table))
     return figure
 
 
-def _seeds(
+def draw_seeds(
     axes: Any,
     by_rate: Mapping[float, Sequence[float]],
     *,

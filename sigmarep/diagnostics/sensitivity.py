@@ -1,16 +1,13 @@
 """Dependence of a sweep's outcome on the learning rate."""
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
-from sigmarep.sweeps import read_record
+from sigmarep.sweeps import finished_runs
 from sigmarep.training.diagnosis import lowest_entropy
-from sigmarep.training.metrics import read_metrics
 
 RATE, SEED = "learning_rate", "seed"
 # A learning rate trains if its median loss exceeds the best of any arm by at most this share.
@@ -53,16 +50,11 @@ def read_sweep(workdir: str) -> Table:
     Raises:
       BadInput: the folder has no sweep, or a point has no learning rate.
     """
-    record = read_record(workdir)
-    if not record:
-        raise BadInput(f"--workdir {workdir}: holds no sweep (there is no sweep.json, or nothing in it)")
     outcomes = []
-    for name, run in record.items():
-        if place(run["point"]) is None:
+    for name, run in finished_runs(workdir).items():
+        if place(run.point) is None:
             raise BadInput(f"--workdir {workdir}: its run {name} has no {RATE} of its own")
-        rows = _rows(os.path.join(workdir, name)) if run["state"] in ("done", "diverged") else []
-        if rows or run["state"] == "diverged":
-            outcomes.append((run["point"], outcome(rows, diverged=run["state"] == "diverged")))
+        outcomes.append((run.point, outcome(run.rows, diverged=run.state == "diverged")))
     return tabulate(outcomes)
 
 
@@ -90,13 +82,6 @@ def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], RunOutcome]]) -> Table:
             table.setdefault(where[0], {}).setdefault(where[1], []).append(result)
     # Runs end in any order. Sorted, an arm has the same place and the same color in every sweep.
     return {arm: dict(sorted(table[arm].items())) for arm in sorted(table)}
-
-
-def _rows(folder: str) -> list[dict[str, Any]]:
-    try:
-        return read_metrics(os.path.join(folder, "metrics.jsonl"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise BadInput(f"{folder}/metrics.jsonl: cannot be read ({error})") from None
 
 
 def outcome(rows: Sequence[Mapping[str, Any]], *, diverged: bool) -> RunOutcome:

@@ -83,7 +83,7 @@ def test_a_run_whose_folder_was_removed_is_left_out(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(BadInput, match="holds no sweep"):
         sensitivity.read_sweep(str(tmp_path))
-    (tmp_path / "sweep.json").write_text(json.dumps({"x": {"point": {"arm": "a"}, "state": "done"}}))
+    (tmp_path / "sweep.json").write_text(json.dumps({"x": {"point": {"arm": "a"}, "state": "diverged"}}))
     with pytest.raises(BadInput, match="its run x has no learning_rate of its own"):
         sensitivity.read_sweep(str(tmp_path))
 
