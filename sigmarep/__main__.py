@@ -33,6 +33,7 @@ COMMANDS = (
     "choose_decoding",
     "sensitivity",
     "stable_rates",
+    "robustness",
     "compile_check",
 )
 

@@ -6,7 +6,10 @@ tests/configs/goldens.py. After an intended change: pytest tests/configs --updat
 
 import functools
 import importlib.util
+import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +46,7 @@ ARMS = {
     "stability/lm.py": ["", "arm=pre_ln", "arm=target_entropy"],
     "stability/translation.py": ["", "arm=pre_ln", "arm=sigmoid"],
     "stability/speech.py": ["", "arm=pre_ln"],
+    "stability/robustness.py": ["", "arm=post_ln", "width=192,depth=12,batch_size=2048,dtype=bfloat16"],
     "stability/width.py": [
         "",
         *(f"arm={arm},width=32" for arm in ("pre_ln", "post_ln", "qk_norm", "weight_post_ln", "sigma_only")),
@@ -190,6 +194,7 @@ SWEPT = {
     "ssl/simclr_imagenet.py",
     "stability/intervention.py",
     "stability/lm.py",
+    "stability/robustness.py",
     "stability/speech.py",
     "stability/translation.py",
     "stability/vit.py",
@@ -205,11 +210,18 @@ def test_experiments_that_are_sweeps_have_one():
     assert set(SWEEPS) == SWEPT
 
 
+def all_forms(module):
+    """The points of a sweep, of every size where it takes one."""
+    sizes = module.SIZES if inspect.signature(module.sweep).parameters else ()
+    return [module.sweep(f"size={size}") for size in sizes] or [module.sweep()]
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_point_of_a_sweep_can_be_built(name, tmp_path):
     module, models = load(name), set()
-    runs = sweeps.runs(str(CONFIGS / name), module.sweep(), str(tmp_path), "train.py")
-    assert len({run.name for run in runs}) == len(runs) > 1
+    forms = [sweeps.runs(str(CONFIGS / name), points, str(tmp_path), "train.py") for points in all_forms(module)]
+    assert all(len({run.name for run in runs}) == len(runs) > 1 for runs in forms)
+    runs = [run for each in forms for run in each]
     for run in runs:
         (path,) = (each for each in run.command if each.startswith(str(CONFIGS)))
         config = module.get_config(path.partition(":")[2])
@@ -223,6 +235,19 @@ def test_every_point_of_a_sweep_can_be_built(name, tmp_path):
         if model not in models:
             models.add(model)
             tasks.get(config.task).create_model(config, tasks.planned_files(config))
+
+
+def test_a_sweep_is_given_what_stands_behind_its_files_colon(tmp_path):
+    script = CONFIGS.parent / "scripts" / "sweep.py"
+    flags = ["--workdir", str(tmp_path), "--dry_run"]
+    for text, widths in (("", {32, 64, 128}), (":size=gpu", {32, 64, 128, 256, 512, 1024})):
+        given = ["--config", f"{CONFIGS}/stability/width.py{text}", *flags]
+        lines = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, check=True).stdout
+        assert {int(width) for width in re.findall(r"width\.py:width=(\d+),", lines)} == widths
+    given = ["--config", f"{CONFIGS}/stability/vit.py:size=gpu", *flags]
+    refused = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "its sweep() takes no argument; leave out 'size=gpu'" in refused.stderr
 
 
 @pytest.mark.parametrize("base_learning_rate", [5e-4, 1e-3])
