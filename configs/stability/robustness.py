@@ -54,9 +54,11 @@ def get_config(text=""):
     config = default_config("image_classification")
     config.batch_size = args["batch_size"]
     config.total_epochs = args["epochs"]
-    config.log_every_steps = 10
+    config.log_every_steps = 25
     # Every run reaches its end unless its loss is no number: what a setting does to it is the question.
     config.divergence_factor = 0.0
+    # The weights of some hundred runs, of which the question needs none.
+    config.keep_checkpoints = 0
     config.compute_dtype = args["dtype"]
 
     model = config.model

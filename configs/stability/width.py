@@ -36,10 +36,11 @@ def get_config(text=""):
     config = default_config("language_modeling")
     config.batch_size = 16
     config.total_steps = args["steps"]
-    # Thirty values: the panel's program is small beside the time that it takes to compile another one.
-    config.log_every_steps = 10
+    config.log_every_steps = 25
     # Every run reaches its end unless its loss is no number: what a raised rate does to it is the question.
     config.divergence_factor = 0.0
+    # The weights of some hundred runs, of which the question needs none.
+    config.keep_checkpoints = 0
     config.compute_dtype = args["dtype"]
 
     model = config.model

@@ -99,7 +99,8 @@ class Checkpointer:
 
     def __init__(self, directory: str, *, keep: int, say: Callable[[str], object] = print):
         self._directory = os.path.abspath(directory)
-        self._keep = keep
+        # One that is asked for is kept, whatever the configuration says.
+        self._keep = max(keep, 1)
         self._say = say
         self.last_good: int | None = None
         options = ocp.CheckpointManagerOptions(

@@ -41,8 +41,9 @@ FIELDS: dict[str, Any] = {
     "checkpoint_every": duration(None, "Interval of checkpoints; after the last step alone if not set."),
     "keep_checkpoints": field(
         2,
-        "Newest checkpoints kept, besides the last that a later step showed to be good.",
-        at_least=1,
+        "Newest checkpoints kept, besides the last that a later step showed to be good; 0: none is made, but where SIGTERM "
+        "stops the run.",
+        at_least=0,
     ),
     "compute_dtype": field("float32", "Type of activations; parameters stay float32.", choices=("float32", "bfloat16")),
     "ema_decay": field(

@@ -91,8 +91,8 @@ class Program:
         )
 
     def due(self, event: str, step: int) -> bool:
-        """True if `event` ("log", "eval", "checkpoint" or "sharpness") happens after `step`; all do after the last, but
-        for sharpness where no interval of its own is set."""
+        """True if `event` ("log", "eval", "checkpoint" or "sharpness") happens after `step`; all that have an interval do
+        after the last."""
         interval = self.intervals[event]
         return bool(interval) and (step % interval == 0 or step == self.total_steps)
 
@@ -236,6 +236,8 @@ def _program(
             "config.total_steps, total_epochs, total_examples: none is set; set one, for example total_epochs"
         )
     intervals = {event: to_steps(config, f"{event}_every") or total for event in ("log", "eval", "checkpoint")}
+    if not config.keep_checkpoints:
+        intervals["checkpoint"] = 0
     intervals["sharpness"] = to_steps(config.sharpness, "every", prefix="config.sharpness.") or 0
     if intervals["sharpness"] and config.parallel != "jit":
         raise BadInput(f"config.sharpness.every_steps: needs config.parallel = 'jit', not {config.parallel!r}")

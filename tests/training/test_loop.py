@@ -159,3 +159,10 @@ def test_averaged_weights_are_evaluated_with_a_sigma_of_their_own(data_dir, tmp_
     effective = fold(variables)["head"]["kernel"]
     gamma = abs(float(variables["params"]["head"]["gamma"]))
     np.testing.assert_allclose(np.linalg.norm(effective, 2), gamma, rtol=1e-4)
+
+
+def test_a_run_that_keeps_no_checkpoints_makes_none_and_has_the_same_losses(data_dir, on_eight_devices, tmp_path):
+    result = train_and_evaluate(tiny(data_dir, keep_checkpoints=0), str(tmp_path))
+    assert result["eval/test/accuracy"] == on_eight_devices[0]["eval/test/accuracy"]
+    assert losses(tmp_path) == losses(on_eight_devices[1])
+    assert not list((tmp_path / "checkpoints").glob("*"))
