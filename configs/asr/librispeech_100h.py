@@ -12,7 +12,9 @@ The paper compares post- and pre-LN models under Adagrad, 0.03, with 64,000 upda
 under the same and under LARS without warmup; it tunes on dev-clean and dev-other, and decodes greedily without a
 language model. The recipe is that of the authors' earlier work (slimIPL) with CAPE positions; the learning rate of LARS,
 the schedule's steps and the batch of 3,200 s are this project's choice. Reported at second hand: 5.9 % WER on dev-clean
-for the best post-LN model, 6.1 to 6.4 % under σReparam, over a wider range of settings. Not run yet.
+for the best post-LN model, 6.1 to 6.4 % under σReparam, over a wider range of settings. Against the paper's code the plain
+front end starts √3 smaller (U(±1/√inputs) for lecun_uniform), and the head's bias under σReparam at 0 (for U(±1/√width)).
+Not run yet.
 """
 
 from sigmarep.sweeps import product, values, zipped

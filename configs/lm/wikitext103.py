@@ -8,9 +8,10 @@ DIR holds the raw files wiki.train.tokens, wiki.valid.tokens and wiki.test.token
 Arguments: folder, norm (none), reparam (sigma), learning_rate (1.0), steps (286000).
 
 The baseline is the public recipe of Baevski and Auli (2019): 16 blocks, 247 M parameters, Nesterov's momentum, learning
-rate 1, cosine after 16,000 steps of warmup, windows of 3,072 tokens; its reference test perplexity is 18.7. Momentum 0.99
-and the batch of 24 windows are this recipe's too; one cosine period instead of several, and no dropout in the adaptive
-softmax, are this project's choices. The paper's σReparam perplexities are not known here. Not run yet.
+rate 1, cosine after 16,000 steps of warmup, windows of 3,072 tokens; its reference test perplexity is 18.7. Momentum
+0.99 and the batch of 24 windows are this recipe's too; one cosine period instead of several, no dropout in the adaptive
+softmax, and the baseline's norm after the last block are this project's choices. The paper's σReparam perplexities are
+not known here. Not run yet.
 """
 
 from sigmarep.training.config import arguments, default_config
@@ -31,7 +32,7 @@ def get_config(text=""):
     model.norm, model.reparam = args["norm"], args["reparam"]
     model.activation = "relu"
     model.dropout = 0.3
-    model.attention_dropout = 0.1
+    model.attention_dropout = model.activation_dropout = 0.1
     model.positions = "sinusoidal"
     model.adaptive_cutoffs = (20_000, 60_000)
     model.logit_chunk = 256

@@ -32,7 +32,7 @@ def get_config(text=""):
     model.depth, model.width, model.num_heads, model.mlp_dim = args["depth"], 512, 8, 2048
     model.norm, model.reparam = args["norm"], args["reparam"]
     model.activation = "relu"
-    model.dropout = 0.4
+    model.dropout, model.activation_dropout = 0.4, 0.0
     # N blocks keep their inputs alone, and go through them once more on the way back.
     model.remat = "full" if args["depth"] >= 50 else "none"
 

@@ -67,8 +67,9 @@ def get_config(text=""):
     model.patch_size = 2
     # Ŵ₀ = W₀, as in the paper's vision code.
     model.gamma_init = "sigma"
-    # One kernel of attention in all types, under vmap too.
+    # One kernel of attention in all types, under vmap too; what it keeps of 197 x 197 tokens of several runs fills a card.
     model.attention_implementation = "xla"
+    model.remat = "none" if args["depth"] < 12 else "full"
 
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = args["base_learning_rate"] * args["batch_size"] / 512

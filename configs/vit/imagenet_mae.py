@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/vit/imagenet_mae.py:variant=L/16 --workdir runs/mae_l
 
-Arguments: variant (B/16), reparam (none), warmup_epochs (20), epochs (0 for 300, 200, 200 of B, L, H).
+Arguments: variant (B/16), reparam (none), warmup_epochs (20), epochs (0 for 300, 200, 200 of B, L, H),
+batch_size (4096).
 
 The recipe (He et al., 2022, appendix): AdamW (0.9, 0.95), batch 4096, base learning rate 1e-4 per 256, weight decay 0.3,
 cosine, 20 epochs of warmup, stochastic depth 0.1 / 0.2 / 0.2, RandAugment 9/0.5, mixup 0.8, CutMix 1.0, label smoothing
@@ -23,12 +24,12 @@ SIZES = {"B": (300.0, 0.1), "L": (200.0, 0.2), "H": (200.0, 0.2)}
 
 
 def get_config(text=""):
-    args = arguments(text, variant="B/16", reparam="none", warmup_epochs=20.0, epochs=0.0)
+    args = arguments(text, variant="B/16", reparam="none", warmup_epochs=20.0, epochs=0.0, batch_size=4096)
     size = args["variant"].split("/")[0]
     if size not in SIZES:
         raise BadInput(f"config argument variant = {args['variant']!r}: this recipe has the sizes {', '.join(SIZES)}")
     config = default_config("image_classification")
-    config.batch_size = 4096
+    config.batch_size = args["batch_size"]
     config.log_every_steps = 50
     config.eval_every_epochs = 10
     config.checkpoint_every_epochs = 5

@@ -12,11 +12,12 @@ Arguments: variant (B/16, L/16 or H/16), reparam (sigma), norm (none), gamma_ini
 is the paper's text), base_learning_rate (0.1, times batch / 256), batch_size (4096).
 
 Expected top-1 (Zhai et al., 2023): spectral normalisation, γ fixed at 1, falls to 69.81 % with ViT-B. The paper's other
-figures for this recipe are not at hand in a form that can be quoted; weight normalisation is reported to diverge without
-pre-LN. From the paper: LARS with momentum 0.9, no warmup, no weight decay, no LayerNorm, patch convolution started at
-0.125 of the usual standard deviation for L and H, stochastic depth 0.1 (B) and 0.2 (L). This project's choice: base
-learning rate, batch size, the step at 84 % of the run, epochs (250, 300, 170 for B, L, H), stochastic depth 0.2 (H), the
-augmentation, which is DeiT's without repeats and erasing.
+figures for this recipe are not at hand in a form that can be quoted; weight normalisation is reported to diverge
+without pre-LN. From the paper: LARS with momentum 0.9, no warmup, no weight decay, no LayerNorm, patch convolution
+started at 0.125 of the usual standard deviation for L and H (H/16 here; the MAE paper's H has patches of 14),
+stochastic depth 0.1 (B) and 0.2 (L). This project's choice: base learning rate, batch size, the step at 84 % of the
+run, epochs (250, 300, 170 for B, L, H), stochastic depth 0.2 (H), the augmentation, which is DeiT's without repeats and
+erasing.
 Not run by this project: it has only been built and checked, for want of the data.
 """
 

@@ -12,6 +12,11 @@ The step reads W twice; σ needs no third read. A single vector lags behind W wh
 close. `basis` adds vectors: the step is then one of block power iteration with Rayleigh-Ritz (Golub and Van Loan, 2013,
 section 8.2), still reads W twice, and u is the best vector of the block.
 
+u, on the side of the outputs, is what is stored from step to step, as in the paper's speech code. Its vision code, and
+PyTorch's `spectral_norm`, store the vector on the side of the inputs instead: half a step of power iteration apart. At
+convergence the two are the same; on the way there they are not, and neither are the runs (logits 1e-2 apart after ten
+steps of a ViT at a rate of 0.05).
+
 Gradients pass through σ but not through u and v:
 
     ∂L/∂W = (γ/σ) · (G − (⟨G, W⟩/σ) · v uᵀ),        ∂L/∂γ = ⟨G, W⟩ / σ,        G = ∂L/∂Ŵ.

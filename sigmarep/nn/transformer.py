@@ -119,6 +119,9 @@ class TransformerConfig(AttentionConfig):
     dropout: float = attribute(
         0.0, "Rate of dropout after the MLP's activation and, with branch_dropout, on each branch.", at_least=0, below=1
     )
+    activation_dropout: float | None = attribute(
+        None, "Rate of dropout after the MLP's activation; that of dropout if None.", kind=float, optional=True
+    )
     branch_dropout: bool = attribute(True, "Dropout on each residual branch.")
     drop_path: float = attribute(
         0.0,
@@ -260,7 +263,8 @@ class Mlp(nn.Module):
         }
         hidden = with_axes(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
         hidden = c.activate(hidden)
-        hidden = nn.Dropout(c.dropout)(hidden, deterministic=deterministic)
+        rate = c.dropout if c.activation_dropout is None else c.activation_dropout
+        hidden = nn.Dropout(rate)(hidden, deterministic=deterministic)
         return SigmaDense(x.shape[-1], name="down", **options)(hidden)
 
 

@@ -7,6 +7,10 @@ Where weight decay λ enters, with learning rate η:
 
 Other optimizers are optax's, or anyone's: `sigmarep.training.external`.
 
+LARS is You et al.'s, as optax's: the learning rate multiplies the update before momentum, which keeps steps of the old rate
+for some ten updates after a step schedule has lowered it. timm's multiplies after momentum, and takes the new rate at once.
+What has no trust ratio moves by the raw gradient at the full rate.
+
 `no_decay` names the parameters left out of it, and of the trust ratios of LARS and LAMB: γ, biases, norms' scales,
 positions and the class token, unless configured otherwise.
 

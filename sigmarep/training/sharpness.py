@@ -3,6 +3,11 @@
 Metrics: `sharpness/hessian`, the largest eigenvalue of the Hessian, and `sharpness/threshold`, 2/η; under Adam and AdamW
 also `sharpness/preconditioned` with `sharpness/preconditioned_threshold`, (2 + 2β₁)/((1 − β₁)η). The loss is that of the
 run's first batch in training mode, with the same random numbers every time: values differ by the parameters alone.
+
+Under σReparam u and v are held fixed, as they are in the gradient: σ = vᵀWu is then linear in W, and the Hessian lacks the
+curvature of σ. Against the Hessian of the loss with σ from an SVD: of a tiny MLP the largest eigenvalue was 1.933 for
+1.896, the lowest −0.509 for −1.749, and the matrices differed by 52 % in Frobenius norm; of a ViT on the digits the largest
+was within 0.2 %, the preconditioned one within 3.5 %, the lowest up to twice off.
 """
 
 from collections.abc import Callable

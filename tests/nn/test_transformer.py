@@ -223,3 +223,15 @@ def test_a_block_of_power_vectors_is_the_same_scanned_unrolled_and_folded():
     close(jax.tree.map(jnp.abs, unstacked(dict(changed), 3)), jax.tree.map(jnp.abs, dict(state)), atol=1e-3)
     plain = TransformerStack(dataclasses.replace(c, reparam="none"))
     close(plain.apply({"params": fold(stacked)}, X), scanned.apply(stacked, X))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_after_the_activation_has_a_rate_of_its_own(rate):
+    """With branch_dropout off it is the only one: at 0 a pass in training mode is that of evaluation."""
+    c = dataclasses.replace(SMALL, depth=1, scan=False, dropout=0.5, activation_dropout=rate, branch_dropout=False)
+    model = TransformerStack(c)
+    variables = model.init(KEY, X)
+    options = {"rngs": {"dropout": KEY}, "mutable": ["spectral"]}
+    trained, _ = model.apply(variables, X, deterministic=False, **options)
+    evaluated, _ = model.apply(variables, X, deterministic=True, **options)
+    assert bool(jnp.array_equal(trained, evaluated)) == (rate == 0)
