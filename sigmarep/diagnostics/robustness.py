@@ -59,7 +59,7 @@ def tables(grid: Grid, metric: str) -> list[str]:
     settings = list(dict.fromkeys(setting for by_setting in grid.values() for setting in by_setting))
     rows = [f"| test accuracy, % | {' | '.join(grid)} |", f"|---{'|---' * len(grid)}|"]
     for setting in settings:
-        cells = (_seeds(by_setting.get(setting, []), metric) for by_setting in grid.values())
+        cells = [_seeds(by_setting.get(setting, []), metric) for by_setting in grid.values()]
         rows.append(f"| {setting} | {' | '.join(cells)} |")
     thresholds = " | ".join(f"below {each:.0%}" for each in THRESHOLDS)
     counts = [

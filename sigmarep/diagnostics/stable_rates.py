@@ -179,11 +179,11 @@ def draw(ladder: Ladder, start: float, within: float = THRESHOLDS[0]) -> Any:
         style = {"color": plots.PALETTE[i % len(plots.PALETTE)], "linestyle": plots.DASHES[i % len(plots.DASHES)]}
         shift = 1.02 ** (i - (len(ladder) - 1) / 2)
         found = {width: edges(of_seeds, within, start) for width, of_seeds in by_width.items()}
-        rates = {width: [one.rate for one in each if one.rate > 0] for width, each in found.items()}
+        rates = {float(width): [one.rate for one in each if one.rate > 0] for width, each in found.items()}
         plots.draw_seeds(axes[0], rates, shift=shift, lost=math.inf, label=plots.plain(arm), **style)
         opened = [(width * shift, one.rate) for width, each in found.items() for one in each if one.open]
         axes[0].plot([x for x, _ in opened], [y for _, y in opened], "^", color=style["color"], markersize=5)
-        best = {width: _at_best(of_seeds) for width, of_seeds in by_width.items()}
+        best = {float(width): _at_best(of_seeds) for width, of_seeds in by_width.items()}
         plots.draw_seeds(axes[1], best, shift=shift, lost=math.inf, label=plots.plain(arm), **style)
     axes[0].set(ylabel=f"highest stable rate ({within:.0%})", xscale="log", yscale="log")
     axes[1].set(ylabel="best held-out loss", xlabel="width")
