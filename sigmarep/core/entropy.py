@@ -123,7 +123,7 @@ def statistics_of_logits(
     if sigmoid:
         seen = jnp.ones((1, 1, 1, logits.shape[-1]), bool) if visible is None else visible
         scores = jax.nn.log_sigmoid(logits + _sigmoid_bias(_count(seen, logits)))
-    return _finished(_sums(logits, scores, visible))
+    return finished(_sums(logits, scores, visible))
 
 
 def attention_statistics(
@@ -219,11 +219,11 @@ def attention_statistics(
     if sigmoid:
         counts, _ = lax.scan(lambda seen, part: (seen + jnp.sum(visible_keys(part), axis=-1), None), no_keys, inputs)
         bias = _sigmoid_bias(counts)
-    carry, _ = lax.scan(body, _Sums(zeros - jnp.inf, zeros, zeros, zeros - jnp.inf, zeros, zeros, no_keys), inputs)
-    return _finished(carry)
+    carry, _ = lax.scan(body, Sums(zeros - jnp.inf, zeros, zeros, zeros - jnp.inf, zeros, zeros, no_keys), inputs)
+    return finished(carry)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Over visible keys, of scores s (the softmax's logits) with maximum m: `top` m, `total` Σ exp(s − m), `weighted`
     Σ exp(s − m)·(s − m); of logits a with maximum l: `largest` l, `first` Σ (a − l), `second` Σ (a − l)²; `keys`, how many.
     Shape (B, N, T), `keys` broadcastable to it. Where no key is visible maxima are −inf and sums 0."""
@@ -237,7 +237,7 @@ class _Sums(NamedTuple):
     keys: jax.Array
 
 
-def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _Sums:
+def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> Sums:
     def only_visible(x, otherwise):
         return x if visible is None else jnp.where(visible, x, otherwise)
 
@@ -248,9 +248,9 @@ def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _S
         return most, only_visible(x - jnp.where(jnp.isfinite(most), most, 0.0)[..., None], 0.0)
 
     (top, relative), (largest, differences) = below(scores), below(logits)
-    relative = _not_far_below(relative)
+    relative = not_far_below(relative)
     weights = only_visible(jnp.exp(relative), 0.0)
-    return _Sums(
+    return Sums(
         top=top,
         total=jnp.sum(weights, axis=-1),
         weighted=jnp.sum(weights * relative, axis=-1),
@@ -261,32 +261,36 @@ def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> _S
     )
 
 
-def _not_far_below(relative: jax.Array) -> jax.Array:
+def not_far_below(relative: jax.Array) -> jax.Array:
     """Scores relative to the largest, finite where the weight is 0, so that weight times score is 0 there."""
     return jnp.where(relative < FAR_BELOW, FAR_BELOW, relative)
 
 
-def _merged(a: _Sums, b: _Sums) -> _Sums:
+def _merged(a: Sums, b: Sums) -> Sums:
     """The sums over the keys of both."""
     top, largest = jnp.maximum(a.top, b.top), jnp.maximum(a.largest, b.largest)
-
-    def moved(x: _Sums) -> _Sums:
-        """Relative to the new maxima; sums over no keys are 0 whatever they are relative to."""
-        down, by = (jnp.where(jnp.isfinite(old), old - new, 0.0) for old, new in ((x.top, top), (x.largest, largest)))
-        down = _not_far_below(down)
-        decay = jnp.exp(down)
-        return x._replace(
-            total=decay * x.total,
-            weighted=decay * (x.weighted + down * x.total),
-            first=x.first + by * x.keys,
-            second=x.second + 2 * by * x.first + by**2 * x.keys,
-        )
-
-    sums = jax.tree.map(jnp.add, moved(a), moved(b))
+    sums = jax.tree.map(jnp.add, moved(a, top, largest), moved(b, top, largest))
     return sums._replace(top=top, largest=largest)
 
 
-def _finished(sums: _Sums) -> AttentionStatistics:
+def moved(sums: Sums, top: jax.Array, largest: jax.Array) -> Sums:
+    """The sums relative to other maxima; sums over no keys are 0 whatever they are relative to."""
+    # In comparisons, which kernels have, for isfinite.
+    down, by = (
+        jnp.where(jnp.abs(old) < jnp.inf, old - new, 0.0) for old, new in ((sums.top, top), (sums.largest, largest))
+    )
+    down = not_far_below(down)
+    decay = jnp.exp(down)
+    return sums._replace(
+        total=decay * sums.total,
+        weighted=decay * (sums.weighted + down * sums.total),
+        first=sums.first + by * sums.keys,
+        second=sums.second + 2 * by * sums.first + by**2 * sums.keys,
+    )
+
+
+def finished(sums: Sums) -> AttentionStatistics:
+    """The statistics that sums over all keys make."""
     keys = jnp.maximum(sums.keys, 1)
     # Of a query that sees a key the sum is at least 1, or broken; of one that sees none it is 0.
     total = jnp.where(sums.keys > 0, sums.total, 1.0)

@@ -17,13 +17,13 @@ from sigmarep.core import entropy
 from sigmarep.fields import attribute
 from sigmarep.nn import attention_statistics, key_value_cache
 from sigmarep.nn.axes import with_axes
-from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports
+from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports, flash
 from sigmarep.nn.linear import Reparam, SigmaDenseGeneral
 from sigmarep.nn.positions import Rotary
 from sigmarep.nn.visibility import FULL, Visibility
 
 QKV = ("separate", "fused", "qk_v")
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "flash")
 QK_NORMS: dict[str, Any] = {
     "none": None,
     "layer": functools.partial(nn.LayerNorm, use_bias=False),
@@ -89,7 +89,8 @@ class MultiHeadAttention(nn.Module):
     implementation: str | Callable = attribute(
         "auto",
         "xla forms the attention matrix, and the statistics are of its logits; cudnn is the fused kernel of "
-        "jax.nn.dot_product_attention, beside which the statistics are taken by blocks of keys; auto is cuDNN's in half "
+        "jax.nn.dot_product_attention, beside which the statistics are taken by blocks of keys; flash is a kernel for TPUs "
+        "and GPUs that gives both under padding, segments, causality, soft-cap and dropout; auto is cuDNN's in half "
         "precision on a GPU without mask, attention dropout, soft-cap and other weights than softmax, else xla. A Python "
         "name: a fused kernel, (query, key, value, mask=, is_causal=) to (B, T, N, H).",
         choices=IMPLEMENTATIONS,
@@ -179,8 +180,9 @@ class MultiHeadAttention(nn.Module):
         appending = cache_length and context is None
         if appending:
             key, value, visibility = key_value_cache.append(self, key, value, cache_length)
-        attended, statistics = self._attend(query, key, value, visibility, deterministic)
-        if self.is_mutable_collection("attention") and not (self.is_initializing() or appending):
+        recording = self.is_mutable_collection("attention") and not (self.is_initializing() or appending)
+        attended, statistics = self._attend(query, key, value, visibility, deterministic, recording)
+        if recording:
             self._record(statistics(), query, key, x, context, real, factor)
         attended = with_axes(self._gated(attended, x), "batch", "length", "heads", "head_dim")
         return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
@@ -192,7 +194,11 @@ class MultiHeadAttention(nn.Module):
             value = getattr(self, name)
             if not callable(value) and (expected := declared.problem(value)):
                 raise ValueError(f"{name} = {value!r}: expected {expected}")
-        if self.implementation not in ("auto", "xla") and self._needs_matrix(deterministic):
+        if self.implementation == "flash" and self.weights != "softmax":
+            raise ValueError(
+                f"weights = {self.weights!r}: implementation = 'flash' has softmax weights; use 'xla' or 'auto'"
+            )
+        if self.implementation not in ("auto", "xla", "flash") and self._needs_matrix(deterministic):
             raise ValueError(
                 f"implementation = {self.implementation!r}: attention dropout, logit_cap and weights other than softmax "
                 "need 'xla' or 'auto'"
@@ -290,8 +296,10 @@ class MultiHeadAttention(nn.Module):
             self._store("losses", "entropy_target", (share - self.entropy_target) ** 2)
         return jax.lax.stop_gradient(jnp.exp(log_scale))
 
-    def _attend(self, query, key, value, visibility, deterministic) -> tuple[jax.Array, Statistics]:
+    def _attend(self, query, key, value, visibility, deterministic, recording) -> tuple[jax.Array, Statistics]:
         """Averages of the values by the attention weights, (B, T, N, H), and what gives the statistics of every query."""
+        if self.implementation == "flash" and not self.is_initializing():
+            return self._flash(query, key, value, visibility, deterministic, recording)
         queries, keys = query.shape[1], key.shape[1]
         mask, is_causal = visibility.for_kernel(queries, keys)
         kernel = self._kernel(query, mask, deterministic)
@@ -304,6 +312,24 @@ class MultiHeadAttention(nn.Module):
         dropped = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
         attended = jnp.einsum("bnts,bsnh->btnh", dropped.astype(value.dtype), value)
         return attended, lambda: self._statistics_of_matrix(logits, mask, weights)
+
+    def _flash(self, query, key, value, visibility, deterministic, recording) -> tuple[jax.Array, Statistics]:
+        if visibility.mask is not None:
+            raise ValueError(
+                "implementation = 'flash': knows padding, segments and causality, not Visibility.mask; use 'xla' or 'auto'"
+            )
+        dropout = 0.0 if deterministic else self.dropout
+        attended, statistics = flash(
+            query,
+            key,
+            value,
+            visibility,
+            logit_cap=self.logit_cap,
+            dropout=dropout,
+            dropout_key=self.make_rng("dropout") if dropout else None,
+            statistics=recording,
+        )
+        return attended, lambda: statistics
 
     def _needs_matrix(self, deterministic: bool) -> bool:
         return bool(self.logit_cap or self.weights != "softmax" or (self.dropout and not deterministic))

@@ -21,15 +21,21 @@ def with_axes(x: jax.Array, *names: str | None) -> jax.Array:
       x: an array with as many dimensions as there are `names`. A dimension without a name or rule is whole on every
         device, as is one that its axes do not divide.
     """
+    spec = spec_of(x.shape, *names)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def spec_of(shape: tuple[int, ...], *names: str | None) -> jax.sharding.PartitionSpec | None:
+    """The placement that `with_axes` gives an array of this shape, None where it does nothing."""
     rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
     if not rules or mesh.empty:
-        return x
+        return None
     axes = [_tuple(each) for each in nn.logical_to_mesh_axes(names, rules) or ()]
     spec = [
         each if size % math.prod(mesh.shape[axis] for axis in each) == 0 else ()
-        for each, size in zip(axes, x.shape, strict=True)
+        for each, size in zip(axes, shape, strict=True)
     ]
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*(each or None for each in spec)))
+    return jax.sharding.PartitionSpec(*(each or None for each in spec))
 
 
 def _tuple(axes) -> tuple[str, ...]:

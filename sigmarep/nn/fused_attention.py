@@ -1,9 +1,83 @@
-"""cuDNN's attention by `jax.nn.dot_product_attention`, and the arguments that its kernel takes."""
+"""Attention by kernels that keep no attention matrix: cuDNN's, and that of `sigmarep.core.flash_attention`."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from sigmarep.core.entropy import AttentionStatistics
+from sigmarep.core.flash_attention import NO_KEY, flash_attention
+from sigmarep.nn.axes import spec_of
+from sigmarep.nn.visibility import Visibility
+
+
+def flash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    *,
+    logit_cap: float = 0.0,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    statistics: bool = False,
+) -> tuple[jax.Array, AttentionStatistics | None]:
+    """`flash_attention` of the keys that each query sees, each device of a mesh with its own examples and heads.
+
+    Args:
+      query: (B, T, N, H). key, value: (B, S, N, H).
+      visibility: without a `mask`.
+      dropout_key: of the random numbers; needed for dropout.
+      statistics: see `flash_attention`.
+    """
+    (b, queries, n, _), keys = query.shape, key.shape[1]
+    identities: tuple[jax.Array, ...] = ()
+    if visibility.segments is not None or visibility.key_mask is not None:
+        segments = visibility.segments
+        of_queries = jnp.zeros((b, queries), jnp.int32) if segments is None else segments.astype(jnp.int32)
+        of_keys = jnp.zeros((b, keys), jnp.int32) if segments is None else of_queries
+        if visibility.key_mask is not None:
+            of_keys = jnp.where(visibility.key_mask, of_keys, NO_KEY)
+        identities = (of_queries, of_keys)
+    seeds: tuple[jax.Array, ...] = ()
+    if dropout:
+        assert dropout_key is not None
+        seeds = (jax.random.bits(dropout_key, (b, n), jnp.uint32).astype(jnp.int32),)
+    platform = _platform()
+
+    def attend(query, key, value, identities, seeds):
+        return flash_attention(
+            query,
+            key,
+            value,
+            query_identities=identities[0] if identities else None,
+            key_identities=identities[1] if identities else None,
+            is_causal=visibility.is_causal,
+            logit_cap=logit_cap or None,
+            dropout=dropout,
+            dropout_seeds=seeds[0] if seeds else None,
+            statistics=statistics,
+            platform=platform,
+        )
+
+    spec = spec_of(query.shape, "batch", None, "heads", None)
+    if spec is None or jax.sharding.get_abstract_mesh().size == 1:
+        return attend(query, key, value, identities, seeds)
+    examples, heads = spec[0], spec[2]
+    tokens, rows = PartitionSpec(examples, None, heads, None), PartitionSpec(examples, heads)
+    return jax.shard_map(
+        attend,
+        in_specs=(tokens, tokens, tokens, PartitionSpec(examples), rows),
+        out_specs=(tokens, rows),
+        check_vma=False,
+    )(query, key, value, identities, seeds)
+
+
+def _platform() -> str:
+    """That of the devices that the program is for; they may not be there."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def cudnn_attention(query, key, value, *, mask, is_causal: bool) -> jax.Array:

@@ -1,11 +1,17 @@
-"""The arguments of cuDNN's kernel, given to XLA, which needs no GPU and takes any length."""
+"""The arguments of cuDNN's kernel, given to XLA, which needs no GPU and takes any length; our own kernel in a layer."""
 
+import contextlib
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
+from sigmarep.nn import MultiHeadAttention
 from sigmarep.nn.fused_attention import cudnn_supports, with_even_lengths
+from sigmarep.nn.visibility import Visibility
 
 MASK = jax.random.bernoulli(jax.random.key(9), 0.6, (2, 1, 5, 7)) | (jnp.arange(7) == 0)
 KEYS = (jnp.arange(7) < jnp.array([[4], [7]]))[:, None, None]
@@ -65,3 +71,60 @@ def test_even_lengths_are_left_alone():
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it depends on the GPU")
 def test_cudnn_supports_no_other_device():
     assert not cudnn_supports(inputs(7, 7)[0].astype(jnp.bfloat16))
+
+
+def visibilities(tokens):
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (4, tokens)), axis=1)[:, ::-1])
+    return {
+        "all": Visibility(),
+        "causal segments": Visibility(is_causal=True, segments=segments),
+        "padding": Visibility(key_mask=jnp.arange(tokens) < jnp.asarray([[tokens], [5], [9], [1]])),
+    }
+
+
+@pytest.mark.parametrize(("name", "devices"), [("all", 1), ("causal segments", 1), ("padding", 4)])
+def test_flash_gives_the_outputs_gradients_and_statistics_of_the_matrix(name, devices):
+    x = jax.random.normal(jax.random.key(0), (4, 21, 16))
+    visibility = visibilities(21)[name]
+    real = visibility.real_tokens(self_attention=True).queries
+    counted = 1.0 if real is None else real[..., None]
+    mesh = jax.make_mesh((devices // 2 or 1, min(devices, 2)), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    results = []
+    for implementation in ("xla", "flash"):
+        layer = MultiHeadAttention(2, implementation=implementation, logit_cap=20.0)
+        variables = layer.init(jax.random.key(1), x)
+
+        def loss(params, layer=layer, variables=variables):
+            options = {"visibility": visibility, "mutable": ["attention"]}
+            y, state = layer.apply({**variables, "params": params}, x, **options)
+            return jnp.sum(jnp.sin(y) * counted), state
+
+        with contextlib.ExitStack() as stack:
+            if devices > 1:
+                stack.enter_context(jax.set_mesh(mesh))
+                stack.enter_context(nn.logical_axis_rules([("batch", "data"), ("heads", "tensor")]))
+            results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_flash_refuses_what_it_cannot_do():
+    x = jnp.ones((1, 4, 8))
+    layer = MultiHeadAttention(2, implementation="flash")
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"flash.*Visibility\.mask"):
+        layer.apply(variables, x, visibility=Visibility(mask=jnp.ones((4, 4), bool)))
+    with pytest.raises(ValueError, match=r"weights = 'sigmoid'.*flash"):
+        MultiHeadAttention(2, implementation="flash", weights="sigmoid").init(jax.random.key(0), x)
+
+
+def test_flash_drops_attention_weights_in_training_alone():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+    layer = MultiHeadAttention(2, implementation="flash", dropout=0.5)
+    variables = layer.init(jax.random.key(0), x)
+    plain = layer.apply(variables, x)
+    first, again, other = (
+        layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(seed)}) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, plain)
+    assert not np.allclose(first, other)

@@ -1,0 +1,250 @@
+"""Attention without a T × S array, and the exact statistics of every query from the same pass.
+
+One kernel family in Pallas, for TPUs (Mosaic) and GPUs (Triton), and interpreted elsewhere. Blocks of logits are formed
+with the keys as rows and the queries as columns: what belongs to a query, such as its largest logit, is then a row of the
+block, which vector units hold without waste. The forward pass is an online softmax (Milakov and Gimelshein, 2018; Dao et
+al., 2022) that carries, beside Σ exp(a − m), the sums that `sigmarep.core.entropy` makes its statistics of. The backward
+pass forms the logits again, once for the keys and values and once for the queries.
+
+Shapes: B batch, T queries, S keys, N heads, H head_dim. Inside they are (B, N, T, H).
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from sigmarep.core import flash_kernels
+from sigmarep.core.entropy import AttentionStatistics, Sums, finished
+from sigmarep.core.flash_kernels import ROWS, Plan
+
+# Keys and queries of a block. A GPU's block is held by one multiprocessor.
+BLOCKS = {"tpu": 512, "gpu": 64}
+LANES = 128
+# Identities that nothing has, of the tokens that fill up the last block.
+NO_QUERY, NO_KEY = -1, -2
+
+
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    query_identities: jax.Array | None = None,
+    key_identities: jax.Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    logit_cap: float | None = None,
+    dropout: float = 0.0,
+    dropout_seeds: jax.Array | None = None,
+    statistics: bool = False,
+    block_size: int | None = None,
+    platform: str | None = None,
+) -> tuple[jax.Array, AttentionStatistics | None]:
+    """softmax(s·Q Kᵀ)·V and, of the same logits, entropy, largest logit and variance of every query.
+
+    Gradients flow through the first output, in reverse mode. A query that sees no key gets zeros.
+
+    Args:
+      query: (B, T, N, H), of float32, bfloat16 or float16.
+      key, value: (B, S, N, H), of the same type.
+      query_identities, key_identities: int (B, T) and (B, S), not negative: a query sees the keys of its own identity, such
+        as that of its segment, and padding has one of its own. None: all see all.
+      is_causal: query i sees keys up to i + S − T.
+      scale: s, 1/√H if None.
+      logit_cap: see `sigmarep.core.entropy.soft_capped`.
+      dropout: rate of dropout on the attention weights, below 1.
+      dropout_seeds: int32 (B, N), random; needed for dropout. The weights that are dropped depend on them and on the
+        positions of query and key alone.
+      statistics: also return `AttentionStatistics`, which have no gradient. Products of half precision are
+        exact, those of float32 have `jax.lax.Precision.HIGHEST`.
+      block_size: queries and keys a block; a power of two.
+      platform: tpu, gpu, or cpu, where the kernels are interpreted; that of the default backend if None.
+
+    Returns:
+      The attended values, (B, T, N, H), and the statistics, None if not asked for.
+    """
+    platform = platform or jax.default_backend()
+    (_, queries, _, features), keys = query.shape, key.shape[1]
+    block = block_size or BLOCKS.get(platform, LANES)
+    plan = Plan(
+        queries=queries,
+        keys=keys,
+        block_q=_block(queries, block, platform),
+        block_k=_block(keys, block, platform),
+        scale=1.0 / math.sqrt(features) if scale is None else scale,
+        cap=logit_cap or None,
+        is_causal=is_causal,
+        identities=query_identities is not None,
+        dropout=dropout,
+        statistics=statistics,
+        platform=platform,
+    )
+    if plan.identities:
+        query_identities = _padded(query_identities, 1, plan.block_q, NO_QUERY)[:, None, :]
+        key_identities = _padded(key_identities, 1, plan.block_k, NO_KEY)[:, :, None]
+    others = (query_identities, key_identities) if plan.identities else ()
+    if dropout:
+        assert dropout_seeds is not None
+        others = (*others, dropout_seeds[:, :, None, None])
+    heads = [
+        _padded(jnp.swapaxes(x, 1, 2), 2, size, 0)
+        for x, size in zip((query, key, value), (plan.block_q, plan.block_k, plan.block_k), strict=True)
+    ]
+    if platform == "gpu":
+        # Triton's blocks have sides that are powers of two.
+        heads = [_padded(x, 3, pl.next_power_of_2(features), 0) for x in heads]
+    attended, rows = _attend(plan, *heads, others)
+    attended = jnp.swapaxes(attended[:, :, :queries, :features], 1, 2)
+    return attended, _statistics(rows[..., :queries]) if statistics else None
+
+
+def _block(tokens: int, most: int, platform: str) -> int:
+    """Tokens a block: `most`, or for short sequences no more than hold them."""
+    least = LANES if platform == "tpu" else 16
+    return min(most, max(least, pl.next_power_of_2(tokens)))
+
+
+def _padded(x: jax.Array, axis: int, multiple: int, value: int) -> jax.Array:
+    """x with its axis lengthened to a multiple."""
+    more = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)], constant_values=value) if more else x
+
+
+def _statistics(rows: jax.Array) -> AttentionStatistics:
+    top, total, weighted, first, second, keys = (rows[:, :, i] for i in range(6))
+    return finished(Sums(top, total, weighted, top, first, second, keys.astype(jnp.int32)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, query, key, value, others):
+    return _forward(plan, query, key, value, others)
+
+
+def _attend_fwd(plan, query, key, value, others):
+    attended, rows = _forward(plan, query, key, value, others)
+    return (attended, rows), (query, key, value, others, attended, rows[:, :, :2])
+
+
+def _attend_bwd(plan, residuals, cotangents):
+    query, key, value, others, attended, rows = residuals
+    gradient = cotangents[0]
+    top, total = rows[:, :, 0], rows[:, :, 1]
+    # Of a query that sees no key every weight is to be 0, and so of those that fill up the last block.
+    lse = jnp.where(total == 0, jnp.inf, top + jnp.log(total))
+    lse = jnp.where(jnp.arange(lse.shape[-1]) < plan.queries, lse, jnp.inf)
+    delta = jnp.sum(attended.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+    rows = jnp.stack([lse, delta] + [jnp.zeros_like(lse)] * (ROWS - 2), axis=2)
+    inputs = (query, key, value, gradient.astype(query.dtype), rows, *others)
+    d_query = _backward_queries(plan, *inputs)
+    d_key, d_value = _backward_keys(plan, *inputs)
+    return d_query, d_key, d_value, jax.tree.map(lambda _: None, others)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _specs(plan: Plan, features: int, *, by_queries: bool) -> dict[str, pl.BlockSpec]:
+    """What a program of the grid (B, N, blocks) sees of each array: its own block, and all blocks of the other side."""
+    queries, keys = plan.query_blocks * plan.block_q, plan.key_blocks * plan.block_k
+
+    def tokens(length: int, block: int, own: bool) -> pl.BlockSpec:
+        shape = (1, 1, block if own else length, features)
+        return pl.BlockSpec(shape, (lambda b, n, i: (b, n, i, 0)) if own else (lambda b, n, i: (b, n, 0, 0)))
+
+    q_block = plan.block_q if by_queries else queries
+    k_block = keys if by_queries else plan.block_k
+    return {
+        "query": tokens(queries, plan.block_q, by_queries),
+        "key": tokens(keys, plan.block_k, not by_queries),
+        "rows": pl.BlockSpec(
+            (1, 1, ROWS, q_block), (lambda b, n, i: (b, n, 0, i)) if by_queries else (lambda b, n, i: (b, n, 0, 0))
+        ),
+        "query_identities": pl.BlockSpec(
+            (1, 1, q_block), (lambda b, n, i: (b, 0, i)) if by_queries else (lambda b, n, i: (b, 0, 0))
+        ),
+        "key_identities": pl.BlockSpec(
+            (1, k_block, 1), (lambda b, n, i: (b, 0, 0)) if by_queries else (lambda b, n, i: (b, i, 0))
+        ),
+        "seeds": pl.BlockSpec((1, 1, 1, 1), lambda b, n, i: (b, n, 0, 0)),
+    }
+
+
+def _call(kernel, plan: Plan, name: str, **options: Any):
+    """`pl.pallas_call` for the plan's platform; the last axis of the grid may be split between cores too."""
+    if plan.platform == "tpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        options["compiler_params"] = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    elif plan.platform == "gpu":
+        from jax.experimental.pallas import triton
+
+        options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=2)
+    else:
+        options["interpret"] = True
+    return pl.pallas_call(functools.partial(kernel, plan), name=name, **options)
+
+
+def _forward(plan, query, key, value, others):
+    b, n, queries, features = query.shape
+    specs = _specs(plan, features, by_queries=True)
+    return _call(
+        flash_kernels.forward,
+        plan,
+        "flash_attention",
+        grid=(b, n, plan.query_blocks),
+        in_specs=[specs["query"], specs["key"], specs["key"], *_other_specs(plan, specs)],
+        out_specs=[specs["query"], specs["rows"]],
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((b, n, ROWS, queries), jnp.float32),
+        ],
+    )(query, key, value, *others)
+
+
+def _backward_queries(plan, query, *others):
+    specs = _specs(plan, query.shape[-1], by_queries=True)
+    return _call(
+        flash_kernels.backward_queries,
+        plan,
+        "flash_attention_queries",
+        grid=(*query.shape[:2], plan.query_blocks),
+        in_specs=[
+            specs["query"],
+            specs["key"],
+            specs["key"],
+            specs["query"],
+            specs["rows"],
+            *_other_specs(plan, specs),
+        ],
+        out_specs=specs["query"],
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+    )(query, *others)
+
+
+def _backward_keys(plan, query, key, value, *others):
+    specs = _specs(plan, query.shape[-1], by_queries=False)
+    return _call(
+        flash_kernels.backward_keys,
+        plan,
+        "flash_attention_keys",
+        grid=(*key.shape[:2], plan.key_blocks),
+        in_specs=[
+            specs["query"],
+            specs["key"],
+            specs["key"],
+            specs["query"],
+            specs["rows"],
+            *_other_specs(plan, specs),
+        ],
+        out_specs=[specs["key"], specs["key"]],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
+    )(query, key, value, *others)
+
+
+def _other_specs(plan: Plan, specs: dict[str, pl.BlockSpec]) -> list[pl.BlockSpec]:
+    names = ("query_identities", "key_identities") * plan.identities + ("seeds",) * bool(plan.dropout)
+    return [specs[name] for name in names]
