@@ -51,8 +51,8 @@ def flash_attention(
     Args:
       query: (B, T, N, H), of float32, bfloat16 or float16.
       key, value: (B, S, N, H), of the same type.
-      query_identities, key_identities: int (B, T) and (B, S), not negative: a query sees the keys of its own identity, such
-        as that of its segment, and padding has one of its own. None: all see all.
+      query_identities, key_identities: int (B, T) and (B, S): a query sees the keys of its own identity, such as that of its
+        segment. Padding is a key of `NO_KEY`; no query has a negative one. None: all see all.
       is_causal: query i sees keys up to i + S − T.
       scale: s, 1/√H if None.
       logit_cap: see `sigmarep.core.entropy.soft_capped`.
@@ -66,8 +66,15 @@ def flash_attention(
 
     Returns:
       The attended values, (B, T, N, H), and the statistics, None if not asked for.
+
+    Raises:
+      ValueError: one of the identities is missing, or the seeds of the dropout.
     """
     platform = platform or jax.default_backend()
+    if (query_identities is None) != (key_identities is None):
+        raise ValueError("query_identities, key_identities: expected both or neither")
+    if dropout and dropout_seeds is None:
+        raise ValueError(f"dropout = {dropout}: needs dropout_seeds")
     (_, queries, _, features), keys = query.shape, key.shape[1]
     block = block_size or BLOCKS.get(platform, LANES)
     plan = Plan(
@@ -78,17 +85,18 @@ def flash_attention(
         scale=1.0 / math.sqrt(features) if scale is None else scale,
         cap=logit_cap or None,
         is_causal=is_causal,
-        identities=query_identities is not None,
+        identities=query_identities is not None and key_identities is not None,
         dropout=dropout,
         statistics=statistics,
         platform=platform,
     )
-    if plan.identities:
-        query_identities = _padded(query_identities, 1, plan.block_q, NO_QUERY)[:, None, :]
-        key_identities = _padded(key_identities, 1, plan.block_k, NO_KEY)[:, :, None]
-    others = (query_identities, key_identities) if plan.identities else ()
-    if dropout:
-        assert dropout_seeds is not None
+    others: tuple[jax.Array, ...] = ()
+    if query_identities is not None and key_identities is not None:
+        others = (
+            _padded(query_identities, 1, plan.block_q, NO_QUERY)[:, None, :],
+            _padded(key_identities, 1, plan.block_k, NO_KEY)[:, :, None],
+        )
+    if dropout_seeds is not None and dropout:
         others = (*others, dropout_seeds[:, :, None, None])
     heads = [
         _padded(jnp.swapaxes(x, 1, 2), 2, size, 0)

@@ -119,7 +119,7 @@ def forward(plan: Plan, q_ref, k_ref, v_ref, *refs):
             )
         return attended, sums
 
-    blocks = plan.key_blocks
+    blocks: jax.Array | int = plan.key_blocks
     if plan.is_causal:
         # The last query of the block sees the most keys.
         blocks = jnp.clip(_quotient((i + 1) * plan.block_q - 1 + plan.offset, plan.block_k) + 1, 0, blocks)
@@ -178,7 +178,7 @@ def backward_queries(plan: Plan, q_ref, k_ref, v_ref, gradient_ref, rows_ref, *r
         )
         return total + _dot(d_logits.astype(key.dtype), key, (0, 0))
 
-    blocks = plan.key_blocks
+    blocks: jax.Array | int = plan.key_blocks
     if plan.is_causal:
         blocks = jnp.clip(_quotient((i + 1) * plan.block_q - 1 + plan.offset, plan.block_k) + 1, 0, blocks)
     out_ref[0, 0] = lax.fori_loop(0, blocks, step, jnp.zeros(query.shape, jnp.float32)).astype(out_ref.dtype)
@@ -205,7 +205,7 @@ def backward_keys(plan: Plan, q_ref, k_ref, v_ref, gradient_ref, rows_ref, *refs
         d_value = d_value + _dot(weights.astype(gradient.dtype), gradient, (1, 0))
         return d_key + _dot(d_logits.astype(query.dtype), query, (1, 0)), d_value
 
-    first = 0
+    first: jax.Array | int = 0
     if plan.is_causal:
         # The first query that sees the block's first key.
         first = jnp.clip(_quotient(j * plan.block_k - plan.offset, plan.block_q), 0, plan.query_blocks)

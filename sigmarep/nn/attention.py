@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S keys, N heads, H head_dim, D width.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -329,7 +329,7 @@ class MultiHeadAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if dropout else None,
             statistics=recording,
         )
-        return attended, lambda: statistics
+        return attended, lambda: cast(entropy.AttentionStatistics, statistics)
 
     def _needs_matrix(self, deterministic: bool) -> bool:
         return bool(self.logit_cap or self.weights != "softmax" or (self.dropout and not deterministic))
