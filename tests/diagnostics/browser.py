@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -37,8 +37,10 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         os.close(commands), os.close(answers)
-        self.left, self.number, self.session = b"", 0, None
-        self.messages, self.requests = [], []
+        self.left, self.number = b"", 0
+        self.session: str | None = None
+        self.messages: list[dict] = []
+        self.requests: list[str] = []
         target = next(each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self.session = attached["sessionId"]
