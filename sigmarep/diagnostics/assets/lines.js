@@ -180,7 +180,7 @@ class Lines extends Plot {
     }))];
     const options = {
       width: this.width, height: this.height(), scales, axes, series, legend: { show: false }, focus: { alpha: 0.25 },
-      padding: [14 + this.strip(), panel.axes.length > 1 ? 0 : 20, 0, 0],
+      padding: [15 + this.strip(), panel.axes.length > 1 ? 0 : 20, 0, 0],
       cursor: {
         drag: { x: true, y: false, setScale: false, dist: 5 }, points: { show: false }, y: false,
         bind: { dblclick: () => () => zoom(this.group, null) },
@@ -382,7 +382,7 @@ class Lines extends Plot {
       const row = taken.findIndex((others) => others.every(([low, high]) => from > high + room || from + wide < low - room));
       if (row < 0 || row * LABEL >= this.strip()) continue;
       taken[row].push([from, from + wide]);
-      const base = top - (9 + row * LABEL) * scale;
+      const base = top - (11 + row * LABEL) * scale;
       ctx.fillStyle = ctx.strokeStyle = mark.kind === "fell" ? theme.fell : theme.ink;
       ctx.fillText(text, from, base);
       this.labeled.push({ from: from / scale, to: (from + wide) / scale, base: base / scale, text: members.map((each) => `${each.mark.text} at ${each.mark.at}`).join("\n") });

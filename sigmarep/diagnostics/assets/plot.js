@@ -53,7 +53,8 @@ function opened(panel) {
 /* One quantity has one kind of axis in all plots of a page: logarithmic if a plot of it gains by that, unless one has values
    that such an axis cannot hold. */
 function logs(axis) {
-  const same = content.panels.flatMap((panel) => panel.axes).filter(({ label }) => label === axis.label);
+  const quantity = ({ label }) => label.replace(/^training /, "");
+  const same = content.panels.flatMap((panel) => panel.axes).filter((other) => quantity(other) === quantity(axis));
   return same.some(({ log }) => log) && !same.some(({ signed }) => signed);
 }
 const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
