@@ -36,7 +36,8 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(commands), os.close(answers)
+        os.close(commands)
+        os.close(answers)
         self.left, self.number = b"", 0
         self.session: str | None = None
         self.messages: list[dict] = []
@@ -118,7 +119,8 @@ class Browser:
         with contextlib.suppress(Exception):
             self.session = None
             self.call("Browser.close")
-        os.close(self.write), os.close(self.read)
+        os.close(self.write)
+        os.close(self.read)
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
