@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from sigmarep.diagnostics import panels, sensitivity, story
+from sigmarep.diagnostics import advice, panels, sensitivity, story
 from sigmarep.diagnostics.figures import Figure, Panel
 from sigmarep.diagnostics.findings import Facts, Sentence, facts, sentences
 from sigmarep.diagnostics.page import Content, Detail, Sweep
@@ -134,7 +134,7 @@ def compose(judged: Sequence[Judged], drawn: Mapping[int, Drawn], notes: Sequenc
         details=[
             Detail(
                 judged[i].run,
-                [*each.sentences, *story.elsewhere(told[i], told), *story.next_step(told[i], told)],
+                [*each.sentences, *story.elsewhere(told[i], told), *advice.next_step(told[i], told)],
                 each.figures,
             )
             for i, each in drawn.items()

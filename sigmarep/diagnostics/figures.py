@@ -35,11 +35,19 @@ class Line(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A vertical axis: its label, whether it starts logarithmic, and whether it begins at zero."""
+    """A vertical axis.
+
+    Attributes:
+      label: quantity of the axis; all plots of a page that share it start alike, logarithmic or linear.
+      log: a logarithmic axis shows more.
+      zero: it begins at zero.
+      signed: it has values that a logarithmic axis cannot hold.
+    """
 
     label: str
     log: bool = False
     zero: bool = False
+    signed: bool = False
 
 
 class Panel(NamedTuple):

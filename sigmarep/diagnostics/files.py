@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from sigmarep.diagnostics.rows import Rows
+from sigmarep.diagnostics.skim import Skimmer
 from sigmarep.errors import one_line
 from sigmarep.files import open_file, read_file
 from sigmarep.training.metrics import FILE, integer, parse
@@ -41,6 +42,7 @@ class MetricsFile:
 
     def _reset(self) -> None:
         self.rows = Rows(wanted=self._wanted)
+        self._skimmer = Skimmer(self._wanted) if self._wanted else None
         self.written: float | None = None
         self._problem: str | None = None
         self._lines = self._offset = self._damaged = self._first_damaged = 0
@@ -77,7 +79,7 @@ class MetricsFile:
 
     def narrow(self, wanted: Callable[[str], bool]) -> None:
         """Lets go of the metrics whose names are not wanted."""
-        self._wanted, self.rows = wanted, self.rows.only(wanted)
+        self._wanted, self.rows, self._skimmer = wanted, self.rows.only(wanted), Skimmer(wanted)
 
     def _read(self, status: os.stat_result) -> None:
         with open_file(self.path) as file:
@@ -107,9 +109,14 @@ class MetricsFile:
         self._lines += 1
         if line == b"\n":
             return
+        if self._skimmer and (row := self._skimmer.row(line)):
+            self.rows.append(row)
+            return
         row, whole = parse(line)
         if row is not None:
             self.rows.append(row)
+            if whole and self._skimmer:
+                self._skimmer.learn(line, row)
         if not whole:
             self._damaged += 1
             self._first_damaged = self._first_damaged or self._lines

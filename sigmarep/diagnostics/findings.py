@@ -17,6 +17,12 @@ SHARPNESS = {
     "sharpness/preconditioned": "sharpness/preconditioned_threshold",
     "sharpness/hessian": "sharpness/threshold",
 }
+# On the process of an unfinished run, by `Run.process`.
+PROCESSES = {
+    "running": " It is still going on.",
+    "ended": " It is not running: it was stopped, as by Ctrl-C or SIGTERM, or ended with an error.",
+    "killed": " It is not running: it ended without a word, as a process that is killed or loses its machine.",
+}
 
 
 class Sentence(NamedTuple):
@@ -185,11 +191,12 @@ def outcome(run: Run, known: Facts) -> str:
     if run.state in ("failed", "bad input"):
         return f"Ended as {run.state} after step {run.last_step}{why}."
     if not run.rows:
-        return f"Nothing is logged yet{why}."
+        return f"Nothing is logged yet{why}.{PROCESSES.get(run.process or '', '')}"
     rose = f" The loss rose at step {known.rose}." if known.rose is not None else ""
     if run.state == "unfinished":
         when = time.strftime("on %Y-%m-%d at %H:%M:%S", time.localtime(run.written))
-        return f"Unfinished, at step {run.last_step}{of_total}; the last line was written {when}.{rose}"
+        state = PROCESSES.get(run.process or "", "")
+        return f"Unfinished, at step {run.last_step}{of_total}; the last line was written {when}.{state}{rose}"
     if run.state == "stopped early":
         return f"Stopped early after step {run.last_step}{of_total}{why}.{rose}"
     words = f" with {known.final[0]} {known.final[1]:.4g}" if known.final else ""

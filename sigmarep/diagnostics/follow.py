@@ -16,7 +16,7 @@ from sigmarep.training.metrics import FILE
 FILES = (FILE, runs.CONFIG, "environment.json", "diagnosis.json", "stopped.json", "log.txt")
 
 # Of the files of a run: changes when one of them does.
-Signature = tuple[tuple[int, ...], ...]
+Signature = tuple[object, ...]
 
 
 class _Followed:
@@ -99,7 +99,8 @@ class Follower:
             known = self._runs.get(place.folder)
             if known is None or known.place != place:
                 known = _Followed(place)
-            signature = tuple(map(_status, known.paths))
+            # A process that dies changes no file.
+            signature = (*map(_status, known.paths), runs.process(place.folder))
             if signature != known.signature:
                 if outside := [path for path in known.paths if not self._is_inside(path)]:
                     notes.append(

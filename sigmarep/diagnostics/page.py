@@ -29,8 +29,8 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MOST_CHARACTERS = 200
 # Stands below each command.
 RUN_IT = (
-    '<span class="quiet">Run it in the folder that has scripts/train.py. To see the new run, make this report again and '
-    "name the new run's folder too.</span>"
+    '<span class="quiet">Run it in the folder that has scripts/train.py. To see what comes of it, make this report again '
+    "and name the folder after --workdir too.</span>"
 )
 # Fewer fields that differ are shown at once.
 FEW_FIELDS = 8
@@ -225,8 +225,8 @@ def _text(value: Any) -> str:
 
 
 def _name(name: str) -> str:
-    """A run's name as HTML that may be wrapped after commas."""
-    return _text(name).replace(",", ",<wbr>")
+    """A run's name as HTML that may be wrapped after commas and underscores."""
+    return _text(name).replace(",", ",<wbr>").replace("_", "_<wbr>")
 
 
 def _topics(figures: Sequence[Figure], first: int) -> dict[str, tuple[int, str]]:

@@ -95,7 +95,7 @@ def _events(run: Run, facts: Facts) -> list[tuple[int, str, str]]:
 def _loss(run: Run, facts: Facts) -> list[Panel]:
     losses, lowest = by_step(run, LOSS), by_step(run, LOWEST)
     shown = [Line("training loss", "training loss", losses, ("kind", 0))]
-    axes = [Axis("training loss", log=_decades(losses.values()))]
+    axes = [_axis("training loss", losses.values())]
     caption = "The run in one picture."
     if lowest:
         shown.append(Line("lowest entropy of any layer", "lowest entropy of any layer", lowest, ("kind", 1), 1, axis=1))
@@ -216,7 +216,7 @@ def _by_kind(run: Run) -> list[Panel]:
             dashes = len({places[layer][1] for layer in names})
             caption = "A color per kind of layer" + (", dashes per part of the network." if dashes > 1 else ".")
         values = itertools.chain.from_iterable(line.values.values() for line in shown)
-        panels.append(Panel(title, caption, shown, [Axis(label, log=_decades(values))], topic=prefix))
+        panels.append(Panel(title, caption, shown, [_axis(label, values)], topic=prefix))
     return panels
 
 
@@ -239,9 +239,9 @@ def _sharpness(run: Run) -> list[Panel]:
             shown = [Line("measured", "measured", values, ("kind", 0))]
             shown += [Line("threshold", "threshold", threshold, ("kind", 1), 1)] if threshold else []
             label = "largest eigenvalue of the " + ("preconditioned Hessian" if "precond" in name else "Hessian")
-            log = _decades([*values.values(), *threshold.values()])
+            axis = _axis("sharpness", [*values.values(), *threshold.values()])
             caption = "Above its threshold (dashed) a step no longer descends."
-            panels.append(Panel(f"Sharpness: {label}", caption, shown, [Axis("sharpness", log=log)], topic=name))
+            panels.append(Panel(f"Sharpness: {label}", caption, shown, [axis], topic=name))
     return panels
 
 
@@ -261,11 +261,12 @@ def _pace(run: Run) -> list[Panel]:
     return panels
 
 
-def _decades(values: Iterable[float]) -> bool:
-    """True if no value is negative and the positive ones span more than a decade."""
+def _axis(label: str, values: Iterable[float]) -> Axis:
+    """An axis that gains by being logarithmic if no value is negative and the positive ones span more than a decade."""
     finite = [value for value in values if lines.drawn(value)]
     positive = [value for value in finite if value > 0]
-    return bool(positive) and min(finite) >= 0 and max(positive) > 10 * min(positive)
+    signed = bool(finite) and min(finite) < 0
+    return Axis(label, log=bool(positive) and not signed and max(positive) > 10 * min(positive), signed=signed)
 
 
 def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
@@ -291,13 +292,14 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
                 continue
             if len(arms) > MOST_ARMS:
                 shown = [line._replace(legend="all runs") for line in shown]
-            log = i == 0 and _decades(value for line in shown for value in line.values.values())
+            values = (value for line in shown for value in line.values.values())
+            axis = Axis(label, zero=True) if i else _axis(label, values)
             panels.append(
                 Panel(
                     f"{title} of all runs{where}",
                     "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm."),
                     shown,
-                    [Axis(label, log=log, zero=i == 1)],
+                    [axis],
                     levels=[(COLLAPSED, 0, f"{COLLAPSED} nats")] if i == 1 else [],
                     group=f"all runs {task}",
                     topic="all entropies" if i else "all losses",

@@ -53,7 +53,9 @@ class Rows(Sequence[dict[str, Any]]):
         # Of each row: its layout, and its place in it.
         self._layout_of, self._place_in = array("L"), array("L")
         self._layouts: list[_Layout] = []
+        # By all names of a row, and by those that are held: the number of the layout.
         self._numbers: dict[tuple[str, ...], int] = {}
+        self._held: dict[tuple[str, ...], int] = {}
         # Of each name: the layouts that hold it, and its column.
         self._columns: dict[str, list[tuple[_Layout, int]]] = {}
         for row in rows:
@@ -64,8 +66,12 @@ class Rows(Sequence[dict[str, Any]]):
         key = tuple(row)
         number = self._numbers.get(key)
         if number is None:
-            number = self._numbers[key] = len(self._layouts)
-            self._add_layout([name for name in key if name != STEP and (self._wanted is None or self._wanted(name))])
+            names = tuple(name for name in key if name != STEP and (self._wanted is None or self._wanted(name)))
+            # Rows that differ in names that are not held have one layout.
+            number = self._held.setdefault(names, len(self._layouts))
+            self._numbers[key] = number
+            if number == len(self._layouts):
+                self._add_layout(names)
         layout = self._layouts[number]
         self._layout_of.append(number)
         self._place_in.append(len(layout.rows))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from sigmarep.sweeps import RECORD, STOPPED_EARLY
 from sigmarep.training.diagnosis import divergence_reason
 from sigmarep.training.metrics import FILE
 from sigmarep.training.stopped import stopped_early
+from sigmarep.training.workdir_lock import FILE as LOCK
+from sigmarep.training.workdir_lock import PATIENCE_SECONDS
 
 CONFIG = "config.json"
 
@@ -37,6 +40,7 @@ class Run:
       sweep: folder of its sweep; None for a single run.
       point: its point of the sweep; {} for a single run.
       damage: words for its files that cannot be read, or only in part.
+      process: of an unfinished run, see `process`.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Run:
     sweep: str | None
     point: dict[str, Any]
     damage: list[str]
+    process: str | None = None
 
     def series(self, name: str) -> Series:
         """Steps and values of one metric; empty if it was not logged."""
@@ -245,7 +250,23 @@ def read(place: Place, metrics: files.MetricsFile | None = None) -> Run:
         sweep=sweep,
         point=point if isinstance(point, dict) else {},
         damage=[each for each in (metrics.damage, config_damage, environment_damage) if each],
+        process=process(folder) if state == "unfinished" else None,
     )
+
+
+def process(folder: str) -> str | None:
+    """The state of the process that trains in a folder, by the lock that it keeps fresh (`training.workdir_lock`).
+
+    Returns:
+      "running"; "ended" by itself, as after SIGTERM; "killed" without a word; None for a folder without a lock.
+    """
+    try:
+        lock = os.lstat(os.path.join(folder, LOCK))
+    except (OSError, ValueError):
+        return None
+    if not lock.st_size:
+        return "ended"
+    return "running" if time.time() - lock.st_mtime < PATIENCE_SECONDS else "killed"
 
 
 def unreadable(place: Place, error: Exception) -> Run:

@@ -1,18 +1,14 @@
-"""The story around a run's own facts: what changed before a layer fell, which run kept its attention, what to try next."""
+"""The story around a run's own facts: what changed before a layer fell, and which run kept its attention."""
 
 import collections
 import math
-import os
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import sensitivity
-from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.findings import SHARPNESS, Facts, Sentence, around, intervention
 from sigmarep.diagnostics.names import kind_and_stack
-from sigmarep.diagnostics.runs import CONFIG, Run
-from sigmarep.remedies import SIGMA
+from sigmarep.diagnostics.runs import Run
 from sigmarep.training.diagnosis import COLLAPSED, ENTROPY
 
 # A layer's entropy begins to fall when it leaves this share of its highest value.
@@ -21,8 +17,6 @@ LEFT = 0.9
 GREW, MOST_NAMED = 1.5, 3
 # Of the plots that show them.
 TOPICS = ("attention/max_logit/", "spectral/sigma/", *SHARPNESS)
-# Fields of a change on purpose, each 1 for none.
-FACTORS = ("attention_temperature", "learning_rate_factor")
 # Runs that differ in more fields are no comparison of these.
 MOST_DIFFERENCES = 6
 # Fields that tell of where and how long a run ran, not of what it is.
@@ -31,18 +25,9 @@ ASIDE = ("seed", "total_", "log_every", "eval_every", "checkpoint_every", "write
 MOST_ARMS = 12
 # A layer of so many nats is near to a collapse.
 SHARP = 5 * COLLAPSED
-# A learning rate is changed by this factor.
-RATE_FACTOR = 3.0
 RATE, LOSS = "optimizer.learning_rate", "train/loss"
-# What `_remedy` names, in words.
-WORDS = {
-    "sigma": "σReparam",
-    "slower": f"a learning rate {RATE_FACTOR:g} times lower",
-    "faster": f"a learning rate {RATE_FACTOR:g} times higher",
-    "clipped": "clipped gradients",
-    "longer": "a longer run",
-    "control": "a control without the change on purpose",
-}
+# Of the process of an unfinished run (`Run.process`).
+PROCESS_WORDS = {"running": "still going on", "ended": "stopped", "killed": "ended without a word"}
 # Values of fields in which arms differ, for readers who have not met them.
 MEANINGS = {
     ("model.norm", "pre"): "LayerNorm before each branch",
@@ -102,7 +87,7 @@ def before(run: Run, facts: Facts) -> list[Sentence]:
     told = [
         f"{words} {'' if i else 'grew '}{ends}" for i, (_, words, ends, _) in enumerate(grown[:MOST_NAMED])
     ]  # "a grew from 1 to 9, b from 2 to 8"
-    what = _listed(told) or f"none of the recorded logits, norms and gradients grew by a factor of {GREW:g}"
+    what = listed(told) or f"none of the recorded logits, norms and gradients grew by a factor of {GREW:g}"
     text = f"Before that, between steps {start} and {fallen}, {what}."
     named = [name for *_, name in grown[:MOST_NAMED]]
     topics = [prefix for name in named for prefix in TOPICS if name.startswith(prefix)]
@@ -134,14 +119,14 @@ def elsewhere(told: Told, others: Sequence[Told]) -> list[Sentence]:
     for place, other in enumerate(others):
         if not other.trained or other.run.config.get("task") != told.run.config.get("task"):
             continue
-        fields = _differing(told.run.config, other.run.config)
+        fields = differing(told.run.config, other.run.config)
         if 0 < len(fields) <= MOST_DIFFERENCES:
             same_seed = other.run.config.get("seed") == told.run.config.get("seed")
             candidates.append((len(fields), not same_seed, place, other, fields))
     if not candidates:
         return []
     *_, other, fields = min(candidates, key=lambda each: each[:3])
-    changes = _listed([f"{name} {_shown(new)} instead of {_shown(old)}" for name, (old, new) in fields.items()])
+    changes = listed([f"{name} {_shown(new)} instead of {_shown(old)}" for name, (old, new) in fields.items()])
     return [
         Sentence(
             f"{other.run.name} {_spared(told, other)}: it has {changes}. {_result(other, told)}".strip(),
@@ -161,7 +146,7 @@ def _spared(told: Told, other: Told) -> str:
         words.append("no lasting rise of its loss")
     changed = intervention(told.run)
     same = " after the same change on purpose" if changed and changed == intervention(other.run) else ""
-    return f"had {_listed(words)}{same}"
+    return f"had {listed(words)}{same}"
 
 
 def _result(other: Told, than: Told) -> str:
@@ -177,102 +162,11 @@ def _result(other: Told, than: Told) -> str:
     return f"Its {', its '.join(results)}." if results else ""
 
 
-def _differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields that make runs of two configurations different experiments, with both values."""
     names = dict.fromkeys([*config, *other])
     pairs = {name: (config.get(name), other.get(name)) for name in names if not name.startswith(ASIDE)}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def next_step(told: Told, others: Sequence[Told]) -> list[Sentence]:
-    """What to try next, as a command that makes a new run in a folder of its own.
-
-    Where one of the others has tried it, the command repeats that one with another seed.
-    """
-    why, name, changes = _remedy(told)
-    if not why:
-        return []
-    wanted = {**told.run.config, **changes}
-    tried = [
-        each
-        for each in others
-        if changes
-        and each.run.rows
-        and not _differing(each.run.config, wanted)
-        and all(each.run.config.get(field) == value for field, value in changes.items())
-    ]
-    if not tried:
-        return [Sentence(why, command=_command(told.run.folder, name, changes) if changes else "")]
-    names = _listed([each.run.name for each in tried[:MOST_NAMED]]) + (", …" if len(tried) > MOST_NAMED else "")
-    trained = [each.run for each in tried if each.trained]
-    if not trained:
-        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {_failed(tried)}: {names}.")]
-    seeds = [seed for each in tried if type(seed := each.run.config.get("seed")) is int]
-    if len(trained) > 1 or not seeds:
-        agree = f"trained in {len(trained)} of {len(tried)} runs"
-        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {agree}: {names}.")]
-    why = f"To try next: {trained[0].name} with another seed; one seed that trains may be luck."
-    seed = max(seeds) + 1
-    return [Sentence(why, command=_command(trained[0].folder, f"seed_{seed}", {"seed": seed}))]
-
-
-def _failed(tried: Sequence[Told]) -> str:
-    if all(each.collapsed for each in tried):
-        return "its attention collapsed"
-    if all(each.facts.diverged is not None for each in tried):
-        return "it diverged"
-    return "it did not train without a collapse or a rise of the loss"
-
-
-def _remedy(told: Told) -> tuple[str, str, dict[str, Any]]:
-    """What speaks for a change, a word for it, and the fields to change; "" where nothing is known to help."""
-    run, facts = told.run, told.facts
-    rate, total = number(run.config.get(RATE)), number(run.config.get("total_steps"))
-    slower = {RATE: float(f"{rate / RATE_FACTOR:.2g}")} if rate else {}
-    if run.state in ("bad input", "failed", "unreadable"):
-        return "", "", {}
-    if facts.cause == "data":
-        return "To try next: look at the batch of that step; no setting mends values that are not finite.", "", {}
-    if (change := intervention(run)) and facts.cause is None and not facts.short:
-        control = {f"intervention.{field}": 1.0 for field in FACTORS if run.config.get(f"intervention.{field}") != 1}
-        why = f"To try next: a control without the change on purpose ({change[1]}), to see what the change alone did."
-        return why, "control", control
-    if told.collapsed or facts.cause in ("entropy collapse", "logits") or (facts.rose is not None and told.sharp):
-        fields = {name: value for name, value in SIGMA.items() if name in run.config}
-        changed = {name: value for name, value in fields.items() if run.config[name] != value}
-        if "model.reparam" in changed:
-            return "To try next: σReparam, which bounds the logits, at the same learning rate.", "sigma", changed
-        if slower:
-            return f"To try next: a learning rate {RATE_FACTOR:g} times lower.", "slower", slower
-    elif facts.diverged is not None or facts.rose is not None:
-        if facts.cause == "gradient" and run.config.get("optimizer.clip_norm") == 0.0:
-            return "To try next: gradients clipped to a norm of 1.", "clipped", {"optimizer.clip_norm": 1.0}
-        if slower:
-            return f"To try next: a learning rate {RATE_FACTOR:g} times lower.", "slower", slower
-    elif facts.short and run.state == "done" and total:
-        longer = {"total_steps": int(max(100 * total, 100))}
-        return f"To try next: a longer run; {run.last_step} steps tell little.", "longer", longer
-    elif run.state == "done" and rate and not facts.short:
-        faster = {RATE: float(f"{rate * RATE_FACTOR:.2g}")}
-        return (
-            f"To try next: a learning rate {RATE_FACTOR:g} times higher, to see how far off the edge is.",
-            "faster",
-            faster,
-        )
-    return "", "", {}
-
-
-def _command(folder: str, name: str, changes: Mapping[str, Any]) -> str:
-    """The command of a new run; "" for a folder whose name a page cannot show as it is."""
-    if not folder.isprintable():
-        return ""
-    new = start = f"{folder}-{name}"
-    count = 1
-    while os.path.lexists(new):
-        count += 1
-        new = f"{start}-{count}"
-    words = ["--config", os.path.join(folder, CONFIG), *(f"--config.{key}={value}" for key, value in changes.items())]
-    return shlex.join(["python", "scripts/train.py", *words, "--workdir", new])
 
 
 def arms(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sentence]:
@@ -314,7 +208,7 @@ def _fallen(members: Sequence[Told]) -> list[str]:
         for layer, those in first.items()
     ]
     count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
-    return [f"{count} collapsed{_at_rates(members, fallen)}, {_listed(layers)}, lowest entropy {lowest} nats"]
+    return [f"{count} collapsed{_at_rates(members, fallen)}, {listed(layers)}, lowest entropy {lowest} nats"]
 
 
 def _rose(members: Sequence[Told]) -> list[str]:
@@ -333,7 +227,7 @@ def _at_rates(members: Sequence[Told], those: Sequence[Told]) -> str:
     chosen = sorted({place[1] for each in those if (place := sensitivity.place(each.run.point))})
     if len(rates) < 2:
         return ""
-    return f" (at learning rate{'' if len(chosen) == 1 else 's'} {_listed([f'{rate:g}' for rate in chosen])})"
+    return f" (at learning rate{'' if len(chosen) == 1 else 's'} {listed([f'{rate:g}' for rate in chosen])})"
 
 
 def _diverged(members: Sequence[Told]) -> list[str]:
@@ -354,7 +248,7 @@ def _shown(value: Any) -> str:
     return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
     return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
 
 
@@ -366,6 +260,10 @@ def overview(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sen
     """
     states = collections.Counter(each.run.state for each in told)
     texts = [Sentence(f"{len(told)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}.")]
+    processes = collections.Counter(PROCESS_WORDS[each.run.process] for each in told if each.run.process)
+    if processes:
+        counts = ", ".join(f"{count} {words}" for words, count in processes.most_common())
+        texts.append(Sentence(f"Of the unfinished: {counts}. The command that began a run goes on with it."))
     diverged = [(each.facts.diverged, each.run.name) for each in told if each.facts.diverged is not None]
     if diverged:
         step, name = min(diverged)
@@ -414,8 +312,8 @@ def _contents(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Se
     texts = []
     for i, name in enumerate(configs):
         fields = [f"{field} {_meaning(field, column[i])}" for field, column in values.items()]
-        texts.append(f"{name} has {_listed(fields)}")
-    return [Sentence(f"The arms differ in {_listed(list(values))}: {'; '.join(texts)}.")]
+        texts.append(f"{name} has {listed(fields)}")
+    return [Sentence(f"The arms differ in {listed(list(values))}: {'; '.join(texts)}.")]
 
 
 def _meaning(field: str, value: Any) -> str:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -36,9 +36,12 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(commands), os.close(answers)
-        self.left, self.number, self.session = b"", 0, None
-        self.messages, self.requests = [], []
+        os.close(commands)
+        os.close(answers)
+        self.left, self.number = b"", 0
+        self.session: str | None = None
+        self.messages: list[dict] = []
+        self.requests: list[str] = []
         target = next(each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self.session = attached["sessionId"]
@@ -116,7 +119,8 @@ class Browser:
         with contextlib.suppress(Exception):
             self.session = None
             self.call("Browser.close")
-        os.close(self.write), os.close(self.read)
+        os.close(self.write)
+        os.close(self.read)
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:

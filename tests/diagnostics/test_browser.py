@@ -64,6 +64,10 @@ def test_value_and_name_are_under_the_pointer(chromium, pages):
     chromium.mouse("mouseMoved", left + width * 195 / 495, top + height - 3)
     assert tip(chromium) == "training loss: 1\nstep 200"
     assert "training loss1" in chromium.value(f"{LOSS}.querySelector('.legend').textContent")
+    left, top, *_ = box(chromium, ".chart")
+    label = chromium.value("plots.values().next().value.labeled[0]")
+    chromium.mouse("mouseMoved", left + (label["from"] + label["to"]) / 2, top + label["base"] - 3)
+    assert tip(chromium) == label["text"]
     left, top, width, height = box(chromium, "canvas", figure=1)
     chromium.mouse("mouseMoved", left + width / 2, top + 25)
     assert tip(chromium, 1).startswith("encoder/block_0, head 0: 2 nats\nstep 25")
@@ -120,6 +124,9 @@ def test_legend_logarithm_smoothing_and_words_change_the_lines(chromium, pages):
     assert chromium.value(shown) == [False, True]
     assert chromium.value(f"{LOSS}.querySelector('.legend button').ariaPressed") == "false"
     chromium.value(f"{LOSS}.querySelector('.legend button').click()")
+    # One quantity has one kind of axis on the page.
+    kinds = chromium.value("content.panels.flatMap(({axes}) => axes).map(axis => [axis.label, logs(axis)])")
+    assert len({label for label, _ in kinds}) == len({tuple(each) for each in kinds})
     log = f"[...{LOSS}.querySelectorAll('.tools button')].find(({{textContent}}) => textContent.startsWith('Log'))"
     chromium.value(f"{log}.click()")
     assert chromium.value("plots.values().next().value.chartOf.scales.y0.distr") == 3
@@ -150,6 +157,20 @@ def test_every_plot_is_drawn_at_any_width_and_theme(chromium, pages, name, width
     expected = chromium.value("document.querySelectorAll('figure').length")
     assert chromium.value("plots.size") == expected
     assert (expected > 0) == (name != "empty")
+    # Words of marks stand above the plot, in its width, and none lies on another.
+    labels = chromium.value(
+        "[...plots.values()].filter(plot => plot.labeled).map(({labeled, chartOf, width}) =>"
+        " ({labeled, top: chartOf.over.offsetTop, width}))"
+    )
+    for plot in labels:
+        for i, each in enumerate(plot["labeled"]):
+            assert each["base"] < plot["top"]
+            assert 0 <= each["from"] < each["to"] <= plot["width"] + 1
+            assert not any(
+                each["base"] == other["base"] and each["from"] < other["to"] and other["from"] < each["to"]
+                for other in plot["labeled"][:i]
+            )
+    assert any(plot["labeled"] for plot in labels) == (name == "run")
     # Every canvas has something drawn on it.
     blank = "[...document.querySelectorAll('.chart > canvas, .u-wrap > canvas')].filter(each => !each.getContext('2d')"
     blank += ".getImageData(0, 0, each.width, each.height).data.some(value => value)).length"

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,15 @@ def test_a_run_still_going_has_half_a_line_at_its_end(tmp_path):
     assert re.fullmatch(r"Unfinished, at step 50 of 100; the last line was written on [\d-]+ at [\d:]+\.", said)
     page, pictures = page_of(tmp_path, folder, static="png")
     assert "Unfinished, at step 50 of 100" in page
+    assert "If it is not running any more: it goes on from its last checkpoint" in page
     assert pictures == ["a-entropy.png"]
+    for content, age, words in (("", 0, "it was stopped"), ("{}", 0, "still going on"), ("{}", 99, "without a word")):
+        (folder / ".lock").write_text(content)
+        os.utime(folder / ".lock", (time.time() - age,) * 2)
+        page, _ = page_of(tmp_path, folder)
+        assert words in page
+        assert ("or by this one" in page) == (words != "still going on")
+        assert "So far 2 losses are logged, too few to tell." in page
 
 
 @pytest.mark.parametrize("rows", [[{"step": 0, "train/loss": "nan"}], [row(1, "inf", 2.0)], [row(1, "nan", "nan")]])

@@ -66,7 +66,9 @@ class Heat extends Plot {
     this.fellSwatch = element("canvas", undefined, { width: "16", height: "12" });
     this.badSwatch = element("canvas", undefined, { width: "16", height: "12" });
     this.most = document.createTextNode(`${shown(this.top)} nats`);
-    scale.append("0", bar, this.most, this.fellSwatch, `below ${this.panel.collapsed}`, this.badSwatch, "not finite");
+    const bad = element("span");
+    bad.append(this.badSwatch, " not finite");
+    scale.append("0", bar, this.most, this.fellSwatch, `below ${this.panel.collapsed}`, bad);
     this.chart.after(scale);
   }
   x(step) { const [low, high] = this.range(); return AXIS + ((step - low) / (high - low)) * (this.drawnWidth - 2 * AXIS); }

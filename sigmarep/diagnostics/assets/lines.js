@@ -27,10 +27,20 @@ function logarithmic(low, high) {
   return Array.from({ length: Math.floor(high / size) - first + 1 }, (_, i) => Number(((first + i) * size).toPrecision(12)));
 }
 
+/* Height of a row of words above a plot, and most rows. */
+const LABEL = 13, LABEL_ROWS = 4;
+
 class Lines extends Plot {
   constructor(figure, panel) {
     super(figure, panel);
-    this.log = panel.axes.map((axis) => axis.log);
+    /* The words above the plot area in full; over the area itself `hover` speaks. */
+    this.chart.addEventListener("pointermove", (event) => {
+      if (this.chartOf.over.contains(event.target)) return;
+      const box = this.chart.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
+      const label = (this.labeled || []).find(({ from, to, base }) => x >= from && x <= to && y <= base + 3 && y >= base - LABEL + 3);
+      if (label) this.tell(x, y + this.strip() + 40, label.text, false); else this.hide();
+    });
+    this.log = panel.axes.map(logs);
     this.weight = 0;
     this.off = new Set();
     this.at = null;
@@ -170,7 +180,7 @@ class Lines extends Plot {
     }))];
     const options = {
       width: this.width, height: this.height(), scales, axes, series, legend: { show: false }, focus: { alpha: 0.25 },
-      padding: [16, panel.axes.length > 1 ? 0 : 20, 0, 0],
+      padding: [15 + this.strip(), panel.axes.length > 1 ? 0 : 20, 0, 0],
       cursor: {
         drag: { x: true, y: false, setScale: false, dist: 5 }, points: { show: false }, y: false,
         bind: { dblclick: () => () => zoom(this.group, null) },
@@ -210,7 +220,9 @@ class Lines extends Plot {
       this.show(this.at, false);
     } else this.hide();
   }
-  height() { return this.panel.axes.length > 1 ? 300 : 240; }
+  /* The words of marks have rows above the plot area. */
+  strip() { return LABEL * Math.min(this.panel.marks.length, LABEL_ROWS); }
+  height() { return (this.panel.axes.length > 1 ? 300 : 240) + this.strip(); }
   ends(i, low, high) {
     const { zero } = this.panel.axes[i];
     if (low === null || low === undefined) return this.log[i] ? [1, 10] : [0, 1];
@@ -280,7 +292,7 @@ class Lines extends Plot {
     const where = this.panel.rates ? `learning rate ${shown(this.x[k])}` : `step ${this.x[k]}`;
     let value = this.panel.rates && raw === Infinity ? "diverged" : shown(raw);
     if (this.weight && drawn(raw) && !line.dots) value += ` (smoothed ${shown(this.data[i][k])})`;
-    this.tell(x + u.over.offsetLeft, y + u.over.offsetTop, `${line.name}: ${value}\n${where}`, aloud);
+    this.tell(x + u.over.offsetLeft, y + u.over.offsetTop, `${line.name}: ${value}\n${where}${this.marksAt(x)}`, aloud);
     u.setSeries(i + 1, { focus: true }, false);
     this.labels(k);
   }
@@ -333,10 +345,18 @@ class Lines extends Plot {
       ctx.restore();
       ctx.fillText(level.text, left + width - 4 * scale, y - 4 * scale);
     }
-    let last = [];
-    for (const mark of this.panel.marks) {
-      const x = u.valToPos(mark.at, "x", true);
-      if (!(x >= left - 1 && x <= left + width + 1)) continue;
+    this.rules(u, ctx, scale);
+    if (this.panel.rates) {
+      this.bands(u, ctx);
+      this.dots(u, ctx, scale);
+    }
+    ctx.restore();
+  }
+  /* Vertical lines of marks. Their words, shortened, stand above the plot area; marks side by side share them. */
+  rules(u, ctx, scale) {
+    const { left, top, width, height } = u.bbox;
+    const seen = this.panel.marks.map((mark) => ({ mark, x: u.valToPos(mark.at, "x", true) })).filter(({ x }) => x >= left - 1 && x <= left + width + 1);
+    for (const { mark, x } of seen) {
       const fell = mark.kind === "fell";
       ctx.strokeStyle = ctx.fillStyle = fell ? theme.fell : theme.ink;
       ctx.setLineDash(fell ? [1 * scale, 3 * scale] : { rose: [2 * scale, 4 * scale], diverged: [], changed: [8 * scale, 3 * scale] }[mark.kind]);
@@ -344,24 +364,34 @@ class Lines extends Plot {
       if (fell) {
         ctx.beginPath(); ctx.moveTo(x, top + 2 * scale); ctx.lineTo(x - 5 * scale, top - 6 * scale); ctx.lineTo(x + 5 * scale, top - 6 * scale); ctx.fill();
       }
-      if (last.some((other) => Math.abs(other - x) < 13 * scale)) continue;
-      last.push(x);
-      const leftward = x > left + 16 * scale;
-      ctx.save();
-      ctx.translate(x + (leftward ? -6 : 12) * scale, top + 6 * scale);
-      ctx.rotate(-Math.PI / 2);
-      ctx.textAlign = "right";
-      const text = `${mark.text} at ${mark.at}`;
-      ctx.lineWidth = 3 * scale; ctx.strokeStyle = theme.paper; ctx.setLineDash([]);
-      ctx.strokeText(text, 0, 0);
-      ctx.fillText(text, 0, 0);
-      ctx.restore();
     }
-    if (this.panel.rates) {
-      this.bands(u, ctx);
-      this.dots(u, ctx, scale);
+    ctx.setLineDash([]);
+    ctx.textAlign = "left";
+    const shared = [];
+    for (const each of seen.sort((a, b) => a.x - b.x)) {
+      const last = shared.at(-1);
+      if (last && last[0].mark.kind === each.mark.kind && each.x - last[0].x < 12 * scale) last.push(each); else shared.push([each]);
     }
-    ctx.restore();
+    /* The first of each kind have the places; what finds none is told under the pointer. */
+    const taken = Array.from({ length: LABEL_ROWS }, () => []), room = 6 * scale;
+    this.labeled = [];
+    for (const members of shared) {
+      const [{ mark, x }] = members, more = members.length > 1 ? ` +${members.length - 1}` : "";
+      const text = `${mark.text.replace(/^\S*\/(?=[^/]+$)/, "")}${more} at ${mark.at}`, wide = ctx.measureText(text).width;
+      const from = Math.max(Math.min(x - wide / 2, left + width - wide), left);
+      const row = taken.findIndex((others) => others.every(([low, high]) => from > high + room || from + wide < low - room));
+      if (row < 0 || row * LABEL >= this.strip()) continue;
+      taken[row].push([from, from + wide]);
+      const base = top - (11 + row * LABEL) * scale;
+      ctx.fillStyle = ctx.strokeStyle = mark.kind === "fell" ? theme.fell : theme.ink;
+      ctx.fillText(text, from, base);
+      this.labeled.push({ from: from / scale, to: (from + wide) / scale, base: base / scale, text: members.map((each) => `${each.mark.text} at ${each.mark.at}`).join("\n") });
+    }
+  }
+  /* Marks at a place of the plot area, in full words. */
+  marksAt(x) {
+    const near = this.panel.marks.filter((mark) => Math.abs(this.chartOf.valToPos(mark.at, "x") - x) < 4);
+    return near.map((mark) => `\n${mark.text} at ${mark.at}`).join("");
   }
   /* Dots of one learning rate stand beside each other by arm, so that no arm hides another. */
   shift(line) {

@@ -50,6 +50,13 @@ function opened(panel) {
   }
   return panel;
 }
+/* One quantity has one kind of axis in all plots of a page: logarithmic if a plot of it gains by that, unless one has values
+   that such an axis cannot hold. */
+function logs(axis) {
+  const quantity = ({ label }) => label.replace(/^training /, "");
+  const same = content.panels.flatMap((panel) => panel.axes).filter((other) => quantity(other) === quantity(axis));
+  return same.some(({ log }) => log) && !same.some(({ signed }) => signed);
+}
 const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 const drawn = (value) => Number.isFinite(value) && Math.abs(value) < LARGEST;
 function shown(value) {

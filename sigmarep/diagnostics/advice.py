@@ -1,0 +1,155 @@
+"""What to do next: how an unfinished run goes on, and the change that speaks for itself, each as a command."""
+
+import math
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sigmarep.diagnostics.files import number
+from sigmarep.diagnostics.findings import Sentence, intervention
+from sigmarep.diagnostics.runs import CONFIG
+from sigmarep.diagnostics.story import LOSS, MOST_NAMED, RATE, Told, differing, listed
+from sigmarep.remedies import SIGMA
+
+# Fields of a change on purpose, each 1 for none.
+FACTORS = ("attention_temperature", "learning_rate_factor")
+# A learning rate is changed by this factor.
+RATE_FACTOR = 3.0
+# What `_remedy` names, in words.
+WORDS = {
+    "sigma": "σReparam",
+    "slower": f"a learning rate {RATE_FACTOR:g} times lower",
+    "faster": f"a learning rate {RATE_FACTOR:g} times higher",
+    "clipped": "clipped gradients",
+    "longer": "a longer run",
+    "control": "a control without the change on purpose",
+}
+
+
+def next_step(told: Told, others: Sequence[Told]) -> list[Sentence]:
+    """What to try next, as a command that makes a new run in a folder of its own.
+
+    Where one of the others has tried it, the command repeats that one with another seed.
+    """
+    going_on = unfinished(told) if told.run.state == "unfinished" else []
+    return [*going_on, *_change(told, others)]
+
+
+def unfinished(told: Told) -> list[Sentence]:
+    """What an unfinished run shows so far, and how it goes on."""
+    run, facts = told.run, told.facts
+    losses = [value for value in run.series(LOSS).values if math.isfinite(value)]
+    if not losses:
+        so_far = ""
+    elif facts.short:
+        so_far = f"So far {len(losses)} losses are logged, too few to tell. "
+    else:
+        troubles = [
+            *(["a layer fell"] if told.collapsed else []),
+            *(["the loss rose"] if facts.rose is not None else []),
+        ]
+        calm = "no layer fell and the loss had no lasting rise" if facts.lowest else "the loss had no lasting rise"
+        so_far = f"So far the loss went from {losses[0]:.3g} to {losses[-1]:.3g}; {listed(troubles) or calm}. "
+    trouble = told.collapsed or facts.rose is not None
+    if run.process == "running":
+        advice = (
+            "It may as well be stopped, Ctrl-C or SIGTERM saves its state; a change is told of below."
+            if trouble
+            else "Nothing is to be done; scripts/watch.py shows this page while it goes on."
+        )
+        return [Sentence(so_far + advice, "loss")]
+    words = ["python", "scripts/train.py", "--config", os.path.join(run.folder, CONFIG), "--workdir", run.folder]
+    command = shlex.join(words) if run.folder.isprintable() and run.config else ""
+    advice = "It goes on from its last checkpoint by the command that began it"
+    if run.process is None:
+        advice = f"If it is not running any more: {advice[0].lower()}{advice[1:]}"
+    return [Sentence(f"{so_far}{advice}{', or by this one' if command else ''}.", "loss", command)]
+
+
+def _change(told: Told, others: Sequence[Told]) -> list[Sentence]:
+    """See `next_step`."""
+    why, name, changes = _remedy(told)
+    if not why:
+        return []
+    wanted = {**told.run.config, **changes}
+    tried = [
+        each
+        for each in others
+        if changes
+        and each.run.rows
+        and not differing(each.run.config, wanted)
+        and all(each.run.config.get(field) == value for field, value in changes.items())
+    ]
+    if not tried:
+        return [Sentence(why, command=_command(told.run.folder, name, changes) if changes else "")]
+    names = listed([each.run.name for each in tried[:MOST_NAMED]]) + (", …" if len(tried) > MOST_NAMED else "")
+    trained = [each.run for each in tried if each.trained]
+    if not trained:
+        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {_failed(tried)}: {names}.")]
+    seeds = [seed for each in tried if type(seed := each.run.config.get("seed")) is int]
+    if len(trained) > 1 or not seeds:
+        agree = f"trained in {len(trained)} of {len(tried)} runs"
+        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {agree}: {names}.")]
+    why = f"To try next: {trained[0].name} with another seed; one seed that trains may be luck."
+    seed = max(seeds) + 1
+    return [Sentence(why, command=_command(trained[0].folder, f"seed_{seed}", {"seed": seed}))]
+
+
+def _failed(tried: Sequence[Told]) -> str:
+    if all(each.collapsed for each in tried):
+        return "its attention collapsed"
+    if all(each.facts.diverged is not None for each in tried):
+        return "it diverged"
+    return "it did not train without a collapse or a rise of the loss"
+
+
+def _remedy(told: Told) -> tuple[str, str, dict[str, Any]]:
+    """What speaks for a change, a word for it, and the fields to change; "" where nothing is known to help."""
+    run, facts = told.run, told.facts
+    rate, total = number(run.config.get(RATE)), number(run.config.get("total_steps"))
+    slower = {RATE: float(f"{rate / RATE_FACTOR:.2g}")} if rate else {}
+    if run.state in ("bad input", "failed", "unreadable"):
+        return "", "", {}
+    if facts.cause == "data":
+        return "To try next: look at the batch of that step; no setting mends values that are not finite.", "", {}
+    if (change := intervention(run)) and facts.cause is None and not facts.short:
+        control = {f"intervention.{field}": 1.0 for field in FACTORS if run.config.get(f"intervention.{field}") != 1}
+        why = f"To try next: a control without the change on purpose ({change[1]}), to see what the change alone did."
+        return why, "control", control
+    if told.collapsed or facts.cause in ("entropy collapse", "logits") or (facts.rose is not None and told.sharp):
+        fields = {name: value for name, value in SIGMA.items() if name in run.config}
+        changed = {name: value for name, value in fields.items() if run.config[name] != value}
+        if "model.reparam" in changed:
+            return "To try next: σReparam, which bounds the logits, at the same learning rate.", "sigma", changed
+        if slower:
+            return f"To try next: a learning rate {RATE_FACTOR:g} times lower.", "slower", slower
+    elif facts.diverged is not None or facts.rose is not None:
+        if facts.cause == "gradient" and run.config.get("optimizer.clip_norm") == 0.0:
+            return "To try next: gradients clipped to a norm of 1.", "clipped", {"optimizer.clip_norm": 1.0}
+        if slower:
+            return f"To try next: a learning rate {RATE_FACTOR:g} times lower.", "slower", slower
+    elif facts.short and run.state == "done" and total:
+        longer = {"total_steps": int(max(100 * total, 100))}
+        return f"To try next: a longer run; {run.last_step} steps tell little.", "longer", longer
+    elif run.state == "done" and rate and not facts.short:
+        faster = {RATE: float(f"{rate * RATE_FACTOR:.2g}")}
+        return (
+            f"To try next: a learning rate {RATE_FACTOR:g} times higher, to see how far off the edge is.",
+            "faster",
+            faster,
+        )
+    return "", "", {}
+
+
+def _command(folder: str, name: str, changes: Mapping[str, Any]) -> str:
+    """The command of a new run; "" for a folder whose name a page cannot show as it is."""
+    if not folder.isprintable():
+        return ""
+    new = start = f"{folder}-{name}"
+    count = 1
+    while os.path.lexists(new):
+        count += 1
+        new = f"{start}-{count}"
+    words = ["--config", os.path.join(folder, CONFIG), *(f"--config.{key}={value}" for key, value in changes.items())]
+    return shlex.join(["python", "scripts/train.py", *words, "--workdir", new])
