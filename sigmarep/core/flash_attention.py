@@ -51,8 +51,8 @@ def flash_attention(
     Args:
       query: (B, T, N, H), of float32, bfloat16 or float16.
       key, value: (B, S, N, H), of the same type.
-      query_identities, key_identities: int (B, T) and (B, S): a query sees the keys of its own identity, such as that of its
-        segment. Padding is a key of `NO_KEY`; no query has a negative one. None: all see all.
+      query_identities, key_identities: int (B, T) and (B, S): a query sees the keys of its own identity, such as its
+        segment's. Padding is a key of `NO_KEY`; no query has a negative one. None: all see all.
       is_causal: query i sees keys up to i + S − T.
       scale: s, 1/√H if None.
       logit_cap: see `sigmarep.core.entropy.soft_capped`.
