@@ -11,9 +11,14 @@ docs/fine_tune_and_export.md.
 from absl import flags
 
 from sigmarep import command
+from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-FORMAT = flags.DEFINE_enum("format", "safetensors", ("safetensors", "stablehlo"), "Kind of file.")
+# A format that is asked for often and cannot be written, so that the refusal says why.
+ONNX = "onnx"
+FORMAT = flags.DEFINE_enum(
+    "format", "safetensors", ("safetensors", "stablehlo", ONNX), "Kind of file; onnx is refused with the reason."
+)
 NAMES = flags.DEFINE_enum(
     "names", "sigmarep", ("sigmarep", "timm", "huggingface", "big_vision"), "Names of the arrays in safetensors."
 )
@@ -22,6 +27,11 @@ OUTPUT = flags.DEFINE_string("output", None, "The file; with names of huggingfac
 
 def main() -> None:
     workdir, output = command.required("workdir", WORKDIR.value), command.required("output", OUTPUT.value)
+    if FORMAT.value == ONNX:
+        raise BadInput(
+            "--format = onnx: expected safetensors or stablehlo; the converter from JAX that is kept up, jax2onnx, needs an "
+            "older orbax-checkpoint than this project"
+        )
     from sigmarep import export
     from sigmarep.inference import open_run
 

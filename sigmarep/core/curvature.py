@@ -59,7 +59,7 @@ def lanczos(product: Product, start: jax.Array, iterations: int) -> Tridiagonal:
     first = start / jnp.linalg.norm(start)
     basis = jnp.zeros((iterations, start.size), jnp.float32).at[0].set(first)
 
-    def step(i, carry):
+    def step(i: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         basis, diagonal, off_diagonal = carry
         image = product(basis[i])
         diagonal = diagonal.at[i].set(image @ basis[i])
@@ -93,7 +93,7 @@ def power_iteration(product: Product, start: jax.Array, iterations: int) -> tupl
     Started from the previous eigenvector, a single iteration follows an operator that changes slowly.
     """
 
-    def step(_, vector):
+    def step(_: int, vector: jax.Array) -> jax.Array:
         image = product(vector)
         return image / jnp.maximum(jnp.linalg.norm(image), jnp.finfo(jnp.float32).tiny)
 

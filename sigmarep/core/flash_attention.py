@@ -11,6 +11,7 @@ Shapes: B batch, T queries, S keys, N heads, H head_dim. Inside they are (B, N, 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,16 +129,20 @@ def _statistics(rows: jax.Array) -> AttentionStatistics:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, query, key, value, others):
+def _attend(
+    plan: Plan, query: jax.Array, key: jax.Array, value: jax.Array, others: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     return _forward(plan, query, key, value, others)
 
 
-def _attend_fwd(plan, query, key, value, others):
+def _attend_fwd(
+    plan: Plan, query: jax.Array, key: jax.Array, value: jax.Array, others: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
     attended, rows = _forward(plan, query, key, value, others)
     return (attended, rows), (query, key, value, others, attended, rows[:, :, :2])
 
 
-def _attend_bwd(plan, residuals, cotangents):
+def _attend_bwd(plan: Plan, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     query, key, value, others, attended, rows = residuals
     gradient = cotangents[0]
     top, total = rows[:, :, 0], rows[:, :, 1]
@@ -181,7 +186,7 @@ def _specs(plan: Plan, features: int, *, by_queries: bool) -> dict[str, pl.Block
     }
 
 
-def _call(kernel, plan: Plan, name: str, **options: Any):
+def _call(kernel: Callable[..., None], plan: Plan, name: str, **options: Any) -> Callable[..., Any]:
     """`pl.pallas_call` for the plan's platform; the last axis of the grid may be split between cores too."""
     if plan.platform == "tpu":
         from jax.experimental.pallas import tpu as pltpu
@@ -196,10 +201,12 @@ def _call(kernel, plan: Plan, name: str, **options: Any):
     return pl.pallas_call(functools.partial(kernel, plan), name=name, **options)
 
 
-def _forward(plan, query, key, value, others):
+def _forward(
+    plan: Plan, query: jax.Array, key: jax.Array, value: jax.Array, others: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     b, n, queries, features = query.shape
     specs = _specs(plan, features, by_queries=True)
-    return _call(
+    attended, rows = _call(
         flash_kernels.forward,
         plan,
         "flash_attention",
@@ -211,11 +218,12 @@ def _forward(plan, query, key, value, others):
             jax.ShapeDtypeStruct((b, n, ROWS, queries), jnp.float32),
         ],
     )(query, key, value, *others)
+    return attended, rows
 
 
-def _backward_queries(plan, query, *others):
+def _backward_queries(plan: Plan, query: jax.Array, *others: jax.Array) -> jax.Array:
     specs = _specs(plan, query.shape[-1], by_queries=True)
-    return _call(
+    d_query: jax.Array = _call(
         flash_kernels.backward_queries,
         plan,
         "flash_attention_queries",
@@ -231,11 +239,14 @@ def _backward_queries(plan, query, *others):
         out_specs=specs["query"],
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
     )(query, *others)
+    return d_query
 
 
-def _backward_keys(plan, query, key, value, *others):
+def _backward_keys(
+    plan: Plan, query: jax.Array, key: jax.Array, value: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     specs = _specs(plan, query.shape[-1], by_queries=False)
-    return _call(
+    d_key, d_value = _call(
         flash_kernels.backward_keys,
         plan,
         "flash_attention_keys",
@@ -251,6 +262,7 @@ def _backward_keys(plan, query, key, value, *others):
         out_specs=[specs["key"], specs["key"]],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
     )(query, key, value, *others)
+    return d_key, d_value
 
 
 def _other_specs(plan: Plan, specs: dict[str, pl.BlockSpec]) -> list[pl.BlockSpec]:

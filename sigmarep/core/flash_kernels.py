@@ -4,7 +4,7 @@ Each is one program of a grid (B, N, blocks): of one side it sees its own block,
 of logits, weights and their gradients are (keys, queries).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,9 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     )
 
 
-def _logits(plan: Plan, query, key, identities, q_start, k_start):
+def _logits(
+    plan: Plan, query: jax.Array, key: jax.Array, identities: Any, q_start: jax.Array, k_start: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
     """Logits (keys, queries) of a block, and where they are visible, None for everywhere."""
     logits = soft_capped(_dot(key, query, (1, 1)) * plan.scale, plan.cap)
     visible = None
@@ -68,7 +70,7 @@ def _logits(plan: Plan, query, key, identities, q_start, k_start):
     return logits, visible
 
 
-def dropout_factors(plan: Plan, seed, shape, q_start, k_start) -> jax.Array:
+def dropout_factors(plan: Plan, seed: jax.Array, shape: tuple[int, ...], q_start: Any, k_start: Any) -> jax.Array:
     """Factors of the weights of a block under dropout: 0, or 1/(1 − rate). The bits are MurmurHash3's finalizer of seed and
     positions, so that the backward pass has them again."""
     x = (k_start + lax.broadcasted_iota(jnp.int32, shape, 0)) * jnp.int32(_signed(0x9E3779B1))
@@ -83,17 +85,17 @@ def _signed(bits: int) -> int:
     return bits - 2**32 if bits >= 2**31 else bits
 
 
-def _only(visible, x, otherwise):
+def _only(visible: jax.Array | None, x: jax.Array, otherwise: float) -> jax.Array:
     return x if visible is None else jnp.where(visible, x, otherwise)
 
 
-def forward(plan: Plan, q_ref, k_ref, v_ref, *refs):
+def forward(plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
     *others, out_ref, rows_ref = refs
     i = pl.program_id(2)
     query = q_ref[0, 0]
     own = others[0][0] if plan.identities else None
 
-    def step(j, carry):
+    def step(j: jax.Array, carry: tuple[jax.Array, Sums]) -> tuple[jax.Array, Sums]:
         attended, sums = carry
         part = pl.ds(j * plan.block_k, plan.block_k)
         identities = (own, others[1][0, part, :]) if plan.identities else None
@@ -145,7 +147,19 @@ def _over_keys(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def _d_logits(plan: Plan, query, key, value, gradient, lse, delta, others, identities, q_start, k_start):
+def _d_logits(
+    plan: Plan,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gradient: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    others: Any,
+    identities: Any,
+    q_start: jax.Array,
+    k_start: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Weights of a block, as they are used, and the gradient of its products q·k, both (keys, queries)."""
     logits, visible = _logits(plan, query, key, identities, q_start, k_start)
     weights = _only(visible, jnp.exp(logits - lse), 0.0)
@@ -159,14 +173,16 @@ def _d_logits(plan: Plan, query, key, value, gradient, lse, delta, others, ident
     return used, d_logits * plan.scale
 
 
-def backward_queries(plan: Plan, q_ref, k_ref, v_ref, gradient_ref, rows_ref, *refs):
+def backward_queries(
+    plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, gradient_ref: Any, rows_ref: Any, *refs: Any
+) -> None:
     *others, out_ref = refs
     i = pl.program_id(2)
     query, gradient = q_ref[0, 0], gradient_ref[0, 0]
     lse, delta = rows_ref[0, 0, 0:1, :], rows_ref[0, 0, 1:2, :]
     own = others[0][0] if plan.identities else None
 
-    def step(j, total):
+    def step(j: jax.Array, total: jax.Array) -> jax.Array:
         part = pl.ds(j * plan.block_k, plan.block_k)
         identities = (own, others[1][0, part, :]) if plan.identities else None
         key, value = k_ref[0, 0, part, :], v_ref[0, 0, part, :]
@@ -184,13 +200,13 @@ def backward_queries(plan: Plan, q_ref, k_ref, v_ref, gradient_ref, rows_ref, *r
     out_ref[0, 0] = lax.fori_loop(0, blocks, step, jnp.zeros(query.shape, jnp.float32)).astype(out_ref.dtype)
 
 
-def backward_keys(plan: Plan, q_ref, k_ref, v_ref, gradient_ref, rows_ref, *refs):
+def backward_keys(plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, gradient_ref: Any, rows_ref: Any, *refs: Any) -> None:
     *others, d_key_ref, d_value_ref = refs
     j = pl.program_id(2)
     key, value = k_ref[0, 0], v_ref[0, 0]
     own = others[1][0] if plan.identities else None
 
-    def step(i, totals):
+    def step(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         d_key, d_value = totals
         part = pl.ds(i * plan.block_q, plan.block_q)
         identities = (others[0][0, :, part], own) if plan.identities else None

@@ -5,6 +5,7 @@ for threads of the pool that it runs in, so that concurrent calls can deadlock o
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def _next_row(row: jax.Array, rows: jax.Array) -> jax.Array:
     """The unit vector along the part of `row` that is orthogonal to the orthonormal `rows`, any such vector if none is."""
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
-    def remainder(x):
+    def remainder(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         for _ in range(2 if len(rows) else 0):
             x = x - product(product(rows, x), rows)
         norm = jnp.sqrt(jnp.sum(x * x))
@@ -107,19 +108,19 @@ def product_norm(first: jax.Array, second: jax.Array, rows: tuple[jax.Array, jax
     """
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
-    def scaled(x, row):
+    def scaled(x: jax.Array, row: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
         x = x.astype(jnp.float32)
         parts = [x] if row is None else [x, row.astype(jnp.float32)]
         scale = functools.reduce(jnp.maximum, (_over_matrix(jnp.max, jnp.abs(part)) for part in parts))
         scale = jnp.where(scale > 0, scale, 1.0)
         return [part / scale for part in parts], scale
 
-    def grams(parts):
+    def grams(parts: list[jax.Array]) -> jax.Array:
         """Gram matrices without the extra row and with it."""
         each = [jnp.einsum("...dn,...dm->...nm", part, part, precision=lax.Precision.HIGHEST) for part in parts]
         return jnp.stack([sum(each[: i + 1]) for i in range(len(each))])
 
-    def lengths(parts, vectors):
+    def lengths(parts: list[jax.Array], vectors: jax.Array) -> jax.Array:
         """Norms of the vectors' images without the extra row and with it, (k, ...), from one read of the matrix."""
         vectors = jnp.moveaxis(vectors[..., 0], 0, -1)
         squares = jnp.moveaxis(jnp.sum(product(parts[0], vectors) ** 2, axis=-2), -1, 0)
@@ -140,7 +141,7 @@ def product_norm(first: jax.Array, second: jax.Array, rows: tuple[jax.Array, jax
 def _leading_vector(matrix: jax.Array, *, squarings: int = 12) -> jax.Array:
     """Approximates the leading eigenvector (..., d, 1) of (..., d, d) by squaring it; its length is arbitrary."""
 
-    def squared(_, x):
+    def squared(_: int, x: jax.Array) -> jax.Array:
         return _unit_frobenius(jnp.matmul(x, x, precision=lax.Precision.HIGHEST))[0]
 
     power = lax.fori_loop(0, squarings, squared, _unit_frobenius(matrix)[0])
@@ -163,7 +164,8 @@ def sequence_norm(x: jax.Array, column: jax.Array | None = None) -> jax.Array:
     """
     tokens, width = x.shape[-2:]
     if x.dtype not in (jnp.bfloat16, jnp.float16) or tokens > width:
-        return norm_from_below(x if column is None else jnp.concatenate([x, column[..., None]], axis=-1))
+        norm: jax.Array = norm_from_below(x if column is None else jnp.concatenate([x, column[..., None]], axis=-1))
+        return norm
     gram = jnp.einsum("...td,...sd->...ts", x, x, preferred_element_type=jnp.float32)
     if column is not None:
         column = column.astype(jnp.float32)
@@ -216,20 +218,20 @@ def _krylov(matrix: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array, j
     largest = jnp.max(jnp.abs(mix), axis=-1)
     scale = jnp.where(largest > 0, largest, 1.0)
 
-    def image_of(row):
+    def image_of(row: jax.Array) -> jax.Array:
         return product("...mn,...n->...m", matrix, row) / scale[..., None]
 
-    def row_of(image):
+    def row_of(image: jax.Array) -> jax.Array:
         return product("...mn,...m->...n", matrix, image) / scale[..., None]
 
-    def unit_row(row, least):
+    def unit_row(row: jax.Array, least: jax.Array | float) -> tuple[jax.Array, jax.Array]:
         norm = jnp.sqrt(jnp.sum(row * row, axis=-1, keepdims=True))
         return jnp.where(norm > least, row / jnp.where(norm > 0, norm, 1.0), 0.0), norm
 
-    def placed(rows, i, row):
+    def placed(rows: jax.Array, i: int, row: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(rows, row[..., None, :], i, axis=-2)
 
-    def step(i, carry):
+    def step(i: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         basis, images, row = carry
         basis, image = placed(basis, i, row), image_of(row)
         new = row_of(image)
@@ -254,5 +256,5 @@ def _unit_frobenius(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x / jnp.where(norm > 0, norm, 1.0), norm
 
 
-def _over_matrix(function, x):
+def _over_matrix(function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     return function(x, axis=(-2, -1), keepdims=True)

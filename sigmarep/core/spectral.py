@@ -30,7 +30,8 @@ every device, and a sharded W is summed where it lies: before a matrix product t
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def _block_step(kernel: jax.Array, block: jax.Array) -> PowerStep:
     mesh = jax.typeof(kernel).sharding.mesh
     whole = NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None
 
-    def contracted(left, axes):
+    def contracted(left: jax.Array, axes: Iterable[int]) -> jax.Array:
         # Contracts W over its own axes: a reshaped or transposed W may be gathered from its shards first.
         both = (tuple(range(1, left.ndim)), tuple(axes))
         return jnp.tensordot(left, kernel, axes=both, precision=lax.Precision.HIGHEST, out_sharding=whole)
@@ -166,19 +167,25 @@ def _ratio(gamma: jax.Array, sigma: jax.Array) -> jax.Array:
     return gamma / jnp.where(sigma > TINY, sigma, 1.0)
 
 
-def effective_kernel(kernel: jax.Array, gamma: jax.Array, sigma: jax.Array, *, dtype=None) -> jax.Array:
+def effective_kernel(
+    kernel: jax.Array, gamma: jax.Array, sigma: jax.Array, *, dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
     """Computes Ŵ = (γ/σ)·W for a known σ, in `dtype` or else the kernel's type; `gamma` and `sigma` have shape ()."""
     return (kernel.astype(jnp.float32) * _ratio(gamma, sigma)).astype(kernel.dtype if dtype is None else dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _reparametrize(kernel, gamma, u, basis, dtype):
+def _reparametrize(
+    kernel: jax.Array, gamma: jax.Array, u: jax.Array, basis: jax.Array | None, dtype: jax.typing.DTypeLike
+) -> tuple[Any, ...]:
     step = power_step(kernel, u, basis)
     return effective_kernel(kernel, gamma, step.sigma, dtype=dtype), step.u, step.sigma, step.basis
 
 
 @_reparametrize.defjvp
-def _reparametrize_jvp(dtype, primals, tangents):
+def _reparametrize_jvp(
+    dtype: jax.typing.DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     kernel, gamma, u, basis = primals
     step = power_step(kernel, u, basis)
     effective = effective_kernel(kernel, gamma, step.sigma, dtype=dtype)
@@ -189,7 +196,16 @@ def _reparametrize_jvp(dtype, primals, tangents):
 
 # Transposed it recomputes, from its own arguments, all that has the kernel's size: of these only the kernel is saved.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(7,))
-def _effective_tangent(d_kernel, d_gamma, kernel, gamma, v, u, sigma, dtype):
+def _effective_tangent(
+    d_kernel: jax.Array,
+    d_gamma: jax.Array,
+    kernel: jax.Array,
+    gamma: jax.Array,
+    v: jax.Array,
+    u: jax.Array,
+    sigma: jax.Array,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
     """The directional derivative of Ŵ, in an order of operations whose transpose is that of the module docstring."""
     reciprocal = _ratio(jnp.float32(1.0), sigma)
     inputs = _input_axes(kernel, u.size)
@@ -202,7 +218,12 @@ def _effective_tangent(d_kernel, d_gamma, kernel, gamma, v, u, sigma, dtype):
 
 
 def reparametrize(
-    kernel: jax.Array, gamma: jax.Array, u: jax.Array, *, basis: jax.Array | None = None, dtype=None
+    kernel: jax.Array,
+    gamma: jax.Array,
+    u: jax.Array,
+    *,
+    basis: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Reparametrized:
     """Computes Ŵ = (γ/σ)·W after one power step from `u`, with the gradients stated in the module docstring.
 
@@ -221,7 +242,7 @@ def reparametrize(
     return Reparametrized(effective, *lax.stop_gradient(statistics))
 
 
-def weight_normalized(kernel: jax.Array, gain: jax.Array, *, dtype=None) -> jax.Array:
+def weight_normalized(kernel: jax.Array, gain: jax.Array, *, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
     """Applies weight normalization (Salimans and Kingma, 2016): each output's weights get norm |gain|.
 
     Args:

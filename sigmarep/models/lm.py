@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.nn import TransformerConfig, TransformerStack
-from sigmarep.nn.positions import TokenPositions
+from sigmarep.nn.positions import TokenPosition, TokenPositions
 from sigmarep.nn.tokens import TokenEmbedding, TokenLosses
 from sigmarep.nn.visibility import Visibility
 
@@ -28,7 +28,7 @@ class LanguageModel(nn.Module):
     transformer: TransformerConfig
     vocabulary_size: int
     max_length: int
-    positions: str = "none"
+    positions: TokenPosition = "none"
     tie_embeddings: bool = True
     adaptive_cutoffs: Sequence[int] = ()
     reparam_embedding: bool = False

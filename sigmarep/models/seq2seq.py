@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.nn import TransformerConfig, TransformerStack
-from sigmarep.nn.positions import TokenPositions
+from sigmarep.nn.positions import TokenPosition, TokenPositions
 from sigmarep.nn.tokens import TokenEmbedding, TokenLosses
 from sigmarep.nn.visibility import Visibility
 
@@ -46,7 +46,7 @@ class Seq2Seq(nn.Module):
     decoder: TransformerConfig
     vocabulary_size: int
     max_length: int
-    positions: str = "sinusoidal"
+    positions: TokenPosition = "sinusoidal"
     share_embeddings: bool = True
     tie_embeddings: bool = True
     reparam_embedding: bool = False

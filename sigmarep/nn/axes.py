@@ -22,7 +22,10 @@ def with_axes(x: jax.Array, *names: str | None) -> jax.Array:
         device, as is one that its axes do not divide.
     """
     spec = spec_of(x.shape, *names)
-    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+    if spec is None:
+        return x
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return constrained
 
 
 def spec_of(shape: tuple[int, ...], *names: str | None) -> jax.sharding.PartitionSpec | None:
@@ -38,5 +41,5 @@ def spec_of(shape: tuple[int, ...], *names: str | None) -> jax.sharding.Partitio
     return jax.sharding.PartitionSpec(*(each or None for each in spec))
 
 
-def _tuple(axes) -> tuple[str, ...]:
+def _tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return axes if isinstance(axes, tuple) else (axes,) if isinstance(axes, str) else ()

@@ -1,6 +1,6 @@
 """Checks of a training's variables for the silent mistakes of σReparam, in one small jitted program."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -176,7 +176,7 @@ def _places(state: Any, path: tuple[str, ...]) -> list[str]:
     return [place for name, value in state.items() for place in _places(value, (*path, name))]
 
 
-def _part(kernel, gamma, state, layer: Layer | None) -> Part:
+def _part(kernel: jax.Array, gamma: jax.Array | None, state: Mapping[str, Any], layer: Layer | None) -> Part:
     u, sigma = state["u"], state["sigma"]
     matrices = jnp.reshape(kernel, (*sigma.shape, -1, u.shape[-1])) if layer is None else layer.matrices(kernel)
     return Part(matrices, u, sigma, state.get("basis"), gamma)
@@ -185,7 +185,7 @@ def _part(kernel, gamma, state, layer: Layer | None) -> Part:
 @jax.jit
 def _measure(parts: dict[str, Part]) -> dict[str, _Measured]:
     def one(part: Part) -> _Measured:
-        function = _measure_one
+        function: Callable[..., _Measured] = _measure_one
         for _ in range(part.sigma.ndim):
             function = jax.vmap(function)
         return function(part.matrices, part.u, part.basis)
@@ -193,11 +193,11 @@ def _measure(parts: dict[str, Part]) -> dict[str, _Measured]:
     return {name: one(part) for name, part in parts.items()}
 
 
-def _measure_one(matrix, u, basis):
+def _measure_one(matrix: jax.Array, u: jax.Array, basis: jax.Array | None) -> _Measured:
     length = jnp.sqrt(jnp.sum(u * u))
     step = spectral.power_step(matrix, u, basis)
 
-    def body(u, _):
+    def body(u: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         after = spectral.power_step(matrix, u)
         return after.u, after.sigma
 
@@ -240,7 +240,7 @@ def _of_values(parts: dict[str, Part], whose: str) -> list[str]:
     return sentences
 
 
-def _over(norm, step):
+def _over(norm: np.ndarray, step: np.ndarray) -> np.ndarray:
     return np.where(step > spectral.TINY, norm / np.where(step > spectral.TINY, step, 1.0), 1.0)
 
 
@@ -261,7 +261,7 @@ def _moved(optimizer: Any, params: Any) -> Any:
     zeros = jax.tree.map(jnp.zeros_like, params)
 
     @jax.jit
-    def run(params):
+    def run(params: Any) -> Any:
         state = optimizer.init(params)
         first, state = optimizer.update(zeros, state, params)
         second, _ = optimizer.update(zeros, state, params)
@@ -298,7 +298,7 @@ def decay_mask(params: Any) -> Any:
     Under σReparam the decay of a kernel changes no function, only how fast the kernel turns.
     """
 
-    def decayed(path, leaf):
+    def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_name(path).rpartition("/")[2]
         return leaf.ndim > 1 and not (name == "gamma" or name.endswith("_gamma") or name in ("bias", "scale"))
 

@@ -16,8 +16,8 @@ as those of `SigmaDense` do.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -35,9 +35,9 @@ def reparametrize(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: bool = False,
-    gamma_init: float | str = "sigma",
+    gamma_init: float | Literal["sigma"] = "sigma",
     power_vectors: int = 1,
-    norms: str = "keep",
+    norms: Literal["keep", "remove"] = "keep",
     **kwargs: Any,
 ) -> "Reparametrized":
     """Puts a Linen model under σReparam.
@@ -88,10 +88,10 @@ def _reason(layer: Layer, include: Sequence[str], exclude: Sequence[str], embedd
 
 
 @contextlib.contextmanager
-def _norms(word: str):
+def _norms(word: str) -> Iterator[None]:
     """Passes over normalization layers if `word` is "remove"."""
 
-    def skip(method, args, kwargs, context):
+    def skip(method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, NORMS) and context.method_name == "__call__":
             return args[0] if args else kwargs["x"]
         return method(*args, **kwargs)
@@ -113,9 +113,9 @@ class Reparametrized:
     layers: Layers
     chosen: dict[str, Layer]
     reasons: dict[str, str]
-    gamma_init: float | str
+    gamma_init: float | Literal["sigma"]
     power_vectors: int
-    norms: str
+    norms: Literal["keep", "remove"]
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The module's initial variables, with γ beside each kernel and the collection `spectral`."""

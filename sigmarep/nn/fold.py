@@ -31,18 +31,21 @@ def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False, layers: La
         raise ValueError(
             f"variables: expected {{'params': …, 'spectral': …}}, got {', '.join(map(str, variables)) or 'nothing'}"
         )
-    return _fold(variables["params"], variables.get("spectral", {}), stored_sigma, {} if layers is None else layers, ())
+    folded: dict[str, Any] = _fold(variables["params"], variables.get("spectral", {}), stored_sigma, layers, ())
+    return folded
 
 
-def _fold(params, state, stored_sigma, layers, path):
+def _fold(
+    params: Any, state: Mapping[str, Any], stored_sigma: bool, layers: Layers | None, path: tuple[str, ...]
+) -> Any:
     if not isinstance(params, Mapping):
         return params
     for name in ("kernel", "embedding"):
         if name in params and ("gamma" in params or "u" in state):
             rest = {each: value for each, value in params.items() if each not in (name, "gamma")}
             kernel, gamma = params[name], params.get("gamma")
-            layer = layers.get("/".join((*path, name)))
-            if layer is None:
+            layer = None if layers is None else layers.get("/".join((*path, name)))
+            if layers is None or layer is None:
                 return {name: _effective(kernel, gamma, state, stored_sigma), **rest}
             first = range(len(layer.stacked))
             if gamma is not None:
@@ -54,12 +57,15 @@ def _fold(params, state, stored_sigma, layers, path):
     }
 
 
-def _effective(kernel, gamma, state, stored_sigma):
-    def reparametrized(kernel, gamma, u, basis):
+def _effective(kernel: jax.Array, gamma: jax.Array | None, state: Mapping[str, Any], stored_sigma: bool) -> jax.Array:
+    def reparametrized(kernel: jax.Array, gamma: jax.Array, u: jax.Array, basis: jax.Array | None) -> jax.Array:
         return spectral.reparametrize(kernel, gamma, u, basis=basis).kernel
 
     function: Callable[..., jax.Array]
+    arguments: list[Any]
     if "u" not in state:
+        # Only weight normalization has no vectors, and it always has gains.
+        assert gamma is not None
         function, arguments, stacked = spectral.weight_normalized, [kernel, gamma], gamma.ndim - 1
     else:
         stacked = state["sigma"].ndim

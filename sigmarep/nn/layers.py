@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from flax.linen.recurrent import DenseParams
 from jax.extend.core import jaxpr_as_fun
 
-from sigmarep.nn.linear import ROLES, Reparam, ReparametrizedLayer
+from sigmarep.nn.linear import ROLES, Reparam, ReparametrizedLayer, Role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Axes:
     window: tuple[int, ...] = ()
     groups: int = 1
     table: bool = False
-    role: str = "hidden"
+    role: Role = "hidden"
     makes: tuple[str, ...] = ()
     reparam: Reparam = "none"
 
@@ -166,7 +166,7 @@ def describe(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Layers:
       ValueError: a layer has a role that does not exist.
     """
 
-    def noted(*args):
+    def noted(*args: Any) -> Any:
         return init(*args, **kwargs)
 
     with _noting(True), nn.intercept_methods(_intercepted):
@@ -174,7 +174,7 @@ def describe(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Layers:
     variables = traced.out_info
     structure = jax.tree.structure(variables)
 
-    def initialize(*args):
+    def initialize(*args: Any) -> Any:
         leaves = jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(args))
         return _without_notes(jax.tree.unflatten(structure, leaves))
 
@@ -225,7 +225,7 @@ def _intercepted(method: Callable[..., Any], args: Any, kwargs: Any, context: nn
 
 def _axes(module: nn.Module, name: str, rank: int, args: Any, kwargs: Any) -> Axes | None:
     """The axes of the module's own parameter `name`, None where it states none."""
-    stated = getattr(module, "linear_axes", {})
+    stated: Mapping[str, Axes] = getattr(module, "linear_axes", {})
     if name in stated:
         return stated[name]
     role, makes = getattr(module, "role", None), getattr(module, "makes", ())

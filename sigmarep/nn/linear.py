@@ -13,7 +13,7 @@ layer. Layers stacked by `nn.scan` are the exception: they make one step per cal
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
@@ -25,7 +25,8 @@ from sigmarep.core import norms, spectral
 
 Reparam = Literal["none", "sigma", "spectral", "weight"]
 REPARAMS: tuple[Reparam, ...] = get_args(Reparam)
-ROLES = ("hidden", "input", "output", "projector", "position")
+Role = Literal["hidden", "input", "output", "projector", "position"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 # Traced once for all layers of one shape, where Python would trace the same dozens of operations for each of them and
@@ -56,17 +57,19 @@ class ReparametrizedLayer(nn.Module):
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
-    role: str = "hidden"
+    role: Role = "hidden"
     makes: tuple[str, ...] = ()
 
     matrix_name: ClassVar[str] = "kernel"
 
     @nn.nowrap
-    def param(self, name, init_fn, *init_args, unbox=True, **init_kwargs):
+    def param(
+        self, name: str, init_fn: Callable[..., Any], *init_args: Any, unbox: bool = True, **init_kwargs: Any
+    ) -> Any:
         """Flax's `param`, except that asking for the kernel returns the effective kernel."""
         if name == self.matrix_name and np.min(self.features) < 1:
             raise ValueError(f"{self._label()}: features = {self.features}: expected at least 1")
-        value = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
+        value: Any = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
         return self._effective(value) if name == self.matrix_name else value
 
     @nn.nowrap
@@ -103,7 +106,7 @@ class ReparametrizedLayer(nn.Module):
         if self.reparam == "sigma":
             gamma = self._gamma(start()[1] if self.is_initializing() else sigma.value)
         start_u, start_basis = self._start_of_this_apply(u.value, None if basis is None else basis.value)
-        result = _reparametrize(kernel, gamma, start_u, basis=start_basis)
+        result: spectral.Reparametrized = _reparametrize(kernel, gamma, start_u, basis=start_basis)
         if self.is_mutable_collection("spectral") and not self.is_initializing():
             u.value, sigma.value = result.u, result.sigma
             if basis is not None:
@@ -117,7 +120,7 @@ class ReparametrizedLayer(nn.Module):
 
     @nn.nowrap
     def _gamma(self, of_kernel: jax.Array) -> jax.Array:
-        def init(_):
+        def init(_: jax.Array) -> jax.Array:
             if self.gamma_init == "sigma":
                 return of_kernel
             try:
@@ -126,7 +129,7 @@ class ReparametrizedLayer(nn.Module):
                 raise ValueError(f"gamma_init = {self.gamma_init!r}: expected 'one', 'sigma' or a number") from None
             return jnp.full(of_kernel.shape, value, jnp.float32)
 
-        gamma = super().param("gamma", init)
+        gamma: jax.Array = super().param("gamma", init)
         return gamma if self.gamma_trainable else jax.lax.stop_gradient(gamma)
 
     @nn.nowrap
@@ -134,7 +137,7 @@ class ReparametrizedLayer(nn.Module):
         assert self.scope is not None
         # The root scope lives as long as one apply. Every call of a shared layer starts from the vectors of the first
         # call, so that two views of a batch make one power step, not two.
-        starts = vars(self.scope.root).setdefault("_spectral_starts", {})
+        starts: dict[Any, tuple[Any, ...]] = vars(self.scope.root).setdefault("_spectral_starts", {})
         return starts.setdefault(self.scope.path, vectors)
 
 
@@ -170,6 +173,6 @@ class SigmaConv(ReparametrizedLayer, nn.Conv):
 class SigmaEmbed(ReparametrizedLayer, nn.Embed):
     """`flax.linen.Embed` under σReparam: σ is the norm of the table (num_embeddings, features), γ of shape ()."""
 
-    role: str = "input"
+    role: Role = "input"
 
     matrix_name: ClassVar[str] = "embedding"

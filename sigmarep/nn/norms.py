@@ -1,13 +1,14 @@
 """LayerNorm alternatives, residual-branch scales, and utterance normalization."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 NORM_TYPES = ("layer", "rms", "dyt")
-BRANCH_SCALES = ("none", "layer_scale", "rezero")
+BranchScaling = Literal["none", "layer_scale", "rezero"]
+BRANCH_SCALES: tuple[BranchScaling, ...] = get_args(BranchScaling)
 
 
 class DynamicTanh(nn.Module):
@@ -40,7 +41,7 @@ class BranchScale(nn.Module):
       start: initial value of layer_scale.
     """
 
-    kind: str
+    kind: BranchScaling
     start: float = 1e-4
 
     @nn.compact

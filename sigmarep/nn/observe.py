@@ -32,6 +32,8 @@ from sigmarep.nn.attention import MultiHeadAttention
 # Name of an attention layer to its statistics, each (*stacked, heads); see `sigmarep.nn.MultiHeadAttention`.
 Statistics = dict[str, dict[str, jax.Array]]
 Projections = attention_statistics.QueryKeyKernels
+# What queries are projected from, and what keys are.
+Inputs = tuple[jax.Array, jax.Array]
 
 _mark = core.Primitive("sigmarep_mark")
 _mark.def_impl(lambda x, *_, **__: x)
@@ -40,7 +42,7 @@ mlir.register_lowering(_mark, lambda _, x, *__, **___: [x])
 ad.primitive_jvps[_mark] = lambda primals, tangents, **params: (_mark.bind(*primals, **params), tangents[0])
 
 
-def _batched(args, axes, **params):
+def _batched(args: tuple[Any, ...], axes: tuple[int | None, ...], **params: Any) -> tuple[Any, int | None]:
     """Statistics get the new axis in front. An axis is None for what is not batched."""
     x, *statistics = args
     (size,) = {arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None}
@@ -69,11 +71,11 @@ def observe(function: Callable[..., Any]) -> Callable[..., tuple[Any, Statistics
     """
 
     @functools.wraps(function)
-    def observed(*args, **kwargs):
+    def observed(*args: Any, **kwargs: Any) -> tuple[Any, Statistics]:
         leaves, structure = jax.tree.flatten((args, kwargs))
         traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | np.generic)]
 
-        def flat(*arrays):
+        def flat(*arrays: jax.Array) -> Any:
             given = list(leaves)
             for i, array in zip(traced, arrays, strict=True):
                 given[i] = array
@@ -112,7 +114,9 @@ class _Recorder:
             yield
 
     @contextlib.contextmanager
-    def _replaced(self, original, make):
+    def _replaced(
+        self, original: Callable[..., Any], make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> Iterator[None]:
         """The function is replaced wherever a module holds it, under whatever name."""
         holders = [
             (module, name)
@@ -129,7 +133,7 @@ class _Recorder:
             for module, name in holders:
                 setattr(module, name, original)
 
-    def _linen(self, method, args, kwargs, context):
+    def _linen(self, method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
         if isinstance(module, MultiHeadAttention) and context.method_name == "_attend":
             return self._ours(method, args, kwargs, module)
@@ -138,7 +142,7 @@ class _Recorder:
         inputs, context_inputs = _inputs(method, args, kwargs, "inputs_kv" if "inputs_kv" in kwargs else "inputs_k")
         original = module.attention_fn
 
-        def projections():
+        def projections() -> Projections:
             return attention_statistics.query_key_kernels(
                 module.variables, stored_sigma=False, use_bias=module.use_bias
             )
@@ -150,9 +154,9 @@ class _Recorder:
         finally:
             object.__setattr__(module, "attention_fn", original)
 
-    def _nnx(self, original):
+    def _nnx(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def call(module, *args, **kwargs):
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
             inputs, context_inputs = _inputs(functools.partial(original, module), args, kwargs, "inputs_k")
             attention_fn = module.attention_fn
             name, linear = self._names.get(id(module)), None if module.normalize_qk else (inputs, context_inputs)
@@ -166,7 +170,9 @@ class _Recorder:
 
         return call
 
-    def _ours(self, method, args, kwargs, module):
+    def _ours(
+        self, method: Callable[..., Any], args: Any, kwargs: Any, module: MultiHeadAttention
+    ) -> tuple[jax.Array, Any]:
         query, key, _, visibility, *_ = args
         attended, statistics = method(*args, **kwargs)
         real = visibility.real_tokens(self_attention=query.shape[1] == key.shape[1])
@@ -176,9 +182,15 @@ class _Recorder:
         recorded = _summary(statistics(), query, key, real.queries, None, projections, None)
         return self._marked("/".join(module.path), attended, recorded), statistics
 
-    def _of_flax(self, attention_fn, name, projections, linear):
+    def _of_flax(
+        self,
+        attention_fn: Callable[..., Any],
+        name: str | None,
+        projections: Callable[[], Projections],
+        linear: Inputs | None,
+    ) -> Callable[..., Any]:
         @functools.wraps(attention_fn)
-        def attend(query, key, value, *args, **kwargs):
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
             inside, self._inside = self._inside, True
             try:
                 attended = attention_fn(query, key, value, *args, **kwargs)
@@ -190,11 +202,11 @@ class _Recorder:
 
         return attend
 
-    def _of_jax(self, original):
+    def _of_jax(self, original: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(original)
 
         @functools.wraps(original)
-        def attend(*args, **kwargs):
+        def attend(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if self._inside:
                 return result
@@ -211,7 +223,20 @@ class _Recorder:
 
         return attend
 
-    def _record(self, name, attended, query, key, bias, mask, scale, is_causal, query_mask, projections, linear):
+    def _record(
+        self,
+        name: str | None,
+        attended: jax.Array,
+        query: jax.Array,
+        key: jax.Array,
+        bias: jax.Array | None,
+        mask: jax.Array | None,
+        scale: float | None,
+        is_causal: bool,
+        query_mask: jax.Array | None,
+        projections: Projections | None,
+        linear: Inputs | None,
+    ) -> jax.Array:
         query, key = (jax.lax.stop_gradient(x.reshape(-1, *x.shape[-3:])) for x in (query, key))
         # Groups of query heads share a key head.
         key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
@@ -235,14 +260,23 @@ class _Recorder:
         recorded = _summary(statistics, scaled, key, query_mask, bias, projections, linear)
         return self._marked(name, attended, recorded)
 
-    def _marked(self, name, attended, recorded):
+    def _marked(self, name: str | None, attended: jax.Array, recorded: dict[str, jax.Array]) -> jax.Array:
         if name is None:
             name = f"attention_{self._unnamed}"
             self._unnamed += 1
-        return _mark.bind(attended, *recorded.values(), name=name or "attention", fields=tuple(recorded))
+        marked: jax.Array = _mark.bind(attended, *recorded.values(), name=name or "attention", fields=tuple(recorded))
+        return marked
 
 
-def _summary(statistics, query, key, query_mask, bias, projections: Projections | None, linear) -> dict[str, jax.Array]:
+def _summary(
+    statistics: entropy.AttentionStatistics,
+    query: jax.Array,
+    key: jax.Array,
+    query_mask: jax.Array | None,
+    bias: jax.Array | None,
+    projections: Projections | None,
+    linear: Inputs | None,
+) -> dict[str, jax.Array]:
     """Statistics of a call, each (N,).
 
     Args:
@@ -267,7 +301,7 @@ def _summary(statistics, query, key, query_mask, bias, projections: Projections 
     return jax.lax.stop_gradient(recorded)
 
 
-def _both(mask, other):
+def _both(mask: jax.Array | None, other: jax.Array) -> jax.Array:
     return other if mask is None else mask & other
 
 
@@ -278,7 +312,7 @@ def _four(x: jax.Array, batch: int) -> jax.Array:
     return x.reshape(-1, *x.shape[-3:]) if x.size // int(np.prod(x.shape[-3:])) in (1, batch) else x
 
 
-def _inputs(method, args, kwargs, key_name: str) -> tuple[Any, Any]:
+def _inputs(method: Callable[..., Any], args: Any, kwargs: Any, key_name: str) -> Inputs:
     """What the queries are projected from, and what the keys are."""
     names = [name for name in inspect.signature(method).parameters if name.startswith("inputs_")]
     given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
@@ -318,7 +352,7 @@ def _names_of_nnx(tree: Any) -> dict[int, str]:
 
 
 def _projections_of_nnx(module: Any) -> Projections:
-    def of(layer):
+    def of(layer: Any) -> dict[str, jax.Array]:
         kernel = layer.effective_kernel() if hasattr(layer, "effective_kernel") else layer.kernel[...]
         return {"kernel": kernel} | ({} if layer.bias is None else {"bias": layer.bias[...]})
 
@@ -334,7 +368,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, statistics: Statistics) -> lis
     """Evaluates a program and moves what is marked in it to `statistics`."""
     values: dict[Any, Any] = {}
 
-    def read(atom):
+    def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
@@ -355,7 +389,8 @@ def _alone(jaxpr: Any, equation: Any, operands: list[Any]) -> Callable[..., list
     single = jaxpr.replace(
         constvars=[], invars=operands, outvars=list(equation.outvars), eqns=[equation], effects=equation.effects
     )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))
+    function: Callable[..., list[Any]] = core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))
+    return function
 
 
 def _evaluate_marked(equation: Any, inputs: list[Any], statistics: Statistics) -> list[Any]:
@@ -373,7 +408,7 @@ def _scan(params: Mapping[str, Any], inputs: list[Any], statistics: Statistics) 
     program, constants, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
     fixed, start, sequences = inputs[:constants], inputs[constants : constants + carried], inputs[constants + carried :]
 
-    def body(carry, parts):
+    def body(carry: list[Any], parts: list[Any]) -> tuple[list[Any], tuple[list[Any], Statistics]]:
         inside: Statistics = {}
         outputs = _evaluate(program.jaxpr, program.consts, [*fixed, *carry, *parts], inside)
         return outputs[:carried], (outputs[carried:], inside)

@@ -1,7 +1,7 @@
 """Position embeddings."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,8 @@ import numpy as np
 from sigmarep.nn.layers import Axes
 
 POSITIONS = ("learned", "sincos", "none")
-TOKEN_POSITIONS = ("learned", "sinusoidal", "none")
+TokenPosition = Literal["learned", "sinusoidal", "none"]
+TOKEN_POSITIONS: tuple[TokenPosition, ...] = get_args(TokenPosition)
 
 
 def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
@@ -50,7 +51,9 @@ class Rotary:
 
     base: float = 10_000.0
 
-    def __call__(self, query, key, value, positions):
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries and keys (B, T, N, H) rotated by their positions (B or 1, T), and the values."""
         return rotated(query, positions, self.base), rotated(key, positions, self.base), value
 
@@ -101,7 +104,7 @@ class TokenPositions(nn.Module):
       std: initial standard deviation of learned vectors.
     """
 
-    kind: str
+    kind: TokenPosition
     length: int
     std: float = 0.02
 
@@ -171,5 +174,5 @@ class ContinuousPositions(nn.Module):
         angles = positions[..., None] * frequencies.astype(np.float32) + phases.astype(np.float32)
         return x + jnp.sin(angles).astype(x.dtype)
 
-    def _uniform(self, shape, limit):
+    def _uniform(self, shape: tuple[int, ...], limit: float) -> jax.Array:
         return jax.random.uniform(self.make_rng("dropout"), shape, jnp.float32, -limit, limit)

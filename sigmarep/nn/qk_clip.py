@@ -38,7 +38,7 @@ def qk_clipped(params: Any, attention: Any, layers: Layers, threshold: float) ->
         root = jnp.sqrt(jnp.minimum(1.0, threshold / jnp.maximum(largest, threshold)))
         factors[layer.module] = (layer, root)
 
-    def scaled(path, x):
+    def scaled(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
         layer, root = factors.get("/".join(names[:-1]), (None, None))
         if layer is None:
@@ -55,7 +55,7 @@ def qk_clipped(params: Any, attention: Any, layers: Layers, threshold: float) ->
 
 def _max_logit(attention: Any, layer: Layer) -> jax.Array:
     """The largest logits of the attention that the layer belongs to: the nearest module around it that recorded them."""
-    nearest = None
+    nearest: jax.Array | None = None
     for name in layer.module.split("/"):
         if not isinstance(attention, Mapping):
             break
@@ -66,7 +66,9 @@ def _max_logit(attention: Any, layer: Layer) -> jax.Array:
     return nearest
 
 
-def _over(root: jax.Array, layer: Layer, shape: tuple[int, ...], stacked: tuple[int, ...], outputs: tuple[int, ...]):
+def _over(
+    root: jax.Array, layer: Layer, shape: tuple[int, ...], stacked: tuple[int, ...], outputs: tuple[int, ...]
+) -> jax.Array:
     """The factors `root` (*stacked, N) of heads, broadcastable to a parameter of the layer with these axes."""
     sizes = [shape[axis] for axis in outputs]
     slots = sizes.pop(0) if len(layer.makes) > 1 else 0

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.core.entropy import soft_capped
-from sigmarep.nn.linear import ReparametrizedLayer, SigmaEmbed
+from sigmarep.nn.linear import ReparametrizedLayer, Role, SigmaEmbed
 
 
 class TokenLosses(NamedTuple):
@@ -33,14 +33,18 @@ class TokenLosses(NamedTuple):
     log_normalizer: jax.Array
 
 
+# Tables (V_i, d_i), projections (d_i, D), and classes (D, bands − 1) or None.
+OutputKernels = tuple[list[jax.Array], list[jax.Array], jax.Array | None]
+
+
 class Projection(ReparametrizedLayer):
     """A kernel (inputs, features) used in both directions, reparametrized as in `SigmaDense`."""
 
     inputs: int = 0
     features: int = 0
-    kernel_init: Callable = nn.initializers.lecun_normal()
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
-    def setup(self):
+    def setup(self) -> None:
         self.kernel = self.param("kernel", self.kernel_init, (self.inputs, self.features), jnp.float32)
 
 
@@ -65,10 +69,10 @@ class TokenEmbedding(nn.Module):
     cutoffs: Sequence[int] = ()
     reparam_embedding: bool = False
     reparametrization: Any = None
-    kernel_init: Callable = nn.initializers.lecun_normal()
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     logit_cap: float = 0.0
 
-    def setup(self):
+    def setup(self) -> None:
         options = dict(self.reparametrization or {})
         self.dtype = options.get("dtype") or jnp.float32
         inner = options | {"reparam": options.get("reparam", "sigma") if self.reparam_embedding else "none"}
@@ -93,10 +97,10 @@ class TokenEmbedding(nn.Module):
             self.classes = self._projection(self.features, len(edges) - 2, "output", options)
         self.head = None if self.tied else self._projection(self.features, self.size, "output", options)
 
-    def _embed(self, size, width, options):
+    def _embed(self, size: int, width: int, options: dict[str, Any]) -> SigmaEmbed:
         return SigmaEmbed(size, width, embedding_init=nn.initializers.normal(width**-0.5), **options)
 
-    def _projection(self, inputs, features, role, options):
+    def _projection(self, inputs: int, features: int, role: Role, options: dict[str, Any]) -> Projection:
         options = {name: value for name, value in options.items() if name != "dtype"}
         return Projection(inputs=inputs, features=features, kernel_init=self.kernel_init, role=role, **options)
 
@@ -131,7 +135,7 @@ class TokenEmbedding(nn.Module):
         if length % chunk:
             raise ValueError(f"logit_chunk = {chunk}: does not divide the {length} positions")
 
-        def split(x):
+        def split(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
         losses = jax.lax.map(jax.checkpoint(lambda part: function(*part)), (split(hidden), split(targets)))
@@ -147,10 +151,10 @@ class TokenEmbedding(nn.Module):
         bands = [head[..., frequent + i, None] + jax.nn.log_softmax(tail) for i, tail in enumerate(tails)]
         return jnp.concatenate([head[..., :frequent], *bands], axis=-1)
 
-    def _logits(self, hidden):
+    def _logits(self, hidden: jax.Array) -> list[jax.Array]:
         return _logits(hidden, self._output_kernels(), self.logit_cap)
 
-    def _output_kernels(self):
+    def _output_kernels(self) -> OutputKernels:
         """Kernels of the logits: tables (V_i, d_i), projections (d_i, D), and classes (D, bands − 1) or None."""
         if self.head is not None:
             return [self.head.kernel.T.astype(self.dtype)], [], None
@@ -160,7 +164,7 @@ class TokenEmbedding(nn.Module):
         return cast(tables), cast([each.kernel for each in self.projections]), cast(classes)
 
 
-def _logits(hidden, kernels, logit_cap):
+def _logits(hidden: jax.Array, kernels: OutputKernels, logit_cap: float) -> list[jax.Array]:
     """Float32 logits as a list: the frequent words followed by the classes of rare bands, then each band's words."""
     tables, projections, classes = kernels
     logits_of_bands = []
@@ -174,7 +178,7 @@ def _logits(hidden, kernels, logit_cap):
     return logits_of_bands
 
 
-def _losses(hidden, targets, *, kernels, logit_cap) -> TokenLosses:
+def _losses(hidden: jax.Array, targets: jax.Array, *, kernels: OutputKernels, logit_cap: float) -> TokenLosses:
     head, *tails = _logits(hidden, kernels, logit_cap)
     normalizer = jax.nn.logsumexp(head, axis=-1)
     frequent = head.shape[-1] - len(tails)
@@ -191,5 +195,5 @@ def _losses(hidden, targets, *, kernels, logit_cap) -> TokenLosses:
     return TokenLosses(nll, uniform, normalizer)
 
 
-def _taken(logits, index):
+def _taken(logits: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]

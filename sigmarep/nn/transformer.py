@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -15,21 +15,23 @@ from sigmarep.fields import attribute
 from sigmarep.nn.attention import PIECE, AttentionConfig, MultiHeadAttention, create_attention
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, Reparam, SigmaDense
-from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, DynamicTanh
+from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, BranchScaling, DynamicTanh
 from sigmarep.nn.seq_vcr import seq_vcr
 from sigmarep.nn.visibility import FULL, Visibility
 
 # Under a checkpoint the backward pass keeps the activation's input alone, not what its derivative is made of: by the bytes
 # that are moved, computing these once more is the cheaper way.
-ACTIVATIONS: dict[str, Callable] = {
+ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "gelu": jax.checkpoint(lambda x: nn.gelu(x, approximate=False)),
     "gelu_tanh": jax.checkpoint(lambda x: nn.gelu(x, approximate=True)),
     "relu": nn.relu,
     "silu": jax.checkpoint(nn.silu),
     "tanh": nn.tanh,
 }
-NORMS = ("none", "pre", "post", "deepnorm")
-REMATS: dict[str, Any] = {
+Norm = Literal["none", "pre", "post", "deepnorm"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+Remat = Literal["none", "full", "dots"]
+REMATS: dict[Remat, Any] = {
     "none": None,
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -64,7 +66,7 @@ class TransformerConfig(AttentionConfig):
     width: int = _required("Features of a token, D.", at_most=2**20)
     num_heads: int = _required("Attention heads; a divisor of the width.", at_most=2**20)
     mlp_dim: int = _required("Hidden units of the MLP.", at_most=2**24)
-    norm: str = attribute(
+    norm: Norm = attribute(  # noqa: RUF009
         "pre",
         "Place of the norms: none; pre, before each branch and after the last block; post, after each addition; deepnorm, "
         "post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).",
@@ -79,7 +81,7 @@ class TransformerConfig(AttentionConfig):
     )
     norm_epsilon: float = attribute(1e-6, "Added to the variance that layer and rms divide by.", above=0)
     norm_bias: bool = attribute(True, "Biases in norms of type layer and dyt.")
-    branch_scale: str = attribute(
+    branch_scale: BranchScaling = attribute(  # noqa: RUF009
         "none",
         "Learned scale of each residual branch: layer_scale, one number per feature (Touvron et al., 2021), or rezero, one "
         "number, 0 at first (Bachlechner et al., 2021).",
@@ -151,7 +153,7 @@ class TransformerConfig(AttentionConfig):
         "compiling takes longer.",
         at_least=1,
     )
-    remat: str = attribute(
+    remat: Remat = attribute(  # noqa: RUF009
         "none",
         "Recomputation in the backward pass: full, of each block; dots, of all but its matrix products.",
         choices=REMATS,
@@ -165,7 +167,7 @@ class TransformerConfig(AttentionConfig):
     # Of the computation; parameters and spectral vectors stay float32.
     dtype: Any = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # As the command line gives it.
         object.__setattr__(self, "gamma_init", str(self.gamma_init))
         fields.check_attributes(self)
@@ -194,7 +196,7 @@ class TransformerConfig(AttentionConfig):
             return 1.0
         return (8 * self.depth) ** -0.25 if self.branch_init_scale is None else self.branch_init_scale
 
-    def initializer(self, gain: float = 1.0) -> Callable:
+    def initializer(self, gain: float = 1.0) -> Callable[..., jax.Array]:
         """The kernel initializer, its standard deviation multiplied by `gain`."""
         if self.kernel_init == "trunc_normal":
             # Cut at ±2, not at ±2 standard deviations: the original code's, and no cut at all in effect.
@@ -219,11 +221,14 @@ class TransformerConfig(AttentionConfig):
             return nn.RMSNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
         if self.norm_type == "layer":
             return nn.LayerNorm(epsilon=self.norm_epsilon, use_bias=self.norm_bias, dtype=self.dtype, name=name)
-        return doors.load(self.norm_type, field="norm_type")(dtype=self.dtype, name=name)
+        layer: nn.Module = doors.load(self.norm_type, field="norm_type")(dtype=self.dtype, name=name)
+        return layer
 
     def activate(self, x: jax.Array) -> jax.Array:
         """The MLP's activation of x."""
-        function = ACTIVATIONS.get(self.activation) or doors.load(self.activation, field="activation")
+        function: Callable[..., jax.Array] = ACTIVATIONS.get(self.activation) or doors.load(
+            self.activation, field="activation"
+        )
         return function(x)
 
     def attention(self, name: str) -> MultiHeadAttention:
@@ -313,7 +318,7 @@ class TransformerBlock(nn.Module):
             x = residual(x, "cross_attention", lambda y: c.attention("cross_attention")(y, context, **across))
         return residual(x, "mlp", lambda y: Mlp(c, name="mlp")(y, deterministic=deterministic))
 
-    def _residual(self, x, name, branch, **options):
+    def _residual(self, x: jax.Array, name: str, branch: Callable[[jax.Array], jax.Array], **options: Any) -> jax.Array:
         """x and its branch, normalized where `config.norm` says."""
         c = self.config
         if c.norm == "none":
@@ -326,7 +331,15 @@ class TransformerBlock(nn.Module):
             x = norm(c.alpha * x + self._dropped(branch(x), name, **options))
         return with_axes(x, "batch", "length", "embed")
 
-    def _dropped(self, branch, name, *, keep, drop_path, deterministic):
+    def _dropped(
+        self,
+        branch: jax.Array,
+        name: str,
+        *,
+        keep: jax.Array | float,
+        drop_path: jax.Array | float,
+        deterministic: bool,
+    ) -> jax.Array:
         """The branch scaled, under dropout and stochastic depth, and multiplied by `keep`, 0 for a block left out."""
         c = self.config
         if c.branch_scale != "none":
@@ -349,21 +362,26 @@ class TransformerStack(nn.Module):
     cross_attention: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, visibility: Visibility = FULL, **options) -> jax.Array:
+    def __call__(self, x: jax.Array, *, visibility: Visibility = FULL, **options: Any) -> jax.Array:
         """Applies the blocks to (B, T, D); takes the options of `TransformerBlock`."""
         c = self.config
         rates = jnp.linspace(0.0, c.drop_path, c.depth) if c.depth > 1 else jnp.full(1, c.drop_path)
 
         x = with_axes(x, "batch", "length", "embed")
 
-        def apply_block(block, x, rate):
+        def call_block(block: TransformerBlock, x: jax.Array, rate: jax.Array) -> jax.Array:
             return block(x, rate, visibility=visibility, **options)
 
+        apply_block: Callable[..., jax.Array] = call_block
         if c.remat != "none":
-            apply_block = nn.remat(apply_block, policy=REMATS[c.remat], prevent_cse=not c.scan or c.scan_unroll > 1)
+            apply_block = nn.remat(call_block, policy=REMATS[c.remat], prevent_cse=not c.scan or c.scan_unroll > 1)
         if c.scan:
-            scanned = nn.scan(
-                lambda block, carry, rate: (apply_block(block, carry, rate), None),
+
+            def iteration(block: TransformerBlock, x: jax.Array, rate: jax.Array) -> tuple[jax.Array, None]:
+                return apply_block(block, x, rate), None
+
+            scanned: Callable[..., tuple[jax.Array, None]] = nn.scan(
+                iteration,
                 variable_axes={"params": 0, "spectral": 0, "attention": 0, "losses": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.depth,
@@ -380,4 +398,5 @@ class TransformerStack(nn.Module):
             penalty = c.seq_vcr * seq_vcr(x, real.queries)
             self.sow("losses", "seq_vcr", penalty, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         last: Any = c.norm_layer("norm") if c.norm == "pre" else None
-        return x if last is None else last(x)
+        y: jax.Array = x if last is None else last(x)
+        return y

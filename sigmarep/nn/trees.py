@@ -15,8 +15,8 @@ Where a model is a tree itself, as in Equinox, `SigmaTree` is the pair in the pl
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -69,7 +69,7 @@ def matrices(weights: Any, rules: Sequence[tuple[str, Axes | None]] = ()) -> dic
 
 
 def init(
-    weights: Any, layers: Mapping[str, Layer], *, gamma_init: float | str = "sigma", power_vectors: int = 1
+    weights: Any, layers: Mapping[str, Layer], *, gamma_init: float | Literal["sigma"] = "sigma", power_vectors: int = 1
 ) -> tuple[Params, State]:
     """Begins the reparametrization of `weights`.
 
@@ -104,10 +104,11 @@ def init(
     return Params(weights, gamma), state
 
 
-def _start(power_vectors: int):
-    def start(matrix):
+def _start(power_vectors: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    def start(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         vectors = min(power_vectors, *matrix.shape)
-        return norms.leading_vectors(matrix, vectors)
+        rows, sigma = norms.leading_vectors(matrix, vectors)
+        return rows, sigma
 
     return start
 
@@ -124,7 +125,7 @@ def apply(params: Params, state: State, layers: Mapping[str, Layer]) -> tuple[An
     """
     new: State = {}
 
-    def effective(path, leaf):
+    def effective(path: tuple[Any, ...], leaf: Any) -> Any:
         own = path_name(path)
         if own not in layers:
             return leaf
@@ -174,11 +175,13 @@ class SigmaTree(flax.struct.PyTreeNode):
         return {layer.name: layer for layer in self.layers}
 
 
-def _reparametrized(kernel, gamma, u, basis):
+def _reparametrized(
+    kernel: jax.Array, gamma: jax.Array, u: jax.Array, basis: jax.Array | None
+) -> spectral.Reparametrized:
     return spectral.reparametrize(kernel, gamma, u, basis=basis)
 
 
-def _over(axes: int, function):
+def _over(axes: int, function: Callable[..., Any]) -> Callable[..., Any]:
     for _ in range(axes):
         function = jax.vmap(function)
     return function
