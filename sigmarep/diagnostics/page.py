@@ -225,8 +225,8 @@ def _text(value: Any) -> str:
 
 
 def _name(name: str) -> str:
-    """A run's name as HTML that may be wrapped after commas and underscores."""
-    return _text(name).replace(",", ",<wbr>").replace("_", "_<wbr>")
+    """A run's name as HTML that may be wrapped after commas."""
+    return _text(name).replace(",", ",<wbr>")
 
 
 def _topics(figures: Sequence[Figure], first: int) -> dict[str, tuple[int, str]]:

@@ -174,8 +174,8 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     rows = collapsing()
     folder = run_folder(tmp_path / "a", rows[:50], total=500)
     lines = []
-    parse = files.parse
-    monkeypatch.setattr(files, "parse", lambda line: lines.append(line) or parse(line))
+    add_line = files.MetricsFile._add
+    monkeypatch.setattr(files.MetricsFile, "_add", lambda file, line: lines.append(line) or add_line(file, line))
     follower = follow.Follower([str(folder)], most=4)
     assert follower.update()
     # Once to judge the run, once more for what only a drawn run needs.
