@@ -25,4 +25,5 @@ def test_a_misspelled_word_is_the_only_complaint(tmp_path, monkeypatch):
     complaints = [line for line in output.splitlines() if ": error:" in line]
     assert len(complaints) == 1, output
     assert complaints[0].startswith(f"{snippet}:3:")
-    assert "reparam" in complaints[0] and "sgima" in complaints[0]
+    assert "reparam" in complaints[0]
+    assert "sgima" in complaints[0]
