@@ -29,8 +29,8 @@ def main() -> None:
     workdir, output = command.required("workdir", WORKDIR.value), command.required("output", OUTPUT.value)
     if FORMAT.value == ONNX:
         raise BadInput(
-            "--format = onnx: expected safetensors or stablehlo; the converter from JAX that is kept up, jax2onnx, needs "
-            "an older orbax-checkpoint than this project"
+            "--format = onnx: expected safetensors or stablehlo; the converter that is kept, jax2onnx, needs an older "
+            "orbax-checkpoint than this project"
         )
     from sigmarep import export
     from sigmarep.inference import open_run
