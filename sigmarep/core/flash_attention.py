@@ -186,8 +186,20 @@ def _specs(plan: Plan, features: int, *, by_queries: bool) -> dict[str, pl.Block
     }
 
 
-def _call(kernel: Callable[..., None], plan: Plan, name: str, **options: Any) -> Callable[..., Any]:
-    """`pl.pallas_call` for the plan's platform; the last axis of the grid may be split between cores too."""
+def _call(kernel: Callable[..., None], plan: Plan, *arrays: jax.Array, products: int, **options: Any) -> Any:
+    """`pl.pallas_call` of the arrays, the queries first, for the plan's platform.
+
+    Args:
+      products: number of matrix products of all queries with all keys, for the compiler's counts.
+    """
+    b, n, _, features = arrays[0].shape
+    pairs = b * n * plan.queries * plan.keys // (2 if plan.is_causal else 1)
+    moved = (*arrays, *jax.tree.leaves(options["out_shape"]))
+    options["cost_estimate"] = pl.CostEstimate(
+        flops=2 * products * pairs * features,
+        transcendentals=pairs,
+        bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
+    )
     if plan.platform == "tpu":
         from jax.experimental.pallas import tpu as pltpu
 
@@ -198,7 +210,9 @@ def _call(kernel: Callable[..., None], plan: Plan, name: str, **options: Any) ->
         options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=2)
     else:
         options["interpret"] = True
-    return pl.pallas_call(functools.partial(kernel, plan), name=name, **options)
+    return pl.pallas_call(functools.partial(kernel, plan), name=f"flash_attention_{kernel.__name__}", **options)(
+        *arrays
+    )
 
 
 def _forward(
@@ -206,18 +220,17 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array]:
     b, n, queries, features = query.shape
     specs = _specs(plan, features, by_queries=True)
+    rows = jax.ShapeDtypeStruct((b, n, ROWS, queries), jnp.float32)
     attended, rows = _call(
         flash_kernels.forward,
         plan,
-        "flash_attention",
+        *(query, key, value, *others),
+        products=2,
         grid=(b, n, plan.query_blocks),
         in_specs=[specs["query"], specs["key"], specs["key"], *_other_specs(plan, specs)],
         out_specs=[specs["query"], specs["rows"]],
-        out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((b, n, ROWS, queries), jnp.float32),
-        ],
-    )(query, key, value, *others)
+        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), rows],
+    )
     return attended, rows
 
 
@@ -226,19 +239,13 @@ def _backward_queries(plan: Plan, query: jax.Array, *others: jax.Array) -> jax.A
     d_query: jax.Array = _call(
         flash_kernels.backward_queries,
         plan,
-        "flash_attention_queries",
+        *(query, *others),
+        products=3,
         grid=(*query.shape[:2], plan.query_blocks),
-        in_specs=[
-            specs["query"],
-            specs["key"],
-            specs["key"],
-            specs["query"],
-            specs["rows"],
-            *_other_specs(plan, specs),
-        ],
+        in_specs=[specs[name] for name in ("query", "key", "key", "query", "rows")] + _other_specs(plan, specs),
         out_specs=specs["query"],
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-    )(query, *others)
+    )
     return d_query
 
 
@@ -249,19 +256,13 @@ def _backward_keys(
     d_key, d_value = _call(
         flash_kernels.backward_keys,
         plan,
-        "flash_attention_keys",
+        *(query, key, value, *others),
+        products=4,
         grid=(*key.shape[:2], plan.key_blocks),
-        in_specs=[
-            specs["query"],
-            specs["key"],
-            specs["key"],
-            specs["query"],
-            specs["rows"],
-            *_other_specs(plan, specs),
-        ],
+        in_specs=[specs[name] for name in ("query", "key", "key", "query", "rows")] + _other_specs(plan, specs),
         out_specs=[specs["key"], specs["key"]],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
-    )(query, key, value, *others)
+    )
     return d_key, d_value
 
 
