@@ -2,12 +2,13 @@
 
     python scripts/benchmark_attention.py [--tokens 512,2048,4096] [--dtype bfloat16]
 
-For each number of tokens it times forward and backward pass of attention by XLA and, on a GPU in bfloat16, by cuDNN; the
+For each number of tokens it times forward and backward pass of attention by XLA; on a GPU in bfloat16, by cuDNN; on an
+accelerator, by `sigmarep.core.flash_attention`, without and with the statistics that its forward pass gives; the
 statistics that the panel computes next to a fused kernel (`sigmarep.core.entropy.attention_statistics`: entropy, largest
 logit, variance); and entropy from one more call of the fused attention with the keys as values (`entropy_from_lse`). The
 contenders alternate in one process. Printed are medians, the ratio to forward and backward pass of the fastest attention,
 temporary memory as compiled, and the largest error of an entropy against float64 on the CPU, for ordinary and for sharp
-logits.
+logits; and of the gradients of flash against those of XLA in float32. --flash times the interpreted kernels on a CPU too.
 """
 
 import functools
@@ -26,6 +27,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Number of sequences.", lower
 HEADS = flags.DEFINE_integer("heads", 12, "Number of heads, of 64 dimensions each.", lower_bound=1)
 CAUSAL = flags.DEFINE_boolean("causal", False, "Causal attention.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Number of timed calls of each contender.", lower_bound=2)
+FLASH = flags.DEFINE_boolean("flash", None, "Times flash; if not set, where there is an accelerator.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type of queries, keys and values.")
 
 
@@ -46,6 +48,7 @@ def contenders(implementations: list[str]):
     import jax.numpy as jnp
 
     from sigmarep.core import entropy
+    from sigmarep.core.flash_attention import flash_attention
 
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=CAUSAL.value)
 
@@ -62,7 +65,17 @@ def contenders(implementations: list[str]):
 
         return entropies
 
+    def trained_by_flash(with_statistics):
+        def loss(q, k, v):
+            attended, values = flash_attention(q, k, v, is_causal=CAUSAL.value, statistics=with_statistics)
+            return jnp.sum(attended.astype(jnp.float32) ** 2), values
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+
     functions = {f"attention, {each}": trained(each) for each in implementations}
+    if FLASH.value if FLASH.value is not None else jax.devices()[0].platform != "cpu":
+        functions["attention, flash"] = lambda q, k, v: trained_by_flash(False)(q, k, v)[0]
+        functions["flash and statistics"] = trained_by_flash(True)
     functions["statistics by blocks"] = lambda q, k, v: entropy.attention_statistics(q, k, is_causal=CAUSAL.value)
     functions |= {f"entropy fused, {each}": fused(each) for each in implementations}
     return {name: jax.jit(function) for name, function in functions.items()}
@@ -122,11 +135,22 @@ def measure(tokens: int, implementations: list[str]) -> None:
         if not name.startswith("attention"):
             line += f"  error {error(run, ordinary):.1e}, sharp {error(run, sharp):.1e} nats"
         print(line, flush=True)
+    if "attention, flash" in compiled:
+        wide = [x.astype("float32") for x in ordinary]
+        with jax.default_matmul_precision("highest"):
+            slopes = functions["attention, xla"](*wide)
+        errors = [
+            float(abs(np.asarray(a, np.float32) - np.asarray(b)).max() / abs(np.asarray(b)).max())
+            for a, b in zip(compiled["attention, flash"](*ordinary), slopes, strict=True)
+        ]
+        print("  gradients of flash, largest error over largest value: " + ", ".join(f"{each:.1e}" for each in errors))
 
 
 def error(run, arguments) -> float:
     """Largest error in nats of the entropies that `run` computes for the first sequence."""
     result = run(*arguments)
+    # Attention that gives its statistics returns them beside its gradients.
+    result = result[1] if isinstance(result, tuple) and not hasattr(result, "entropy") else result
     entropy = getattr(result, "entropy", result)
     return float(np.max(np.abs(np.asarray(entropy[0], np.float64) - exact(*arguments[:2]))))
 
