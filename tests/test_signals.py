@@ -33,7 +33,9 @@ def start(tmp_path, body, before="pass"):
     path = tmp_path / "program.py"
     path.write_text(COMMAND.format(body=body, before=before))
     # Without absl's own flags, a command needs none.
-    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Newer Pythons warn where a process with threads forks.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.1)
     return process

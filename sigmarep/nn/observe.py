@@ -405,12 +405,17 @@ def _evaluate_marked(equation: Any, inputs: list[Any], statistics: Statistics) -
 
 
 def _scan(params: Mapping[str, Any], inputs: list[Any], statistics: Statistics) -> list[Any]:
-    program, constants, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+    program = params["jaxpr"]
+    if "num_consts" in params:
+        constants, carried = params["num_consts"], params["num_carry"]
+    else:
+        # JAX 0.12 describes constants, carry and sequences by a tree.
+        constants, carried, _ = map(len, params["ft_in"].unpack())
     fixed, start, sequences = inputs[:constants], inputs[constants : constants + carried], inputs[constants + carried :]
 
     def body(carry: list[Any], parts: list[Any]) -> tuple[list[Any], tuple[list[Any], Statistics]]:
         inside: Statistics = {}
-        outputs = _evaluate(program.jaxpr, program.consts, [*fixed, *carry, *parts], inside)
+        outputs = _evaluate(_open(program), program.consts, [*fixed, *carry, *parts], inside)
         return outputs[:carried], (outputs[carried:], inside)
 
     carry, (outputs, inside) = jax.lax.scan(

@@ -324,7 +324,9 @@ def test_what_no_reader_foresaw_costs_its_own_row_or_picture():
     judged = report._judge(runs.Place("a\0b", "a name that no system call takes", None, {}))
     assert judged.run.state == "unreadable"
     told = [sentence.text for sentence in findings.sentences(judged.run, judged.facts)]
-    assert told == ["Cannot be read: ValueError: embedded null byte."]
+    # In words of Python's own, which are not those of every version.
+    assert len(told) == 1
+    assert re.fullmatch(r"Cannot be read: ValueError: .*embedded null .*\.", told[0])
     picture, failure = report._picture("a", lambda: 1 / 0, "png")
     assert picture is None
     assert failure == "The picture a could not be drawn (ZeroDivisionError: division by zero)."
