@@ -139,7 +139,7 @@ def spectral_statistics(params: Any, state: Any, layers: Mapping[str, Layer]) ->
 
 
 def attention_metrics(statistics: Mapping[str, Mapping[str, Any]], stacks: Mapping[str, int]) -> dict[str, float]:
-    """What `sigmarep.nn.observe` returned, as flat metrics under the names of `sigmarep.training.panel`."""
+    """Statistics of `sigmarep.nn.observe` as flat metrics under the names of `sigmarep.training.panel`."""
     layers = {}
     for name, recorded in statistics.items():
         for index in np.ndindex(np.shape(recorded["entropy"])[:-1]):

@@ -35,7 +35,14 @@ def start(tmp_path, body, before="pass"):
     # Without absl's own flags, a command needs none.
     # Newer Pythons warn where a process with threads forks.
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell has put into the background may hand down an ignored Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.1)
     return process

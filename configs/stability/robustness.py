@@ -1,4 +1,4 @@
-"""Which settings of batch, rate and warmup does a small ViT survive? The paper's robustness grid on Fashion-MNIST.
+"""The paper's robustness grid in small: a ViT on Fashion-MNIST, by batch, rate and warmup.
 
     python scripts/train.py --config configs/stability/robustness.py:arm=sigma_only --workdir runs/one
     python scripts/sweep.py --config configs/stability/robustness.py --workdir runs/robustness           # two cores

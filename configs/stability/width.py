@@ -1,4 +1,4 @@
-"""How does the highest stable learning rate depend on the width? Causal language models on a dictionary, by bytes.
+"""The highest stable learning rate against the width: causal language models on a dictionary, by bytes.
 
     python scripts/train.py --config configs/stability/width.py:arm=sigma,width=64 --workdir runs/one
     python scripts/sweep.py --config configs/stability/width.py --workdir runs/width            # two cores

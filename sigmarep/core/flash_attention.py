@@ -161,7 +161,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _specs(plan: Plan, features: int, *, by_queries: bool) -> dict[str, pl.BlockSpec]:
-    """What a program of the grid (B, N, blocks) sees of each array: its own block, and all blocks of the other side."""
+    """The part of each array that a program of the grid (B, N, blocks) sees: its own block, and all of the other side."""
     queries, keys = plan.query_blocks * plan.block_q, plan.key_blocks * plan.block_k
 
     def tokens(length: int, block: int, own: bool) -> pl.BlockSpec:

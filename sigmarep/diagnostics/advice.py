@@ -1,4 +1,4 @@
-"""What to do next: how an unfinished run goes on, and the change that speaks for itself, each as a command."""
+"""Advice: how an unfinished run goes on, and the change that speaks for itself, each as a command."""
 
 import math
 import os
@@ -28,7 +28,7 @@ WORDS = {
 
 
 def next_step(told: Told, others: Sequence[Told]) -> list[Sentence]:
-    """What to try next, as a command that makes a new run in a folder of its own.
+    """The next thing to try, as a command that makes a new run in a folder of its own.
 
     Where one of the others has tried it, the command repeats that one with another seed.
     """
@@ -37,7 +37,7 @@ def next_step(told: Told, others: Sequence[Told]) -> list[Sentence]:
 
 
 def unfinished(told: Told) -> list[Sentence]:
-    """What an unfinished run shows so far, and how it goes on."""
+    """The state of an unfinished run in words, and how it goes on."""
     run, facts = told.run, told.facts
     losses = [value for value in run.series(LOSS).values if math.isfinite(value)]
     if not losses:
@@ -105,7 +105,7 @@ def _failed(tried: Sequence[Told]) -> str:
 
 
 def _remedy(told: Told) -> tuple[str, str, dict[str, Any]]:
-    """What speaks for a change, a word for it, and the fields to change; "" where nothing is known to help."""
+    """The reason for a change, a word for it, and the fields to change; "" where nothing is known to help."""
     run, facts = told.run, told.facts
     rate, total = number(run.config.get(RATE)), number(run.config.get("total_steps"))
     slower = {RATE: float(f"{rate / RATE_FACTOR:.2g}")} if rate else {}

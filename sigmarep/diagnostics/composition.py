@@ -31,7 +31,7 @@ class Judged(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What is shown of one run.
+    """The page's part about one run.
 
     Attributes:
       sentences: the findings about it in words.
@@ -70,7 +70,7 @@ def _figures(make: Callable[[], Sequence[Panel]]) -> list[Figure]:
 
 
 def guarded(name: str, make: Callable[[], Made]) -> tuple[Made | None, str | None]:
-    """What `make` returns, and words for what kept it from that."""
+    """The result of `make`, and words for what kept it from one."""
     try:
         return make(), None
     except BadInput:

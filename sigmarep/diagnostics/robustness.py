@@ -1,4 +1,4 @@
-"""How many settings an arm survives: test accuracy of every seed by setting, and the runs that failed.
+"""The settings that an arm survives: test accuracy of every seed by setting, and the runs that failed.
 
 The definitions are those of docs/experiments.md: a run fails at a threshold if it diverged, or if its test accuracy at the
 end is below the threshold.

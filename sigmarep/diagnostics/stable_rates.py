@@ -113,14 +113,16 @@ class Exponent(NamedTuple):
 
 def exponent(by_width: Mapping[int, Mapping[int, Losses]], within: float, start: float) -> Exponent:
     """Exponent p of the law edge ∝ widthᵖ; without a seed that has two widths or more, `each` is empty."""
-    found = {width: edges(of_seeds, within, start) for width, of_seeds in by_width.items()}
-    count = min(map(len, found.values()), default=0)
+    edges_by_width = {width: edges(of_seeds, within, start) for width, of_seeds in by_width.items()}
+    count = min(map(len, edges_by_width.values()), default=0)
     slopes = []
     for i in range(count):
-        points = [(math.log(width), math.log(each[i].rate)) for width, each in found.items() if each[i].rate > 0]
-        if len(points) == len(found) > 1:
+        points = [
+            (math.log(width), math.log(each[i].rate)) for width, each in edges_by_width.items() if each[i].rate > 0
+        ]
+        if len(points) == len(edges_by_width) > 1:
             slopes.append(statistics.linear_regression(*zip(*points, strict=True)).slope)
-    return Exponent(slopes, any(each.open for of_width in found.values() for each in of_width))
+    return Exponent(slopes, any(each.open for of_width in edges_by_width.values() for each in of_width))
 
 
 def tables(ladder: Ladder, start: float) -> list[str]:
@@ -178,10 +180,10 @@ def draw(ladder: Ladder, start: float, within: float = THRESHOLDS[0]) -> Any:
     for i, (arm, by_width) in enumerate(ladder.items()):
         style = {"color": plots.PALETTE[i % len(plots.PALETTE)], "linestyle": plots.DASHES[i % len(plots.DASHES)]}
         shift = 1.02 ** (i - (len(ladder) - 1) / 2)
-        found = {width: edges(of_seeds, within, start) for width, of_seeds in by_width.items()}
-        rates = {float(width): [one.rate for one in each if one.rate > 0] for width, each in found.items()}
+        edges_by_width = {width: edges(of_seeds, within, start) for width, of_seeds in by_width.items()}
+        rates = {float(width): [one.rate for one in each if one.rate > 0] for width, each in edges_by_width.items()}
         plots.draw_seeds(axes[0], rates, shift=shift, lost=math.inf, label=plots.plain(arm), **style)
-        opened = [(width * shift, one.rate) for width, each in found.items() for one in each if one.open]
+        opened = [(width * shift, one.rate) for width, each in edges_by_width.items() for one in each if one.open]
         axes[0].plot([x for x, _ in opened], [y for _, y in opened], "^", color=style["color"], markersize=5)
         best = {float(width): _at_best(of_seeds) for width, of_seeds in by_width.items()}
         plots.draw_seeds(axes[1], best, shift=shift, lost=math.inf, label=plots.plain(arm), **style)

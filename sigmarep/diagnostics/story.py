@@ -60,7 +60,7 @@ class Told(NamedTuple):
 
 
 def before(run: Run, facts: Facts) -> list[Sentence]:
-    """What grew while the first layer fell: its logits, its kernels, gradients; and where the learning rate was."""
+    """Changes while the first layer fell: its logits, its kernels, gradients; and where the learning rate was."""
     if not facts.fell:
         return []
     layer, fallen = facts.fell[0]
@@ -95,7 +95,7 @@ def before(run: Run, facts: Facts) -> list[Sentence]:
 
 
 def _rate(run: Run, step: int) -> list[Sentence]:
-    """Where in its schedule the learning rate was at a step."""
+    """The place of the learning rate in its schedule at a step."""
     rates = [value for value in run.series("train/learning_rate").values if math.isfinite(value)]
     rate = _at(run, "train/learning_rate", step)
     if rate is None or not rates or not rate > 0:
@@ -136,7 +136,7 @@ def elsewhere(told: Told, others: Sequence[Told]) -> list[Sentence]:
 
 
 def _spared(told: Told, other: Told) -> str:
-    """What the other run did not do that this one did, in words."""
+    """The difference of this run from the other, in words."""
     words = []
     if told.collapsed:
         words.append("no collapse")

@@ -193,7 +193,7 @@ class Reparametrized:
         return spectral
 
     def _places(self, path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Where γ is in `params`, and where u and σ are in `spectral`."""
+        """The places of γ in `params` and of u and σ in `spectral`."""
         *module, name = path.split("/")
         alone = sum(other.rpartition("/")[0] == "/".join(module) for other in self.layers) == 1
         return ((*module, "gamma"), tuple(module)) if alone else ((*module, f"{name}_gamma"), (*module, name))

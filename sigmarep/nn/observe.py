@@ -313,7 +313,7 @@ def _four(x: jax.Array, batch: int) -> jax.Array:
 
 
 def _inputs(method: Callable[..., Any], args: Any, kwargs: Any, key_name: str) -> Inputs:
-    """What the queries are projected from, and what the keys are."""
+    """The inputs of the projections of queries and keys."""
     names = [name for name in inspect.signature(method).parameters if name.startswith("inputs_")]
     given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     queries = given["inputs_q"]

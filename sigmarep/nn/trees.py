@@ -29,7 +29,7 @@ State = dict[str, dict[str, jax.Array]]
 
 
 class Params(NamedTuple):
-    """What is trained: `weights`, a tree like the plain one, and `gamma`, by path, of the shape of the stacked axes."""
+    """The trained arrays: `weights`, a tree like the plain one, and `gamma`, by path, of the shape of the stacked axes."""
 
     weights: Any
     gamma: dict[str, jax.Array]

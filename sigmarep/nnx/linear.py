@@ -17,7 +17,7 @@ class Spectral(nnx.Variable):
 
 
 class Sigma(nnx.Module):
-    """What the layers have in common; comes before the plain layer among the bases.
+    """The common part of the layers; comes before the plain layer among the bases.
 
     Attributes:
       use_running_average: True, or `model.eval()`, stores no power step; `model.train()` sets it to False.

@@ -59,7 +59,7 @@ def test_what_is_no_such_folder(tmp_path):
 
 
 def _of_package(name):
-    """What the package itself makes an encoding of, without downloading its ranks."""
+    """An encoding as the package itself makes it, without downloading its ranks."""
     from tiktoken_ext import openai_public
 
     with pytest.MonkeyPatch.context() as patch:

@@ -68,7 +68,7 @@ def of_heads(query, key, mask, scale=None):
 
 
 def inputs_of_attention(params, x):
-    """What the attention of the first block reads."""
+    """The input of the first block's attention."""
     x = np.asarray(x, np.float64)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     return normed * params["LayerNorm_0"]["scale"] + params["LayerNorm_0"]["bias"]
