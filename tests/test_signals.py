@@ -11,6 +11,8 @@ import pytest
 DEAF = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 COMMAND = """
 import hashlib, os, signal, sys, time
+# Tests that a shell has put into the background may hand down an ignored Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from sigmarep import command, signals
 
 def main():
@@ -35,14 +37,7 @@ def start(tmp_path, body, before="pass"):
     # Without absl's own flags, a command needs none.
     # Newer Pythons warn where a process with threads forks.
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(path)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that a shell has put into the background may hand down an ignored Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.1)
     return process

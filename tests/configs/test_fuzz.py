@@ -87,7 +87,8 @@ POSITIVE, NOT_NEGATIVE = Numbers(0, open_low=True), Numbers(0)
 # Full names of fields, as regular expressions, and the values that make sense; the first that matches counts.
 SENSE = {
     r"seed": Numbers(0, 2**32, open_high=True),
-    r"batch_size|accumulation|keep_checkpoints|sharpness\.iterations|probe\.batch_size|knn\.neighbours": SIZE,
+    r"keep_checkpoints": Numbers(0, 2**31),
+    r"batch_size|accumulation|sharpness\.iterations|probe\.batch_size|knn\.neighbours": SIZE,
     r"ema_decay|optimizer\.(momentum|beta1|beta2)|model\.(dropout|attention_dropout|drop_path|layer_drop)": BELOW_ONE,
     r"label_smoothing|momentum|model\.entropy_target|decoding\.prune|data\.spec_augment\.time_fraction": FRACTION,
     r"data\.augment\.(erasing|randaugment_probability|mix_probability)|data\.views\.(flip|jitter|greyscale)": FRACTION,

@@ -239,11 +239,11 @@ def test_hostile_names_and_numbers_can_be_drawn(place, tmp_path):
 
 
 def test_labels_are_no_mathematics_and_stay_in_the_legend():
-    figure, (axes,) = plots._figure([1.0])
+    figure, (axes,) = plots.new_figure([1.0])
     names = [r"a$\frac$b", "$", "$x$", r"\$", "_hidden", "two\nlines"]
     for name in names:
         axes.plot([1, 2], [1, 2], label=plots.plain(name))
-    plots._legend(axes, len(names))
+    plots.add_legend(axes, len(names))
     texts = axes.get_legend().get_texts()
     assert len(texts) == len(names)
     figure.draw_without_rendering()

@@ -185,7 +185,7 @@ def test_layer_drop_draws_for_every_block_anew(scan):
         ("depth", 0, "at least 1"),
         ("mlp_dim", -4, "at least 1"),
         ("qk_norm", "l2", "expected one of none, layer, rms"),
-        ("attention_implementation", "flash", "expected one of auto, xla, cudnn"),
+        ("attention_implementation", "flush", "expected one of auto, xla, cudnn, flash"),
         ("kernel_init", "zeros", "expected one of trunc_normal, normal"),
         ("drop_path", -0.1, "a number of at least 0 and below 1"),
         ("dropout", 1.0, "a number of at least 0 and below 1"),

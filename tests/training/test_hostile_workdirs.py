@@ -37,7 +37,7 @@ def shared(config):
     experiment = build(validate(config))
     evaluator = experiment.evaluator()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build", lambda given, programs: experiment)
+        patch.setattr(loop, "build", lambda given, **_: experiment)
         patch.setattr(Experiment, "evaluator", lambda self: evaluator)
         patch.setattr(evaluation, "Evaluator", lambda mesh, evaluations, *steps: evaluator)
         yield
