@@ -33,8 +33,13 @@ from sigmarep.nn.layers import Layer, path_name
 from sigmarep.nn.observe import Statistics, observe
 
 FILE = "metrics.jsonl"
-# As those of the trainer's panel, on kernels without a stored σ.
+# Of the power iteration on kernels without a stored σ; more of them cost plain models more than the panel may.
 ITERATIONS = 5
+# Statistics of attention, and the layer's value of those of its heads.
+OVER_HEADS: dict[str, Callable[[np.ndarray], Any]] = {
+    **dict.fromkeys(("entropy", "entropy_normalised", "bound", "logit_variance"), np.mean),
+    **dict.fromkeys(("max_logit", "qk_norm"), np.max),
+}
 # Arguments of Linen's `apply` that `init` does not take, or takes otherwise.
 OF_APPLY = ("rngs", "mutable", "capture_intermediates")
 
@@ -92,7 +97,7 @@ class Recorder:
             self._observed = self._make(kwargs, self._layers)
         attention, spectra = jax.device_get(self._observed(*args, **_arrays(kwargs)))
         stacks = getattr(self._layers, "stacks", {})
-        return attention_metrics(attention, stacks) | _flat(spectra, stacks)
+        return attention_metrics(_by_layer(attention, stacks)) | _flat(spectra, stacks)
 
     def _make(self, options: Mapping[str, Any], layers: Mapping[str, Layer]) -> Callable[..., Any]:
         # What is no array, such as train=False, is a constant of the program.
@@ -134,30 +139,42 @@ def spectral_statistics(params: Any, state: Any, layers: Mapping[str, Layer]) ->
             metrics |= {f"spectral/gamma/{name}": gamma, f"spectral/norm/{name}": jnp.abs(gamma)}
         square = jnp.sum(matrices**2, axis=inner)
         metrics[f"spectral/sigma/{name}"] = sigma
-        metrics[f"spectral/stable_rank/{name}"] = square / jnp.maximum(sigma**2, spectral.TINY)
+        metrics[f"spectral/stable_rank/{name}"] = square / at_least_tiny(sigma**2)
     return metrics
 
 
-def attention_metrics(statistics: Mapping[str, Mapping[str, Any]], stacks: Mapping[str, int]) -> dict[str, float]:
-    """Statistics of `sigmarep.nn.observe` as flat metrics under the names of `sigmarep.training.panel`."""
+def at_least_tiny(x: jax.Array) -> jax.Array:
+    """A divisor that is not zero; NaN stays NaN, which a maximum may lose (`sigmarep.core.entropy`)."""
+    return jnp.where(x < spectral.TINY, spectral.TINY, x)
+
+
+def attention_metrics(layers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Flat metrics of attention statistics by layer, each (heads,), under the names of `sigmarep.training.panel`."""
+    metrics = {}
+    if layers:
+        entropies = [statistics["entropy"] for statistics in layers.values()]
+        # NumPy's minimum is NaN where a value is; the order of the layers would decide Python's.
+        metrics["attention/entropy_min"] = float(np.min([heads.mean() for heads in entropies]))
+        metrics["attention/entropy_head_min"] = float(np.min([heads.min() for heads in entropies]))
+    for layer, statistics in layers.items():
+        for name, over_heads in OVER_HEADS.items():
+            if name in statistics:
+                metrics[f"attention/{name}/{layer}"] = float(over_heads(statistics[name]))
+        for head, value in enumerate(statistics["entropy"]):
+            metrics[f"attention/entropy_head/{layer}/{head}"] = float(value)
+    return metrics
+
+
+def _by_layer(
+    statistics: Mapping[str, Mapping[str, Any]], stacks: Mapping[str, int]
+) -> dict[str, dict[str, np.ndarray]]:
     layers = {}
     for name, recorded in statistics.items():
         for index in np.ndindex(np.shape(recorded["entropy"])[:-1]):
             layers[_numbered(name, index, stacks)] = {
                 each: np.asarray(value)[index] for each, value in recorded.items()
             }
-    metrics = {}
-    if layers:
-        entropies = [recorded["entropy"] for recorded in layers.values()]
-        metrics["attention/entropy_min"] = float(np.min([heads.mean() for heads in entropies]))
-        metrics["attention/entropy_head_min"] = float(np.min([heads.min() for heads in entropies]))
-    for layer, recorded in layers.items():
-        for name, heads in recorded.items():
-            over_heads = np.max if name in ("max_logit", "qk_norm") else np.mean
-            metrics[f"attention/{name}/{layer}"] = float(over_heads(heads))
-        for head, value in enumerate(recorded["entropy"]):
-            metrics[f"attention/entropy_head/{layer}/{head}"] = float(value)
-    return metrics
+    return layers
 
 
 def _flat(metrics: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str, float]:
@@ -169,15 +186,29 @@ def _flat(metrics: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str, fl
     return flat
 
 
+def stacked_names(names: list[str], stacks: Mapping[str, int]) -> list[int]:
+    """For each leading axis of a value the place of the name that it numbers, that of the module which is stacked there.
+
+    Args:
+      names: the path of the value.
+      stacks: `sigmarep.nn.layers.Layers.stacks` of the model.
+    """
+    return [max(i - 1, 0) for i in range(len(names) + 1) for _ in range(stacks.get("/".join(names[:i]), 0))]
+
+
+def numbered(names: list[str], places: list[int], index: tuple[int, ...]) -> str:
+    """The path of one of the stacked layers: `blocks` becomes `block_0`, `block_1`, …"""
+    names = list(names)
+    for i, number in zip(places, index, strict=True):
+        names[i] = f"{names[i].removesuffix('s')}_{number}"
+    return "/".join(names)
+
+
 def _numbered(name: str, index: tuple[int, ...], stacks: Mapping[str, int]) -> str:
     """The name of one of the stacked layers: as in the trainer's panel where the stack is known, else with /0, /1, …"""
     names = name.split("/")
-    at = [max(i - 1, 0) for i in range(len(names) + 1) for _ in range(stacks.get("/".join(names[:i]), 0))]
-    if len(at) != len(index):
-        return "/".join((name, *map(str, index)))
-    for i, number in zip(at, index, strict=True):
-        names[i] = f"{names[i].removesuffix('s')}_{number}"
-    return "/".join(names)
+    places = stacked_names(names, stacks)
+    return numbered(names, places, index) if len(places) == len(index) else "/".join((name, *map(str, index)))
 
 
 def _trained(first: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sigmarep import command, sweeps
+from sigmarep import command, sweep_execution, sweeps
 from sigmarep.errors import BadInput
 from sigmarep.training import train_and_evaluate
 from sigmarep.training.config import default_config, validate
@@ -231,7 +231,7 @@ def test_one_run_by_its_number_and_the_table_of_all(tmp_path):
 
 def test_outcomes_noted_by_several_at_once_are_all_kept(tmp_path):
     def note(number):
-        sweeps._note(str(tmp_path), f"run {number}", {"state": "done"})
+        sweep_execution.note(str(tmp_path), f"run {number}", {"state": "done"})
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(note, range(40)))

@@ -121,10 +121,7 @@ def forward(plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
             )
         return attended, sums
 
-    blocks: jax.Array | int = plan.key_blocks
-    if plan.is_causal:
-        # The last query of the block sees the most keys.
-        blocks = jnp.clip(_quotient((i + 1) * plan.block_q - 1 + plan.offset, plan.block_k) + 1, 0, blocks)
+    blocks = _visible_blocks(plan, i)
     row = jnp.zeros((1, plan.block_q), jnp.float32)
     start = Sums(row - jnp.inf, row, row, row - jnp.inf, row, row, row)
     attended, sums = lax.fori_loop(0, blocks, step, (jnp.zeros(query.shape[::-1], jnp.float32), start))
@@ -141,6 +138,13 @@ def forward(plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
 def _quotient(x: jax.Array, block: int) -> jax.Array:
     """⌊x / block⌋ for a power of two; the division of a TPU's scalars asks which TPU it is, and there may be none yet."""
     return lax.shift_right_arithmetic(x, jnp.int32(block.bit_length() - 1))
+
+
+def _visible_blocks(plan: Plan, i: jax.Array) -> jax.Array | int:
+    """Blocks of keys up to the last that a query of block i sees: its last query sees the most."""
+    if not plan.is_causal:
+        return plan.key_blocks
+    return jnp.clip(_quotient((i + 1) * plan.block_q - 1 + plan.offset, plan.block_k) + 1, 0, plan.key_blocks)
 
 
 def _over_keys(x: jax.Array) -> jax.Array:
@@ -194,9 +198,7 @@ def backward_queries(
         )
         return total + _dot(d_logits.astype(key.dtype), key, (0, 0))
 
-    blocks: jax.Array | int = plan.key_blocks
-    if plan.is_causal:
-        blocks = jnp.clip(_quotient((i + 1) * plan.block_q - 1 + plan.offset, plan.block_k) + 1, 0, blocks)
+    blocks = _visible_blocks(plan, i)
     out_ref[0, 0] = lax.fori_loop(0, blocks, step, jnp.zeros(query.shape, jnp.float32)).astype(out_ref.dtype)
 
 

@@ -9,7 +9,7 @@ from sigmarep.diagnostics.figures import Figure
 from sigmarep.diagnostics.page import Body, Content
 from sigmarep.diagnostics.runs import Place, Run
 from sigmarep.errors import BadInput
-from sigmarep.sweeps import RECORD
+from sigmarep.sweep_execution import RECORD
 from sigmarep.training.metrics import FILE
 
 # All files of a run that are read, and that tell whether it has changed.

@@ -14,6 +14,7 @@ from sigmarep.diagnostics.findings import SHARPNESS, Facts, intervention
 from sigmarep.diagnostics.lines import by_step
 from sigmarep.diagnostics.names import BLOCK, by_group, kind_and_stack
 from sigmarep.diagnostics.runs import Run
+from sigmarep.sweeps import short
 from sigmarep.training.diagnosis import COLLAPSED
 
 LOSS, LOWEST = "train/loss", "attention/entropy_min"
@@ -321,8 +322,7 @@ def rates(
     dots: dict[tuple[str, str], dict[float, sensitivity.RunOutcome]] = collections.defaultdict(dict)
     for point, outcome in outcomes:
         if where := sensitivity.place(point):
-            seed = next((value for key, value in point.items() if key.rsplit(".", 1)[-1] == sensitivity.SEED), "")
-            dots[where[0], str(seed)][where[1]] = outcome
+            dots[where[0], str(short(point).get(sensitivity.SEED, ""))][where[1]] = outcome
     arms = list(table)
     losses = sensitivity.medians(table)
     best = sensitivity.best_loss(losses)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 
 from sigmarep.errors import BadInput
-from sigmarep.sweeps import Outcome, finished_runs
+from sigmarep.sweeps import Outcome, finished_runs, short
 from sigmarep.training.diagnosis import lowest_entropy
 
 ARM, SEED = "arm", "seed"
@@ -27,9 +27,7 @@ def read_grid(workdir: str) -> Grid:
       BadInput: the folder has no sweep, or a point has no arm.
     """
     outcomes = finished_runs(workdir)
-    points = {
-        name: {key.rsplit(".", 1)[-1]: value for key, value in run.point.items()} for name, run in outcomes.items()
-    }
+    points = {name: short(run.point) for name, run in outcomes.items()}
     seen: dict[str, set[str]] = {}
     for name, point in points.items():
         if ARM not in point:

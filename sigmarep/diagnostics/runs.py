@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sigmarep.diagnostics import files
 from sigmarep.diagnostics.rows import Rows, Series
 from sigmarep.errors import BadInput, one_line
-from sigmarep.sweeps import RECORD, STOPPED_EARLY
+from sigmarep.sweep_execution import RECORD, STOPPED_EARLY
 from sigmarep.training.diagnosis import divergence_reason
 from sigmarep.training.metrics import FILE
 from sigmarep.training.stopped import stopped_early

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput
-from sigmarep.sweeps import finished_runs
+from sigmarep.sweeps import finished_runs, short
 from sigmarep.training.diagnosis import lowest_entropy
 
 RATE, SEED = "learning_rate", "seed"
@@ -60,9 +60,8 @@ def read_sweep(workdir: str) -> Table:
 
 def place(point: Mapping[str, Any]) -> tuple[str, float] | None:
     """Arm and learning rate of a point; None if it has no learning rate, which is a number above 0."""
-    short = {key.rsplit(".", 1)[-1]: value for key, value in point.items()}
     try:
-        rate = float(short[RATE])
+        rate = float(short(point)[RATE])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return (arm(point), rate) if 0 < rate < math.inf else None
@@ -70,8 +69,7 @@ def place(point: Mapping[str, Any]) -> tuple[str, float] | None:
 
 def arm(point: Mapping[str, Any]) -> str:
     """Arm of a point: its values other than learning rate and seed."""
-    short = {key.rsplit(".", 1)[-1]: value for key, value in point.items()}
-    return ",".join(str(value) for key, value in short.items() if key not in (RATE, SEED)) or "all"
+    return ",".join(str(value) for key, value in short(point).items() if key not in (RATE, SEED)) or "all"
 
 
 def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], RunOutcome]]) -> Table:

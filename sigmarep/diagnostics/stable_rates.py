@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sigmarep.diagnostics import plots
 from sigmarep.diagnostics.sensitivity import RATE, SEED
 from sigmarep.errors import BadInput
-from sigmarep.sweeps import finished_runs
+from sigmarep.sweeps import finished_runs, short
 
 WIDTH, ARM = "width", "arm"
 # Shares by which the loss may exceed the best; the first is the primary one.
@@ -46,7 +46,7 @@ def read_ladder(workdir: str, metric: str) -> tuple[Ladder, float]:
     ladder: Ladder = {}
     starts = []
     for name, run in finished_runs(workdir).items():
-        point = {key.rsplit(".", 1)[-1]: value for key, value in run.point.items()}
+        point = short(run.point)
         try:
             arm, width, seed, rate = str(point[ARM]), int(point[WIDTH]), int(point[SEED]), float(point[RATE])
         except (KeyError, TypeError, ValueError):

@@ -39,10 +39,9 @@ import numpy as np
 
 from sigmarep.core import norms, spectral
 from sigmarep.nn.layers import Layers
+from sigmarep.recorder import ITERATIONS, at_least_tiny, attention_metrics, numbered, stacked_names
 from sigmarep.training.mesh import path_name
 
-# Of the power iteration on kernels without a stored σ; more of them cost plain models more than the panel may.
-ITERATIONS = 5
 # What `layer_statistics` calls them, and their metrics.
 LAYER_METRICS = {
     "sigma": "spectral/sigma",
@@ -106,15 +105,10 @@ def _of_layer(layer, stacked, params, gradients, updates, state):
         for path, x in jax.tree_util.tree_leaves_with_path(gradients)
     )
     return values | {
-        "stable_rank": square / _at_least_tiny(sigma**2),
+        "stable_rank": square / at_least_tiny(sigma**2),
         "gradient": jnp.sqrt(total),
-        "update": jnp.sqrt(squares(updates[name], layer.stacked) / _at_least_tiny(square)),
+        "update": jnp.sqrt(squares(updates[name], layer.stacked) / at_least_tiny(square)),
     }
-
-
-def _at_least_tiny(x: jax.Array) -> jax.Array:
-    """A divisor that is not zero; NaN stays NaN, which a maximum may lose (`sigmarep.core.entropy`)."""
-    return jnp.where(x < spectral.TINY, spectral.TINY, x)
 
 
 def panel_metrics(panel: dict[str, Any], stacks: Mapping[str, int]) -> dict[str, float]:
@@ -144,20 +138,7 @@ def _attention_metrics(recorded: Any, stacks: Mapping[str, int]) -> dict[str, fl
     for name, value in _by_layer(recorded, stacks):
         layer, _, statistic = name.rpartition("/")
         layers.setdefault(layer.removesuffix("/attention"), {})[statistic] = value
-    metrics: dict[str, float] = {}
-    if layers:
-        entropies = [statistics["entropy"] for statistics in layers.values()]
-        # NumPy's minimum is NaN where a value is; the order of the layers would decide Python's.
-        metrics["attention/entropy_min"] = float(np.min([heads.mean() for heads in entropies]))
-        metrics["attention/entropy_head_min"] = float(np.min([heads.min() for heads in entropies]))
-    for layer, statistics in layers.items():
-        for name in ("entropy", "entropy_normalised", "bound", "logit_variance"):
-            metrics[f"attention/{name}/{layer}"] = float(statistics[name].mean())
-        for name in ("max_logit", "qk_norm"):
-            metrics[f"attention/{name}/{layer}"] = float(statistics[name].max())
-        for head, value in enumerate(statistics["entropy"]):
-            metrics[f"attention/entropy_head/{layer}/{head}"] = float(value)
-    return metrics
+    return attention_metrics(layers)
 
 
 def _by_layer(tree: Any, stacks: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
@@ -165,10 +146,6 @@ def _by_layer(tree: Any, stacks: Mapping[str, int]) -> Iterator[tuple[str, np.nd
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = path_name(path).split("/")
         value = np.asarray(leaf)
-        # The name that each leading axis numbers: that of the module which is stacked there.
-        at = [max(i - 1, 0) for i in range(len(names) + 1) for _ in range(stacks.get("/".join(names[:i]), 0))]
-        for index in np.ndindex(value.shape[: len(at)]):
-            numbered = list(names)
-            for i, number in zip(at, index, strict=True):
-                numbered[i] = f"{numbered[i].removesuffix('s')}_{number}"
-            yield "/".join(numbered), value[index]
+        places = stacked_names(names, stacks)
+        for index in np.ndindex(value.shape[: len(places)]):
+            yield numbered(names, places, index), value[index]

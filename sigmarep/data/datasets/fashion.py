@@ -4,7 +4,6 @@ It comes with the Debian package `dataset-fashion-mnist` (31 MB): 60,000 picture
 many of each class. Published accuracies apply.
 """
 
-import glob
 import gzip
 import io
 import os
@@ -14,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from sigmarep.data.datasets import debian_package
 from sigmarep.errors import BadInput
 
 INSTALLED = "/usr/share/datasets/fashion-mnist"
@@ -50,14 +50,10 @@ class FashionMnistPackage(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        folder = find_files([INSTALLED, self._unpacked])
-        if folder is None:
-            raise BadInput(
-                f"config.data.name = 'fashion_mnist_package': is neither in {INSTALLED} nor under {self._unpacked}; run: "
-                "apt-get install dataset-fashion-mnist, or: apt-get download dataset-fashion-mnist && dpkg -x "
-                f"dataset-fashion-mnist_*.deb {self._unpacked}"
-            )
-        return {split: self._generate_examples(*read(folder, split)) for split in FILES}
+        path = debian_package.find_file([INSTALLED, self._unpacked], "t10k-labels-idx1-ubyte.gz")
+        if path is None:
+            raise debian_package.missing(self.name, "dataset-fashion-mnist", INSTALLED, self._unpacked)
+        return {split: self._generate_examples(*read(os.path.dirname(path), split)) for split in FILES}
 
     def _generate_examples(self, images, labels):
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -65,15 +61,6 @@ class FashionMnistPackage(tfds.core.GeneratorBasedBuilder):
             Image.fromarray(image).save(encoded, format="PNG")
             encoded.seek(0)
             yield i, {"image": encoded, "label": int(label)}
-
-
-def find_files(roots: list[str]) -> str | None:
-    """Folder of the package's files in the first root that has them, at any depth; None without any."""
-    for root in roots:
-        paths = glob.glob(os.path.join(glob.escape(root), "**", "t10k-labels-idx1-ubyte.gz"), recursive=True)
-        if paths:
-            return os.path.dirname(min(paths))
-    return None
 
 
 def read(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ each for validation and testing. The entries of a split are in no order: a slice
 splits share the dictionary's abbreviations, its set phrases, and quotations that stand at several words.
 """
 
-import glob
 import gzip
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from sigmarep.data import splitting
-from sigmarep.errors import BadInput
+from sigmarep.data.datasets import debian_package
 
 INSTALLED = "/usr/share/dictd"
 FILE = "gcide.dict.dz"
@@ -53,12 +52,9 @@ class Gcide(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        path = find_dictionary([INSTALLED, self._unpacked])
+        path = debian_package.find_file([INSTALLED, self._unpacked], FILE)
         if path is None:
-            raise BadInput(
-                f"config.data.name = 'gcide': is neither in {INSTALLED} nor under {self._unpacked}; run: apt-get install "
-                f"dict-gcide, or: apt-get download dict-gcide && dpkg -x dict-gcide_*.deb {self._unpacked}"
-            )
+            raise debian_package.missing(self.name, "dict-gcide", INSTALLED, self._unpacked)
         with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
             rows = split(file.read())
         return {name: self._generate_examples(rows[name]) for name in ("train", "validation", "test")}
@@ -66,15 +62,6 @@ class Gcide(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, rows):
         for i, (headword, text) in enumerate(rows):
             yield i, {"text": text, "headword": headword}
-
-
-def find_dictionary(roots: list[str]) -> str | None:
-    """Path of the dictionary's file in the first root that has it, at any depth; None without any."""
-    for root in roots:
-        paths = glob.glob(os.path.join(glob.escape(root), "**", FILE), recursive=True)
-        if paths:
-            return min(paths)
-    return None
 
 
 def split(content: str) -> dict[str, list[tuple[str, str]]]:
