@@ -63,9 +63,9 @@ def test_operations_grow_from_nothing(name, channels):
     image = picture(channels=channels)
     operation = augment.OPERATIONS[name]
     if name != "posterize":
-        np.testing.assert_array_equal(augment.from_pil(operation(augment.to_pil(image), 0.0, 1)), image)
+        np.testing.assert_array_equal(operation(image, 0.0, 1), image)
     changes = [
-        np.abs(augment.from_pil(operation(augment.to_pil(image), level, 1)).astype(int) - image).mean()
+        np.abs(operation(image, level, 1).astype(int) - image).mean()
         for level in (0.25, 1.0)
     ]
     if (name, channels) == ("color", 1):
@@ -88,16 +88,42 @@ def test_operations_have_the_strengths_of_magnitude_nine():
         "solarize_add": np.where(x < 128, x + 99, x),
     }
     for name, array in expected.items():
-        np.testing.assert_array_equal(augment.from_pil(augment.OPERATIONS[name](augment.to_pil(image), 0.9, 1)), array)
+        np.testing.assert_array_equal(augment.OPERATIONS[name](image, 0.9, 1), array)
     for sign in (-1, 1):
-        brighter = augment.from_pil(augment.OPERATIONS["brightness"](augment.to_pil(image), 0.9, sign))
+        brighter = augment.OPERATIONS["brightness"](image, 0.9, sign)
         np.testing.assert_allclose(brighter, np.clip(x * (1 + sign * 0.81), 0, 255), atol=1)
         # Half the 20 columns at level 1/0.9, whole pixels, so that nothing is interpolated.
         square = picture(20, 20)
-        moved = augment.from_pil(augment.OPERATIONS["translate_x"](augment.to_pil(square), 0.5 / 0.45, sign))
+        moved = augment.OPERATIONS["translate_x"](square, 0.5 / 0.45, sign)
         kept, gone = (moved[:, :10], moved[:, 10:])[::sign]
         np.testing.assert_array_equal(kept, square[:, 10:] if sign == 1 else square[:, :10])
         assert np.all(gone == augment.FILL)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_tables_and_shifts_are_pillows(channels, sign):
+    image = picture(37, 53, channels)
+    pillow, fill = augment.to_pil(image), 128 if channels == 1 else (128, 128, 128)
+
+    def affine(*matrix):
+        return pillow.transform(pillow.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
+
+    for level in (0.0, 0.37, 0.9, 1.0):
+        factor, shear = 1 + sign * 0.9 * level, sign * 0.3 * level
+        shifts = sign * 0.45 * level * 53, sign * 0.45 * level * 37
+        for name, expected, tolerance in (
+            ("posterize", ImageOps.posterize(pillow, max(4 - int(4 * level), 1)), 0),
+            ("contrast", ImageEnhance.Contrast(pillow).enhance(factor), 0),
+            ("brightness", ImageEnhance.Brightness(pillow).enhance(factor), 0),
+            ("shear_x", affine(1, shear, 0, 0, 1, 0), 1),
+            ("shear_y", affine(1, 0, 0, shear, 1, 0), 1),
+            ("translate_x", affine(1, 0, shifts[0], 0, 1, 0), 1),
+            ("translate_y", affine(1, 0, 0, 0, 1, shifts[1]), 1),
+        ):
+            difference = np.abs(augment.OPERATIONS[name](image, level, sign) - augment.from_pil(expected).astype(int))
+            assert difference.max() <= tolerance, (name, level)
+            assert np.mean(difference > 0) < 0.01
 
 
 def test_colour_jitter_of_an_even_grey_is_its_brightness_factor():

@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, ImageStat
+
+from sigmarep.data.images import native
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -17,6 +19,8 @@ RESAMPLING = {
 }
 # Gray value of areas that a geometric operation uncovers.
 FILL = 128
+# Rows that `shifted_rows` holds in float32.
+ROWS_AT_A_TIME = 32
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -72,8 +76,19 @@ def crop_box(
 
 
 def random_resized_crop(image, size: int, scale, interpolation: str, rng) -> np.ndarray:
+    """A random box of an image, resized to (size, size) by native code, if installed, or Pillow."""
     box = crop_box(image.shape[0], image.shape[1], scale, rng)
-    return resized(image, (size, size), interpolation, box=box)
+    native_result = native.resized_box(image, (size, size), interpolation, box)
+    return resized(image, (size, size), interpolation, box=box) if native_result is None else native_result
+
+
+def mirrored(image: np.ndarray) -> np.ndarray:
+    """Exchanges left and right; a copy, because every later pass over a reversed view costs more."""
+    result = np.empty_like(image)
+    # One channel at a time: NumPy copies runs of three bytes slowly.
+    for channel in range(image.shape[-1]):
+        result[..., channel] = image[:, ::-1, channel]
+    return result
 
 
 def pad_and_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
@@ -93,12 +108,82 @@ def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -
     return from_pil(picture)
 
 
-def _affine(matrix) -> Callable[[Image.Image], Image.Image]:
-    def apply(picture):
-        fill = FILL if picture.mode == "L" else (FILL,) * 3
-        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, RESAMPLING["bilinear"], fillcolor=fill)
+def _by_pillow(operation: Callable[[Image.Image, float, int], Image.Image]) -> "Operation":
+    return lambda image, level, sign: from_pil(operation(to_pil(image), level, sign))
+
+
+def _by_table(operation: Callable[[Image.Image, float, int], Image.Image]) -> "Operation":
+    """Applies an operation that maps every value alike: to the 256 values once, then by table to the image."""
+
+    def apply(image, level, sign):
+        return _looked_up(image, operation(_VALUES, level, sign))
 
     return apply
+
+
+def _looked_up(image: np.ndarray, table: Image.Image) -> np.ndarray:
+    return np.frombuffer(image.tobytes().translate(table.tobytes()), np.uint8).reshape(image.shape)
+
+
+def _contrast(image: np.ndarray, level: float, sign: int) -> np.ndarray:
+    mean = int(ImageStat.Stat(to_pil(image).convert("L")).mean[0] + 0.5)
+    gray = Image.new("L", _VALUES.size, mean)
+    return _looked_up(image, Image.blend(gray, _VALUES, 1 + sign * 0.9 * level))
+
+
+def shifted_rows(image: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Moves every row to the left by a number of pixels, bilinearly, as Pillow's affine transform to 1 of 255.
+
+    Args:
+      image: uint8 (height, width, channels).
+      shifts: (height,), float64. Output x is the input at x + shift, or `FILL` outside the image.
+    """
+    height, width, channels = image.shape
+    # Further shifts leave nothing of a row either.
+    shifts = np.clip(shifts, -width - 1, width + 1)
+    whole = np.floor(shifts).astype(int)
+    before, after = max(-int(whole.min()), 0) + 1, max(int(whole.max()), 0) + 1
+    padded = np.full((height, (before + width + after) * channels), FILL, np.uint8)
+    padded[:, before * channels : (before + width) * channels] = image.reshape(height, -1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width * channels, axis=1)
+    rows, starts = np.arange(height), (before + whole) * channels
+    weights = (shifts - whole).astype(np.float32)[:, None]
+    moved = np.empty((height, width * channels), np.uint8)
+    # A few rows at a time stay in the cache.
+    for start in range(0, height, ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        first, second = windows[rows[part], starts[part]], windows[rows[part], starts[part] + channels]
+        value = np.subtract(second, first, dtype=np.float32)
+        value *= weights[part]
+        value += first
+        # Cut off as Pillow does, where float32 would leave whole numbers a little too small.
+        value += 1e-4
+        moved[part] = value
+    moved = moved.reshape(image.shape)
+    # Half a pixel beyond the first and the last pixels' centers still belongs to the image.
+    nearer = (shifts - whole >= 0.5)[:, None]
+    for column, edge in (
+        (-1 - whole, np.where(nearer, image[:, 0], FILL)),
+        (width - 1 - whole, np.where(nearer, FILL, image[:, -1])),
+    ):
+        inside = (column >= 0) & (column < width)
+        moved[rows[inside], column[inside]] = edge[inside]
+    return moved
+
+
+def _transposed(image: np.ndarray) -> np.ndarray:
+    result = np.empty((image.shape[1], image.shape[0], image.shape[2]), np.uint8)
+    for channel in range(image.shape[-1]):
+        result[..., channel] = image[..., channel].T
+    return result
+
+
+def _shear_x(image: np.ndarray, level: float, sign: int) -> np.ndarray:
+    return shifted_rows(image, sign * 0.3 * level * (np.arange(image.shape[0]) + 0.5))
+
+
+def _translate_x(image: np.ndarray, level: float, sign: int) -> np.ndarray:
+    return shifted_rows(image, np.full(image.shape[0], sign * 0.45 * level * image.shape[1]))
 
 
 def _rotated(picture: Image.Image, degrees: float) -> Image.Image:
@@ -106,30 +191,34 @@ def _rotated(picture: Image.Image, degrees: float) -> Image.Image:
     return picture.rotate(degrees, RESAMPLING["bilinear"], fillcolor=fill)
 
 
+Operation = Callable[[np.ndarray, float, int], np.ndarray]
+_VALUES = Image.frombytes("L", (256, 1), bytes(range(256)))
 # RandAugment's operations (Cubuk et al., 2020) in the "increasing" variant: the change grows with the level, from 0 to 1;
 # where possible level 0 changes nothing. `sign` is −1 or 1.
-OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
-    "auto_contrast": lambda picture, level, sign: ImageOps.autocontrast(picture),
-    "equalize": lambda picture, level, sign: ImageOps.equalize(picture),
-    "invert": lambda picture, level, sign: ImageOps.invert(picture),
-    "rotate": lambda picture, level, sign: _rotated(picture, sign * 30 * level),
-    "posterize": lambda picture, level, sign: ImageOps.posterize(picture, max(4 - int(4 * level), 1)),
-    "solarize": lambda picture, level, sign: ImageOps.solarize(picture, 256 - min(256, int(256 * level))),
-    "solarize_add": lambda picture, level, sign: picture.point(
-        lambda value: min(255, value + int(110 * level)) if value < 128 else value
+OPERATIONS: dict[str, Operation] = {
+    "auto_contrast": _by_pillow(lambda picture, level, sign: ImageOps.autocontrast(picture)),
+    "equalize": _by_pillow(lambda picture, level, sign: ImageOps.equalize(picture)),
+    "invert": _by_table(lambda picture, level, sign: ImageOps.invert(picture)),
+    "rotate": _by_pillow(lambda picture, level, sign: _rotated(picture, sign * 30 * level)),
+    "posterize": _by_table(lambda picture, level, sign: ImageOps.posterize(picture, max(4 - int(4 * level), 1))),
+    "solarize": _by_table(lambda picture, level, sign: ImageOps.solarize(picture, 256 - min(256, int(256 * level)))),
+    "solarize_add": _by_table(
+        lambda picture, level, sign: picture.point(
+            lambda value: min(255, value + int(110 * level)) if value < 128 else value
+        )
     ),
-    "color": lambda picture, level, sign: ImageEnhance.Color(picture).enhance(1 + sign * 0.9 * level),
-    "contrast": lambda picture, level, sign: ImageEnhance.Contrast(picture).enhance(1 + sign * 0.9 * level),
-    "brightness": lambda picture, level, sign: ImageEnhance.Brightness(picture).enhance(1 + sign * 0.9 * level),
-    "sharpness": lambda picture, level, sign: ImageEnhance.Sharpness(picture).enhance(1 + sign * 0.9 * level),
-    "shear_x": lambda picture, level, sign: _affine((1, sign * 0.3 * level, 0, 0, 1, 0))(picture),
-    "shear_y": lambda picture, level, sign: _affine((1, 0, 0, sign * 0.3 * level, 1, 0))(picture),
-    "translate_x": lambda picture, level, sign: _affine((1, 0, sign * 0.45 * level * picture.size[0], 0, 1, 0))(
-        picture
+    "color": _by_pillow(lambda picture, level, sign: ImageEnhance.Color(picture).enhance(1 + sign * 0.9 * level)),
+    "contrast": _contrast,
+    "brightness": _by_table(
+        lambda picture, level, sign: ImageEnhance.Brightness(picture).enhance(1 + sign * 0.9 * level)
     ),
-    "translate_y": lambda picture, level, sign: _affine((1, 0, 0, 0, 1, sign * 0.45 * level * picture.size[1]))(
-        picture
+    "sharpness": _by_pillow(
+        lambda picture, level, sign: ImageEnhance.Sharpness(picture).enhance(1 + sign * 0.9 * level)
     ),
+    "shear_x": _shear_x,
+    "shear_y": lambda image, level, sign: _transposed(_shear_x(_transposed(image), level, sign)),
+    "translate_x": _translate_x,
+    "translate_y": lambda image, level, sign: _transposed(_translate_x(_transposed(image), level, sign)),
 }
 
 
@@ -137,13 +226,12 @@ def rand_augment(
     image: np.ndarray, *, layers: int, magnitude: float, std: float, probability: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Applies `layers` random operations, each with `probability`, at levels N(magnitude, std)/10 clipped to [0, 1]."""
-    picture = to_pil(image)
     names = list(OPERATIONS)
     for index in rng.integers(0, len(names), size=layers):
         applied, level, sign = rng.random(), rng.normal(magnitude, std), rng.choice((-1, 1))
         if applied < probability:
-            picture = OPERATIONS[names[index]](picture, float(np.clip(level / 10, 0, 1)), int(sign))
-    return from_pil(picture)
+            image = OPERATIONS[names[index]](image, float(np.clip(level / 10, 0, 1)), int(sign))
+    return image
 
 
 def random_erasing(image: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
@@ -180,7 +268,9 @@ def mix_pair(
     share = float(rng.beta(cutmix, cutmix) if cutting else rng.beta(mixup, mixup))
     if not cutting:
         share_32 = np.float32(share)
-        return share_32 * images + (1 - share_32) * images[::-1], share
+        mixed = share_32 * images
+        mixed += (1 - share_32) * images[::-1]
+        return mixed, share
     height, width = images.shape[1:3]
     side = math.sqrt(1 - share)
     center_y, center_x = int(rng.integers(height)), int(rng.integers(width))

@@ -114,7 +114,7 @@ def train_transforms(config: Any) -> tuple[Callable[..., dict[str, Any]], Callab
             if a.crop == "pad":
                 image = augment.pad_and_crop(image, a.pad, rng)
         if a.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
+            image = augment.mirrored(image)
         if a.color_jitter:
             image = augment.color_jitter(image, a.color_jitter, rng)
         if a.randaugment_layers:
@@ -189,4 +189,8 @@ def _statistics(config: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _normalized(image: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    return (image.astype(np.float32) - mean) / std
+    # Whole rows in one run: over an axis of three channels alone NumPy is twenty times slower.
+    height, width, _ = image.shape
+    result = np.subtract(image.reshape(height, -1), np.tile(mean, width), dtype=np.float32)
+    result /= np.tile(std, width)
+    return result.reshape(image.shape)
