@@ -122,7 +122,7 @@ def test_tables_and_shifts_are_pillows(channels, sign):
             difference = np.abs(augment.OPERATIONS[name](image, level, sign) - augment.from_pil(expected).astype(int))
             assert difference.max() <= tolerance, (name, level)
             # At level 1 some values are whole numbers, which Pillow's rounding may leave a little below.
-            assert np.mean(difference > 0) < (0.06 if level == 1 else 0.001)
+            assert np.mean(difference > 0) < (0.03 if level == 1 else 0.003)
 
 
 def test_colour_jitter_of_an_even_grey_is_its_brightness_factor():

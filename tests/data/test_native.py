@@ -36,19 +36,21 @@ def test_jpeg_pixels_are_pillows(channels, options):
         options = {name: value for name, value in options.items() if name != "subsampling"}
     stored = jpeg(scene(61, 83, channels), **options)
     expected = augment.from_pil(Image.open(io.BytesIO(stored)))
-    np.testing.assert_array_equal(native.decoded_jpeg(stored, channels), expected)
+    np.testing.assert_array_equal(native.decoded_jpeg(stored, channels, most_pixels=61 * 83), expected)
     np.testing.assert_array_equal(files.decode(stored), expected)
 
 
 @installed
-def test_turned_and_cut_jpegs_are_left_to_pillow(monkeypatch):
+def test_turned_large_and_cut_jpegs_are_left_to_pillow():
     image = scene(40, 60)
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = jpeg(image, exif=exif)
     assert files.decode(stored).shape == (60, 40, 3)
+    assert native.decoded_jpeg(jpeg(image), 3, most_pixels=40 * 60 - 1) is None
+    assert native.decoded_jpeg(jpeg(image), 1, most_pixels=2**27) is None
     cut = jpeg(image)[:-200]
-    assert native.decoded_jpeg(cut, 3) is None
+    assert native.decoded_jpeg(cut, 3, most_pixels=2**27) is None
     with pytest.raises(files.PictureError, match="truncated"):
         files.decode(cut)
 

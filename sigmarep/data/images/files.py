@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from sigmarep.data.images import native
 from sigmarep.errors import BadInput, one_line
@@ -80,14 +80,14 @@ def decode(stored: bytes, channels: int | None = None) -> np.ndarray:
     Raises:
       PictureError: the bytes are no whole picture, or hold values of which nobody knows the range.
     """
+    pixels = native.decoded_jpeg(stored, channels, most_pixels=MOST_PIXELS)
+    if pixels is not None:
+        return pixels
     try:
         with Image.open(io.BytesIO(stored)) as picture:
             width, height = picture.size
             if width * height > MOST_PIXELS:
                 raise TooLarge(f"has {width} × {height} pixels; expected at most {MOST_PIXELS}")
-            pixels = _upright_jpeg(picture, stored, channels)
-            if pixels is not None:
-                return pixels
             _scale_color_key(picture)
             ImageOps.exif_transpose(picture, in_place=True)
             return _pixels(picture, channels)
@@ -101,16 +101,6 @@ def decode(stored: bytes, channels: int | None = None) -> np.ndarray:
     except Exception as error:
         # Pillow's readers raise whatever their parsing meets in damaged bytes, struct.error and KeyError among others.
         raise PictureError(one_line(error)) from None
-
-
-def _upright_jpeg(picture: Image.Image, stored: bytes, channels: int | None) -> np.ndarray | None:
-    """The pixels of a JPEG file that needs no turning and no other color model, by native code; None for other files."""
-    if type(picture) is not JpegImagePlugin.JpegImageFile or picture.mode not in ("L", "RGB"):
-        return None
-    stored_channels = 1 if picture.mode == "L" else 3
-    if channels not in (None, stored_channels) or picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return None
-    return native.decoded_jpeg(stored, stored_channels)
 
 
 def _pixels(picture: Image.Image, channels: int | None) -> np.ndarray:

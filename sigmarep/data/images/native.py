@@ -19,6 +19,9 @@ def _optional(name: str) -> Any:
 
 simplejpeg, cykooz_resizer = _optional("simplejpeg"), _optional("cykooz_resizer")
 
+JPEG = b"\xff\xd8\xff"
+# Marks of EXIF and XMP data, which may have an orientation, and of files with several pictures.
+TURNED = (b"Exif", b"ns.adobe.com/xap", b"Orientation", b"MPF\0")
 # Pillow's filters of these names; its bicubic one is the spline of Catmull and Rom too.
 FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom"}
 PIXELS = {1: "U8", 3: "U8x3"}
@@ -29,15 +32,20 @@ REACH = 2
 _local = threading.local()
 
 
-def decoded_jpeg(stored: bytes, channels: int) -> np.ndarray | None:
+def decoded_jpeg(stored: bytes, channels: int | None, *, most_pixels: int) -> np.ndarray | None:
     """The pixels of a JPEG file, uint8 (height, width, channels), equal to Pillow's: both decode by libjpeg-turbo.
 
-    None for a file about which libjpeg-turbo as much as warns: Pillow decides what is damaged.
+    None for files that may have to be turned, have another number of channels or too many pixels, and for those about
+    which libjpeg-turbo as much as warns: Pillow decides what is damaged.
     """
-    if simplejpeg is None:
+    if simplejpeg is None or not stored.startswith(JPEG) or any(mark in stored for mark in TURNED):
         return None
     try:
-        return simplejpeg.decode_jpeg(stored, "GRAY" if channels == 1 else "RGB")
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(stored)
+        stored_channels = {"Gray": 1, "YCbCr": 3}.get(colors)
+        if stored_channels is None or channels not in (None, stored_channels) or height * width > most_pixels:
+            return None
+        return simplejpeg.decode_jpeg(stored, "GRAY" if stored_channels == 1 else "RGB")
     except ValueError:
         return None
 
