@@ -117,7 +117,7 @@ def exact_crop(image: np.ndarray, size: int, box: tuple[int, int, int, int]) -> 
 
     left, top, right, bottom = box
     rows, columns = weights(top, bottom, image.shape[0]), weights(left, right, image.shape[1])
-    exact = np.einsum("yh,hxc->yxc", rows, np.einsum("xw,hwc->hxc", columns, image.astype(float)))
+    exact = np.tensordot(rows, np.tensordot(columns, image.astype(float), (1, 1)), (1, 1))
     return np.clip(np.rint(exact), 0, 255)
 
 
@@ -168,9 +168,9 @@ def roads(rounds: int = 7, pictures_per_round: int = 100) -> None:
     )
 
     errors: dict[str, list[float]] = {"pillow": [], "plain_exact": [], "own_exact": []}
-    for index in range(40):
+    for index in range(16):
         image = files.decode(stored[index % 2])
-        box = augment.crop_box(*image.shape[:2], scale, np.random.default_rng(index))
+        box = augment.crop_box(image.shape[0], image.shape[1], scale, np.random.default_rng(index))
         crop = augment.random_resized_crop(image, size, scale, "bicubic", np.random.default_rng(index)).astype(float)
         pillow, exact = augment.resized(image, (size, size), "bicubic", box=box), exact_crop(image, size, box)
         for name, difference in (
