@@ -141,7 +141,7 @@ def roads(rounds: int = 7, pictures_per_round: int = 100) -> None:
     stored = imagenet_sized()
 
     def plain(index: int, rng: np.random.Generator) -> np.ndarray:
-        picture = Image.open(io.BytesIO(stored[index % 2])).convert("RGB")
+        picture = Image.open(io.BytesIO(stored[index % 2]))
         box = augment.crop_box(picture.height, picture.width, scale, rng)
         image = np.asarray(Image.fromarray(np.asarray(picture)).resize((size, size), Image.Resampling.BICUBIC, box=box))
         if rng.random() < 0.5:
