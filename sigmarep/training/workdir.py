@@ -52,7 +52,21 @@ FACTS = "data.json"
 FINGERPRINTED = (FACTS, "init_from.json")
 # No configuration is nested as deeply.
 MOST_LEVELS = 32
-PACKAGES = ("sigmarep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "numpy")
+# What a run's numbers may depend on; null for what is not installed: crops are Pillow's without cykooz-resizer.
+PACKAGES = (
+    "sigmarep",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "ml_collections",
+    "grain",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "cykooz-resizer",
+)
 
 
 def claim(
