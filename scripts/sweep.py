@@ -4,6 +4,7 @@
     python scripts/sweep.py … --vectorize 32                      # on a GPU: 32 runs of one program at a time
     python scripts/sweep.py … --launcher slurm --option gpus-per-node=1 --option time=12:00:00
     python scripts/sweep.py … --launcher skypilot --option accelerators=tpu-v5litepod-16 --option bucket=gs://NAME
+    python scripts/sweep.py … --search optuna --trials 40         # the file's search() instead, run by run
     python scripts/sweep.py … --table
     python scripts/sweep.py --config configs/stability/width.py:size=gpu …      # sweep("size=gpu")
 
@@ -14,6 +15,9 @@ its own data order, metrics, checkpoints and end: for an accelerator that a sing
 done or diverged are not repeated; runs that failed or were stopped are. The processes share compiled programs
 (JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints the files and commands of
 a launch without writing or running anything; `--table` prints the states of the runs. See docs/launch.md.
+
+With --search optuna the runs are not listed but chosen, in the space that the file's function search() gives, from what the
+runs before have shown; those that do worse than the median are ended early. The same command goes on with the search.
 
 Exit status: 0 if every run is done or diverged, or was submitted to the cluster; 1 if a run failed; 143 if stopped by
 SIGTERM or Ctrl-C, after the runs have saved their states.
@@ -49,25 +53,32 @@ OPTION = flags.DEFINE_multi_string(
     "option", [], "Option of the launcher, name=value: any option of sbatch; for SkyPilot accelerators, bucket, …"
 )
 RUN = flags.DEFINE_integer("run", None, "Make only the run of this number, from 0; used by the launchers.")
+SEARCH = flags.DEFINE_enum(
+    "search", None, ["optuna"], "Choose the runs one after another, in the space of the file's function search()."
+)
+TRIALS = flags.DEFINE_integer(
+    "trials", None, "Number of runs of a search, those of earlier starts among them.", lower_bound=1
+)
 TABLE = flags.DEFINE_boolean("table", False, "Print the states of the runs without making any.")
+
+TRAIN = os.path.join(os.path.dirname(__file__), "train.py")
 
 
 def main() -> None:
     from sigmarep import sweeps
 
     given, workdir = command.required("config", CONFIG.value), command.required("workdir", WORKDIR.value)
-    # What stands behind the colon is handed to sweep().
+    # What stands behind the colon is handed to sweep() or search().
     path, _, text = given.partition(":")
     if not os.path.isfile(path):
         raise BadInput(f"--config {path}: there is no such file")
     module = command.load_config_file(path)
-    if not hasattr(module, "sweep"):
-        raise BadInput(f"--config {path}: has no function sweep()")
-    script = os.path.join(os.path.dirname(__file__), "train.py")
-    if text and not inspect.signature(module.sweep).parameters:
-        raise BadInput(f"--config {given}: its sweep() takes no argument; leave out {text!r}")
-    points = module.sweep(text) if text else module.sweep()
-    runs = sweeps.runs(path, points, workdir, script, imports=command.imports())
+    if SEARCH.value:
+        search(module, path, text, workdir)
+        return
+    if TRIALS.value:
+        raise BadInput(f"--trials {TRIALS.value}: needs --search optuna")
+    runs = sweeps.runs(path, listed(module, "sweep", given, text), workdir, TRAIN, imports=command.imports())
     if TABLE.value:
         for row in sweeps.table(runs, workdir):
             print("{:40} {:10} {:>8} {:>10}".format(*row))
@@ -87,11 +98,7 @@ def main() -> None:
         for run in runs:
             print(shlex.join(run.command))
         return
-    try:
-        os.makedirs(workdir, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
-    command.stop_with_runs()
+    prepare(workdir)
     jobs = JOBS.value or (sweeps.default_jobs() if VECTORIZE.value == 1 else 1)
     record = sweeps.execute(
         runs,
@@ -103,10 +110,80 @@ def main() -> None:
     )
     if RUN.value is not None and record[runs[0].name]["state"] == "stopped":
         sys.exit(143)
-    states = collections.Counter(record[run.name]["state"] for run in runs)
-    print(", ".join(f"{count} {state}" for state, count in states.most_common()))
+    end([record[run.name]["state"] for run in runs])
+
+
+def listed(module, name: str, given: str, text: str):
+    """The result of a file's function `sweep` or `search`, called with what stands behind the colon of --config."""
+    path = given.partition(":")[0]
+    if not hasattr(module, name):
+        raise BadInput(f"--config {path}: has no function {name}()")
+    function = getattr(module, name)
+    if text and not inspect.signature(function).parameters:
+        raise BadInput(f"--config {given}: its {name}() takes no argument; leave out {text!r}")
+    return function(text) if text else function()
+
+
+def prepare(workdir: str) -> None:
+    """Makes the folder of the runs; from here on a signal stops them too."""
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--workdir {workdir}: cannot be written ({error.strerror}); choose another folder") from error
+    command.stop_with_runs()
+
+
+def end(states: list[str]) -> None:
+    """Prints how many runs ended in each state, and exits with 1 if one did not reach its end."""
+    from sigmarep import sweeps
+
+    print(", ".join(f"{count} {state}" for state, count in collections.Counter(states).most_common()))
     if set(states) - set(sweeps.FINAL):
         sys.exit(1)
+
+
+def search(module, path: str, text: str, workdir: str) -> None:
+    """Makes the trials of a file's search(), and prints the best."""
+    from sigmarep import searches, sweeps
+
+    for flag, unusual in (
+        ("dry_run", DRY_RUN.value),
+        ("run", RUN.value is not None),
+        ("launcher", LAUNCHER.value != "local"),
+        ("vectorize", VECTORIZE.value > 1),
+        ("table", TABLE.value),
+    ):
+        if unusual:
+            raise BadInput(f"--{flag}: does not go with --search, whose runs are chosen one after another")
+    if not TRIALS.value:
+        raise BadInput("--trials is missing: the number of runs of the search")
+    wanted = searches.check(listed(module, "search", f"{path}:{text}", text), path)
+
+    def plan(point, name: str):
+        file = sweeps.with_arguments(path, point)
+        own = module.get_config(file.partition(":")[2]) if ":" in file else module.get_config()
+        more = [searches.with_pruner(own.callbacks)]
+        return sweeps.planned_run(name, path, point, workdir, TRAIN, command.imports(), more)
+
+    prepare(workdir)
+    trials = searches.Trials(wanted, workdir, TRIALS.value, plan)
+    jobs = JOBS.value or sweeps.default_jobs()
+    print(f"{TRIALS.value} trials, {trials.finished} finished before, {jobs} at a time", flush=True)
+    record = sweeps.execute(
+        [],
+        workdir,
+        jobs=jobs,
+        say=lambda text: print(text, flush=True),
+        environment=sweeps.environment_of(workdir, jobs),
+        source=trials,
+    )
+    if best := trials.best():
+        folder, value, point = best
+        setting = ", ".join(
+            f"{name} = {each:.4g}" if isinstance(each, float) else f"{name} = {each}" for name, each in point.items()
+        )
+        print(f"best: {wanted.metric} = {value:.4g} with {setting} ({folder})")
+    end([run["state"] for run in record.values()])
 
 
 def launch(runs, path: str, workdir: str) -> None:

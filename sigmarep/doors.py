@@ -35,7 +35,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "model.attention_implementation": (),
     "model.process_heads": (),
     "writers.extra": (),
-    "callbacks": (),
+    # Its pruner reads and writes the study of the search that the run belongs to, and only while it trains.
+    "callbacks": ("sigmarep.searches",),
 }
 
 _trusted: set[str] = set()

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sigmarep.errors import BadInput, Diverged, Stopped, one_line
 from sigmarep.files import locked, read_json, write_atomically
@@ -53,6 +53,16 @@ class PlannedRun(NamedTuple):
         return [*self.start[:2], *self.arguments, *self.start[2:]]
 
 
+class Source(Protocol):
+    """Runs that are chosen while others are made, as by `sigmarep.searches.Trials`; only one thread at a time calls it."""
+
+    def next(self) -> PlannedRun | None:
+        """The next run; None if there is none."""
+
+    def ended(self, run: PlannedRun, state: str) -> None:
+        """A run has ended."""
+
+
 def read_record(workdir: str) -> dict[str, dict[str, Any]]:
     """Reads the record of the runs that have ended: `point`, `state`, `status` and `seconds` by name; {} without any.
 
@@ -83,9 +93,10 @@ class Execution:
         say: Callable[[str], None],
         environment: dict[str, str],
         vectorize: int,
+        source: Source | None = None,
     ):
         self._workdir, self._record, self._say, self._environment = workdir, record, say, environment
-        self._vectorize = vectorize
+        self._vectorize, self._source = vectorize, source
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._workers: set[Worker] = set()
         # Runs of one program, by its key.
@@ -143,8 +154,11 @@ class Execution:
         begun, else of the one with the most runs left."""
         with self._lock:
             left = {key: runs for key, runs in self._groups.items() if runs}
-            if not left or self._stopping.is_set():
+            if self._stopping.is_set():
                 return None
+            if not left:
+                run = self._source.next() if self._source else None
+                return ("", [run]) if run else None
             unbegun = [key for key in left if key not in self._begun]
             chosen = group if group in left else unbegun[0] if unbegun else max(left, key=lambda each: len(left[each]))
             assert chosen is not None
@@ -209,6 +223,8 @@ class Execution:
             result = {"point": run.point, "state": state, "status": status, "seconds": round(seconds, 1)}
             self._record[run.name] = result
             note(self._workdir, run.name, result)
+            if self._source:
+                self._source.ended(run, state)
             self._say(f"{run.name}: {state} after {seconds:.0f} s{reason(folder, state)}")
 
 

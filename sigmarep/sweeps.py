@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput, SigmarepError
-from sigmarep.sweep_execution import FINAL, RECORD, Execution, PlannedRun, Point, read_record, reason
+from sigmarep.sweep_execution import FINAL, RECORD, Execution, PlannedRun, Point, Source, read_record, reason
 from sigmarep.training.diagnosis import ENTROPY
 from sigmarep.training.metrics import read_metrics
 
@@ -104,15 +104,26 @@ def runs(
         name = run_name(point)
         if name in planned:
             raise BadInput(f"--config {path}: its sweep() has two points {name!r}; make them differ")
-        given = ",".join(f"{key}={value}" for key, value in point.items() if not key.startswith("config."))
-        overrides = [f"--{key}={value}" for key, value in point.items() if key.startswith("config.")]
-        file = f"{path}:{given}" if given else path
-        arguments = ["--config", file, "--workdir", os.path.join(workdir, name), *overrides]
-        imported = [f"--import={module}" for module in imports]
-        planned[name] = PlannedRun(
-            name, point, [*arguments, "--config.writers.progress=plain"], [sys.executable, script, *imported]
-        )
+        planned[name] = planned_run(name, path, point, workdir, script, imports)
     return list(planned.values())
+
+
+def planned_run(
+    name: str, path: str, point: Point, workdir: str, script: str, imports: Sequence[str] = (), more: Sequence[str] = ()
+) -> PlannedRun:
+    """Plans the run of a point in the folder `name`; `more` are further flags of its configuration. Else as `runs`."""
+    arguments = ["--config", with_arguments(path, point), "--workdir", os.path.join(workdir, name)]
+    arguments += [f"--{key}={value}" for key, value in point.items() if key.startswith("config.")]
+    imported = [f"--import={module}" for module in imports]
+    return PlannedRun(
+        name, point, [*arguments, *more, "--config.writers.progress=plain"], [sys.executable, script, *imported]
+    )
+
+
+def with_arguments(path: str, point: Mapping[str, Any]) -> str:
+    """A configuration file with the arguments that a point has for it, as --config takes it."""
+    given = ",".join(f"{key}={value}" for key, value in point.items() if not key.startswith("config."))
+    return f"{path}:{given}" if given else path
 
 
 def run_name(point: Point) -> str:
@@ -152,6 +163,7 @@ def execute(
     say: Callable[[str], None],
     environment: dict[str, str] | None = None,
     vectorize: int = 1,
+    source: Source | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Makes the runs that are not finished, and returns the record of all.
 
@@ -170,6 +182,7 @@ def execute(
       say: receives lines of progress.
       environment: environment variables of the runs; None for those of this process.
       vectorize: most runs that a process makes together.
+      source: chooses further runs when those of `todo` are made.
 
     Raises:
       BadInput: the record cannot be read.
@@ -177,10 +190,13 @@ def execute(
     record = read_record(workdir)
     waiting = [run for run in todo if record.get(run.name, {}).get("state") not in FINAL]
     together = f" x {vectorize} of one program" if vectorize > 1 else ""
-    say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs}{together} at a time")
-    if waiting:
+    if source is None:
+        say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs}{together} at a time")
+    if waiting or source:
         variables = dict(os.environ if environment is None else environment)
-        execution = Execution(waiting, workdir, record=record, say=say, environment=variables, vectorize=vectorize)
+        execution = Execution(
+            waiting, workdir, record=record, say=say, environment=variables, vectorize=vectorize, source=source
+        )
         execution.make(jobs)
     return record
 

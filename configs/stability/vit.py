@@ -2,13 +2,16 @@
 
     python scripts/train.py --config configs/stability/vit.py:arm=sigma,learning_rate=0.03 --workdir runs/one
     python scripts/sweep.py --config configs/stability/vit.py --workdir runs/stability_vit      # four arms, three seeds
+    python scripts/sweep.py --config configs/stability/vit.py:arm=sigma --workdir runs/search --search optuna --trials 30
 
 Arguments: arm (one of sigmarep.remedies.ARMS), learning_rate (0.01), steps (150).
 Everything else is the same in all arms. The learning rate is that of the blocks' matrices, which Muon trains; Adam trains
-all else at 0.01. sweep() has the arms of SWEPT at six learning rates over two and a half decades.
+all else at 0.01. sweep() has the arms of SWEPT at six learning rates over two and a half decades; search() looks for the
+best rate and weight decay of one arm between these rates.
 """
 
 from sigmarep.remedies import RATES, SWEPT, set_arm
+from sigmarep.searches import Search
 from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, default_config
 
@@ -41,3 +44,16 @@ def get_config(text=""):
 
 def sweep():
     return product(values("arm", *SWEPT), values("learning_rate", *RATES), seeds(3))
+
+
+def search(text=""):
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    space = {
+        "arm": CategoricalDistribution([arguments(text, arm="sigma")["arm"]]),
+        "learning_rate": FloatDistribution(min(RATES), max(RATES), log=True),
+        "config.optimizer.weight_decay": CategoricalDistribution([0.0, 0.01, 0.1]),
+        # Between the steps at which a run may be ended early.
+        "config.eval_every_steps": CategoricalDistribution([50]),
+    }
+    return Search(space, metric="eval/test/accuracy", direction="maximize")
