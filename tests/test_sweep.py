@@ -116,26 +116,28 @@ def test_runs_that_diverge_and_fail_are_told_apart_and_finished_ones_are_not_rep
     assert (tmp_path / "runs/learning_rate=0.01/metrics.jsonl").stat().st_mtime == metrics.st_mtime
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path, by):
-    path = write(tmp_path, 'values("learning_rate", 0.01)', steps=400)
-    process = start(path, tmp_path / "runs", process_group=0)
-    metrics = tmp_path / "runs/learning_rate=0.01/metrics.jsonl"
+@pytest.mark.parametrize(("by", "together"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on(tmp_path, by, together):
+    path = write(tmp_path, f"seeds({together})", steps=400)
+    process = start(path, tmp_path / "runs", f"--vectorize={together}", process_group=0)
+    names = [f"seed={seed}" for seed in range(together)]
+    files = [tmp_path / "runs" / name / "metrics.jsonl" for name in names]
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+    while not (files[0].exists() and files[0].read_text().count("\n") > 5) and time.monotonic() < deadline:
         time.sleep(0.1)
     # To the whole group, as a terminal sends its Ctrl-C.
     os.killpg(process.pid, by)
     status, _, err = finish(process)
     assert (status, err) == (143, "")
     record = json.loads((tmp_path / "runs/sweep.json").read_text())
-    assert record["learning_rate=0.01"]["state"] == "stopped"
-    status, out, err = finish(start(path, tmp_path / "runs", "--jobs", "1"))
+    assert [record[name]["state"] for name in names] == ["stopped"] * together
+    status, out, err = finish(start(path, tmp_path / "runs", "--jobs", "1", f"--vectorize={together}"))
     assert status == 0, err
-    assert out.splitlines()[0] == "1 runs, 0 finished before, 1 at a time"
-    assert "1 done" in out
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "train/loss" in line]
-    assert steps == list(range(1, 401))
+    assert out.splitlines()[0].startswith(f"{together} runs, 0 finished before, 1 ")
+    assert f"{together} done" in out
+    for metrics in files:
+        steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "train/loss" in line]
+        assert steps == list(range(1, 401))
 
 
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path):
