@@ -14,7 +14,7 @@ last axis is −inf). Sums and comparisons do not, so it is these that carry a N
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,9 @@ def entropy_of_weights(weights: jax.Array) -> jax.Array:
     return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
 
 
-def entropy_from_lse(query, key_average, lse, *, scale: float | None = None) -> jax.Array:
+def entropy_from_lse(
+    query: jax.Array, key_average: jax.Array, lse: jax.Array, *, scale: float | None = None
+) -> jax.Array:
     """Entropy from what fused attention returns.
 
     Args:
@@ -168,7 +170,7 @@ def attention_statistics(
     blocks = -(-s // block)
     padding = blocks * block - s
 
-    def by_block(array, axis):
+    def by_block(array: jax.Array, axis: int) -> jax.Array:
         """Pads `axis` (of size S) and moves its blocks to the front."""
         widths = [(0, 0)] * array.ndim
         widths[axis] = (0, padding)
@@ -186,7 +188,7 @@ def attention_statistics(
         if mask.shape[3] == s:
             inputs["mask"] = by_block(mask, 3)
 
-    def visible_keys(part):
+    def visible_keys(part: dict[str, jax.Array]) -> jax.Array:
         position = part["position"]
         # Positions that pad the last block are −1.
         visible = (position >= 0)[None, None, None, :]
@@ -200,7 +202,7 @@ def attention_statistics(
             visible = visible & part.get("mask", mask)
         return visible
 
-    def body(carry, part):
+    def body(carry: Sums, part: dict[str, jax.Array]) -> tuple[Sums, None]:
         # Accelerators would round float32 operands.
         product = jnp.einsum(
             "btnh,bsnh->bnts",
@@ -238,10 +240,10 @@ class Sums(NamedTuple):
 
 
 def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> Sums:
-    def only_visible(x, otherwise):
+    def only_visible(x: jax.Array, otherwise: float) -> jax.Array:
         return x if visible is None else jnp.where(visible, x, otherwise)
 
-    def below(x):
+    def below(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The maximum of x, and how far x is below it."""
         most = jnp.max(only_visible(x, -jnp.inf), axis=-1)
         # Where no key is visible any finite reference will do.
@@ -269,7 +271,7 @@ def not_far_below(relative: jax.Array) -> jax.Array:
 def _merged(a: Sums, b: Sums) -> Sums:
     """The sums over the keys of both."""
     top, largest = jnp.maximum(a.top, b.top), jnp.maximum(a.largest, b.largest)
-    sums = jax.tree.map(jnp.add, moved(a, top, largest), moved(b, top, largest))
+    sums = cast(Sums, jax.tree.map(jnp.add, moved(a, top, largest), moved(b, top, largest)))
     return sums._replace(top=top, largest=largest)
 
 
@@ -309,8 +311,8 @@ def largest(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
     return jnp.where(jnp.any(jnp.isnan(x), axis=axis), jnp.nan, jnp.max(x, axis=axis))
 
 
-def _first(inputs):
-    return jax.tree.map(lambda x: x[0], inputs)
+def _first(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: array[0] for name, array in inputs.items()}
 
 
 def normalised_entropy(entropy: jax.Array, visible: jax.Array) -> jax.Array:

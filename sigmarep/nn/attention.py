@@ -18,9 +18,9 @@ from sigmarep.fields import attribute
 from sigmarep.nn import attention_statistics, key_value_cache
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports, flash
-from sigmarep.nn.linear import Reparam, SigmaDenseGeneral
+from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, slot_scaled
 from sigmarep.nn.positions import Rotary
-from sigmarep.nn.visibility import FULL, Visibility
+from sigmarep.nn.visibility import FULL, RealTokens, Visibility
 
 QKV = ("separate", "fused", "qk_v")
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "flash")
@@ -41,18 +41,10 @@ MODEL_NAMES = {
 }
 PIECE: dict[str, Any] = {"also": doors.is_dotted, "also_doc": "or a dotted Python name"}
 
+# Queries (B, T, N, H), keys and values (B, S, N, H).
+Heads = tuple[jax.Array, jax.Array, jax.Array]
 # Gives the statistics of every query of a call; called only if the call records them.
 Statistics = Callable[[], entropy.AttentionStatistics]
-
-
-def slot_scaled(init: Callable, factors: tuple[float, ...]) -> Callable:
-    """An initializer of fused projections (D, slots · N · H) whose slots are multiplied by `factors`."""
-
-    def initializer(key, shape, dtype=jnp.float32):
-        slots = init(key, shape, dtype).reshape(shape[0], len(factors), -1)
-        return (slots * jnp.asarray(factors, dtype)[:, None]).reshape(shape)
-
-    return initializer
 
 
 class MultiHeadAttention(nn.Module):
@@ -86,7 +78,7 @@ class MultiHeadAttention(nn.Module):
     )
     use_bias: bool = True
     dropout: float = attribute(0.0, "Rate of dropout on the attention weights.", at_least=0, below=1)
-    implementation: str | Callable = attribute(
+    implementation: str | Callable[..., Any] = attribute(
         "auto",
         "xla forms the attention matrix, and the statistics are of its logits; cudnn is the fused kernel of "
         "jax.nn.dot_product_attention, beside which the statistics are taken by blocks of keys; flash is a kernel for TPUs "
@@ -96,14 +88,14 @@ class MultiHeadAttention(nn.Module):
         choices=IMPLEMENTATIONS,
         **PIECE,
     )
-    weights: str | Callable = attribute(
+    weights: str | Callable[..., Any] = attribute(
         "softmax",
         "Attention weights of the logits: softmax, or sigmoid (Ramapuram et al., 2024), whose entropy is that of the "
         "weights divided by their sum. A Python name: a function of logits and mask, (B, N, T, S), to weights.",
         choices=WEIGHTS,
         **PIECE,
     )
-    qk_norm: str | Callable = attribute(
+    qk_norm: str | Callable[..., Any] = attribute(
         "none",
         "Normalization of queries and keys over the features of a head: layer (without bias) or rms. A Python name: a "
         "Flax module's class, called with dtype and name.",
@@ -132,7 +124,7 @@ class MultiHeadAttention(nn.Module):
     rotary_base: float = attribute(
         0.0, "Base of rotary positions in self-attention, usually 10000; 0 is off.", at_least=0
     )
-    process_heads: str | Callable = attribute(
+    process_heads: str | Callable[..., Any] = attribute(
         "none",
         "A Python name: a function that changes queries, keys and values after their normalization and rotation, (query, "
         "key, value, positions) to (query, key, value), each (B, T, N, H); positions are None in attention to a context.",
@@ -144,8 +136,8 @@ class MultiHeadAttention(nn.Module):
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
-    kernel_init: Callable = DEFAULT_KERNEL_INIT
-    bias_init: Callable = nn.initializers.zeros_init()
+    kernel_init: Initializer = DEFAULT_KERNEL_INIT
+    bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
 
     @nn.compact
@@ -211,7 +203,7 @@ class MultiHeadAttention(nn.Module):
         value = getattr(self, name)
         return doors.load(value, field=MODEL_NAMES.get(name, name)) if doors.is_dotted(value) else value
 
-    def _dense(self, features, name: str, **options):
+    def _dense(self, features: int | tuple[int, ...], name: str, **options: Any) -> SigmaDenseGeneral:
         return SigmaDenseGeneral(
             features,
             use_bias=self.use_bias,
@@ -225,10 +217,10 @@ class MultiHeadAttention(nn.Module):
             **options,
         )
 
-    def _scaled_init(self):
+    def _scaled_init(self) -> Initializer:
         return self.kernel_init if self.value_scale == 1.0 else slot_scaled(self.kernel_init, (self.value_scale,))
 
-    def _project(self, x, context, cache_length):
+    def _project(self, x: jax.Array, context: jax.Array | None, cache_length: int) -> Heads:
         """Queries (B, T, N, H) of x; keys and values (B, S, N, H) of the context, or of x without one."""
         heads = (self.num_heads, self.head_dim or x.shape[-1] // self.num_heads)
         cached = key_value_cache.of_context(self) if cache_length and context is not None else None
@@ -249,18 +241,23 @@ class MultiHeadAttention(nn.Module):
             init = slot_scaled(self.kernel_init, (1.0, 1.0, self.value_scale))
             fused = self._dense((3, *heads), "qkv", makes=("query", "key", "value"), kernel_init=init)(x)
             query, key, value = (fused[..., i, :, :] for i in range(3))
-        return tuple(with_axes(each, "batch", "length", "heads", "head_dim") for each in (query, key, value))
+        query, key, value = (with_axes(each, "batch", "length", "heads", "head_dim") for each in (query, key, value))
+        return query, key, value
 
-    def _normalize(self, query, key):
+    def _normalize(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.qk_norm == "none":
             return query, key
         norm = QK_NORMS.get(str(self.qk_norm)) or self._piece("qk_norm")
         query = norm(name="query_norm", dtype=self.dtype)(query)
         return query, norm(name="key_norm", dtype=self.dtype)(key)
 
-    def _process(self, query, key, value, positions, context):
+    def _process(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array | None, context: jax.Array | None
+    ) -> Heads:
         """Queries, keys and values after rotation and after the hook of the caller."""
-        processes = [Rotary(self.rotary_base)] if self.rotary_base and context is None else []
+        processes: list[Callable[..., Heads]] = (
+            [Rotary(self.rotary_base)] if self.rotary_base and context is None else []
+        )
         if self.process_heads != "none":
             processes.append(self._piece("process_heads"))
         if context is not None:
@@ -271,7 +268,9 @@ class MultiHeadAttention(nn.Module):
             query, key, value = process(query, key, value, positions)
         return query, key, value
 
-    def _scale(self, query, key, visibility, real):
+    def _scale(
+        self, query: jax.Array, key: jax.Array, visibility: Visibility, real: RealTokens
+    ) -> tuple[jax.Array, jax.Array]:
         """Queries multiplied by the factors on the logits other than 1/√H, and the product of these, () or (N,)."""
         if self.temperature != 1.0:
             query = query / jnp.asarray(self.temperature, query.dtype)
@@ -285,7 +284,7 @@ class MultiHeadAttention(nn.Module):
             query, factor = query * learned.astype(query.dtype), factor * learned
         return query, factor
 
-    def _learned_factor(self, query, key, visibility, real):
+    def _learned_factor(self, query: jax.Array, key: jax.Array, visibility: Visibility, real: RealTokens) -> jax.Array:
         """The factor on the logits, (); sows its loss. No gradient flows through either to anything but `log_scale`."""
         log_scale = self.param("log_scale", nn.initializers.zeros_init(), (), jnp.float32)
         if self.is_mutable_collection("losses"):
@@ -296,7 +295,15 @@ class MultiHeadAttention(nn.Module):
             self._store("losses", "entropy_target", (share - self.entropy_target) ** 2)
         return jax.lax.stop_gradient(jnp.exp(log_scale))
 
-    def _attend(self, query, key, value, visibility, deterministic, recording) -> tuple[jax.Array, Statistics]:
+    def _attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        visibility: Visibility,
+        deterministic: bool,
+        recording: bool,
+    ) -> tuple[jax.Array, Statistics]:
         """Averages of the values by the attention weights, (B, T, N, H), and what gives the statistics of every query."""
         if self.implementation == "flash" and not self.is_initializing():
             return self._flash(query, key, value, visibility, deterministic, recording)
@@ -313,7 +320,15 @@ class MultiHeadAttention(nn.Module):
         attended = jnp.einsum("bnts,bsnh->btnh", dropped.astype(value.dtype), value)
         return attended, lambda: self._statistics_of_matrix(logits, mask, weights)
 
-    def _flash(self, query, key, value, visibility, deterministic, recording) -> tuple[jax.Array, Statistics]:
+    def _flash(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        visibility: Visibility,
+        deterministic: bool,
+        recording: bool,
+    ) -> tuple[jax.Array, Statistics]:
         if visibility.mask is not None:
             raise ValueError(
                 "implementation = 'flash': knows padding, segments and causality, not Visibility.mask; use 'xla' or 'auto'"
@@ -334,7 +349,7 @@ class MultiHeadAttention(nn.Module):
     def _needs_matrix(self, deterministic: bool) -> bool:
         return bool(self.logit_cap or self.weights != "softmax" or (self.dropout and not deterministic))
 
-    def _kernel(self, query, mask, deterministic: bool) -> Callable | None:
+    def _kernel(self, query: jax.Array, mask: jax.Array | None, deterministic: bool) -> Callable[..., jax.Array] | None:
         """The fused kernel that attends, or None if the attention matrix is formed."""
         if self.implementation == "auto":
             # cuDNN would be given a mask as an array (B, N or 1, T, S).
@@ -342,16 +357,16 @@ class MultiHeadAttention(nn.Module):
             return cudnn_attention if fits else None
         if self.implementation in IMPLEMENTATIONS:
             return cudnn_attention if self.implementation == "cudnn" else None
-        return self._piece("implementation")
+        return cast(Callable[..., jax.Array], self._piece("implementation"))
 
-    def _logits(self, query, key):
+    def _logits(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """The logits (B, N, T, S) in float32, soft-capped."""
         # The cotangent of the logits is float32; this rounds it, so that products are of bfloat16 backwards too.
         precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if query.dtype == jnp.bfloat16 else None
         logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32)
         return entropy.soft_capped(logits * query.shape[-1] ** -0.5, self.logit_cap)
 
-    def _weights(self, logits, mask):
+    def _weights(self, logits: jax.Array, mask: jax.Array | None) -> jax.Array:
         if self.weights != "softmax":
             function = entropy.sigmoid_weights if self.weights == "sigmoid" else self._piece("weights")
             return function(logits, jnp.ones((1, 1, *logits.shape[-2:]), bool) if mask is None else mask)
@@ -359,14 +374,18 @@ class MultiHeadAttention(nn.Module):
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
         return jax.nn.softmax(logits, axis=-1)
 
-    def _statistics_of_matrix(self, logits, mask, weights):
+    def _statistics_of_matrix(
+        self, logits: jax.Array, mask: jax.Array | None, weights: jax.Array
+    ) -> entropy.AttentionStatistics:
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        weights = None if self.weights in WEIGHTS else jax.lax.stop_gradient(weights)
+        own = None if self.weights in WEIGHTS else jax.lax.stop_gradient(weights)
         logits = jax.lax.stop_gradient(logits)
-        return entropy.statistics_of_logits(logits, mask, sigmoid=self.weights == "sigmoid", weights=weights)
+        return entropy.statistics_of_logits(logits, mask, sigmoid=self.weights == "sigmoid", weights=own)
 
-    def _statistics_by_blocks(self, query, key, visibility):
+    def _statistics_by_blocks(
+        self, query: jax.Array, key: jax.Array, visibility: Visibility
+    ) -> entropy.AttentionStatistics:
         return entropy.attention_statistics(
             query,
             key,
@@ -375,13 +394,22 @@ class MultiHeadAttention(nn.Module):
             sigmoid=self.weights == "sigmoid",
         )
 
-    def _gated(self, attended, x):
+    def _gated(self, attended: jax.Array, x: jax.Array) -> jax.Array:
         if self.attention_gate == "none":
             return attended
         features = attended.shape[-1] if self.attention_gate == "elementwise" else 1
         return attended * nn.sigmoid(self._dense((self.num_heads, features), "gate", kernel_init=self.kernel_init)(x))
 
-    def _record(self, statistics, query, key, x, context, real, factor):
+    def _record(
+        self,
+        statistics: entropy.AttentionStatistics,
+        query: jax.Array,
+        key: jax.Array,
+        x: jax.Array,
+        context: jax.Array | None,
+        real: RealTokens,
+        factor: jax.Array,
+    ) -> None:
         """Stores the statistics of this call in the collection `attention`."""
         counted = attention_statistics.CountedQueries.of(statistics, real.queries)
         projections = attention_statistics.query_key_kernels(

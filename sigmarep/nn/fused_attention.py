@@ -1,6 +1,6 @@
 """Attention by kernels that keep no attention matrix: cuDNN's, and that of `sigmarep.core.flash_attention`."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,13 @@ def flash(
         seeds = (jax.random.bits(dropout_key, (b, n), jnp.uint32).astype(jnp.int32),)
     platform = _platform()
 
-    def attend(query, key, value, identities, seeds):
+    def attend(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        identities: tuple[jax.Array, ...],
+        seeds: tuple[jax.Array, ...],
+    ) -> tuple[jax.Array, AttentionStatistics | None]:
         return flash_attention(
             query,
             key,
@@ -66,12 +72,13 @@ def flash(
         return attend(query, key, value, identities, seeds)
     examples, heads = spec[0], spec[2]
     tokens, rows = PartitionSpec(examples, None, heads, None), PartitionSpec(examples, heads)
-    return jax.shard_map(
+    sharded = jax.shard_map(
         attend,
         in_specs=(tokens, tokens, tokens, PartitionSpec(examples), rows),
         out_specs=(tokens, rows),
         check_vma=False,
-    )(query, key, value, identities, seeds)
+    )
+    return cast(tuple[jax.Array, AttentionStatistics | None], sharded(query, key, value, identities, seeds))
 
 
 def _platform() -> str:
@@ -80,7 +87,9 @@ def _platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def cudnn_attention(query, key, value, *, mask, is_causal: bool) -> jax.Array:
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None, is_causal: bool
+) -> jax.Array:
     """softmax(Q Kᵀ/√H)·V by a kernel that keeps no attention matrix.
 
     Args:
@@ -93,10 +102,13 @@ def cudnn_attention(query, key, value, *, mask, is_causal: bool) -> jax.Array:
     options: dict[str, Any] = {"is_causal": is_causal, "implementation": "cudnn"}
     length = query.shape[1]
     query, key, value, mask, lengths = with_even_lengths(query, key, value, mask)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, **lengths, **options)[:, :length]
+    attended: jax.Array = jax.nn.dot_product_attention(query, key, value, mask=mask, **lengths, **options)
+    return attended[:, :length]
 
 
-def with_even_lengths(query, key, value, mask):
+def with_even_lengths(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, dict[str, Any]]:
     """Pads odd numbers of tokens, which cuDNN refuses in training, by one that is never seen, and broadcasts the mask.
 
     Returns:
@@ -104,7 +116,7 @@ def with_even_lengths(query, key, value, mask):
       `jax.nn.dot_product_attention`.
     """
     odd = [x.shape[1] % 2 for x in (query, key)]
-    lengths: dict[str, jax.Array] = {}
+    lengths: dict[str, Any] = {}
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
@@ -121,7 +133,7 @@ def with_even_lengths(query, key, value, mask):
     return query, key, value, mask, lengths
 
 
-def cudnn_supports(query) -> bool:
+def cudnn_supports(query: jax.Array) -> bool:
     """True if cuDNN's kernel supports this GPU, and the type and head size of these queries."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8 or query.shape[-1] > 128:
         return False

@@ -27,6 +27,7 @@ Reparam = Literal["none", "sigma", "spectral", "weight"]
 REPARAMS: tuple[Reparam, ...] = get_args(Reparam)
 Role = Literal["hidden", "input", "output", "projector", "position"]
 ROLES: tuple[Role, ...] = get_args(Role)
+Initializer = Callable[..., jax.Array]
 
 
 # Traced once for all layers of one shape, where Python would trace the same dozens of operations for each of them and
@@ -176,3 +177,13 @@ class SigmaEmbed(ReparametrizedLayer, nn.Embed):
     role: Role = "input"
 
     matrix_name: ClassVar[str] = "embedding"
+
+
+def slot_scaled(init: Initializer, factors: tuple[float, ...]) -> Initializer:
+    """An initializer of fused projections (D, slots · N · H) whose slots are multiplied by `factors`."""
+
+    def initializer(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        slots = init(key, shape, dtype).reshape(shape[0], len(factors), -1)
+        return (slots * jnp.asarray(factors, dtype)[:, None]).reshape(shape)
+
+    return initializer
