@@ -52,6 +52,13 @@ ARMS = {
         *(f"arm={arm},width=32" for arm in ("pre_ln", "post_ln", "qk_norm", "weight_post_ln", "sigma_only")),
         "arm=sigma_pre_ln,width=1024,dtype=bfloat16",
     ],
+    "guide/what_to_change.py": [
+        "",
+        "change=pre_ln",
+        "change=gamma_decays",
+        "change=no_norm_gamma_sigma_small",
+        "change=lm_all",
+    ],
     "ssl/quickstart.py": ["", "arm=pre_ln", "arm=frozen_patch", "arm=sigma"],
     "ssl/cifar10.py": ["", "method=moco_v3"],
     "ssl/simclr_imagenet.py": ["arm=pre_ln", "arm=frozen_patch", "arm=sigma,warmup=10", "arm=sigma_pre_ln"],

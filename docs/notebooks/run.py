@@ -1,6 +1,6 @@
 """Runs notebooks in this process and stores what their cells show, without Jupyter.
 
-    python scripts/run_notebooks.py docs/notebooks/*.ipynb
+    python docs/notebooks/run.py docs/notebooks/*.ipynb
 
 Each notebook runs in an empty folder, as a reader's would in a new one. Stored are printed text, the value of a cell's last
 line, and matplotlib's figures as PNG. A value whose HTML has more than 100 kB, as the page of a report, is stored as a line
