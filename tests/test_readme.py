@@ -74,3 +74,7 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in PAGES[1:]:
         assert (tmp_path / f"{page.stem}.html").exists()
+    # Any page is one click away from the first, whose bar at the side has them all.
+    first = (tmp_path / "index.html").read_text()
+    names = {path.relative_to(ROOT / "docs").with_suffix(".html").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert not [name for name in names - {"index.html"} if f'href="{name}"' not in first]
