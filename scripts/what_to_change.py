@@ -1,6 +1,6 @@
 """Makes the runs of configs/guide/what_to_change.py and prints the tables of docs/switching_on.md.
 
-    python scripts/what_to_change.py --workdir runs/what_to_change [--jobs 1]
+    python scripts/what_to_change.py --workdir runs/what_to_change [--jobs 1] [--page docs/switching_on.md]
 
 The runs are an ordinary sweep: finished ones are not repeated, and scripts/report.py reads the folder. Each cell is the
 lowest to the highest of three seeds; the entropy is that of the lowest layer at the last step. The averaged weights are
@@ -8,7 +8,8 @@ evaluated as the trainer does, with a σ of their own, and with the σ of the tr
 """
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sigmarep.sweeps import Outcome
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
+PAGE = flags.DEFINE_string("page", None, "Page whose tables are replaced: docs/switching_on.md.")
 JOBS = flags.DEFINE_integer("jobs", None, "Number of runs at a time; half the cores by default.", lower_bound=1)
 HERE = os.path.dirname(__file__)
 CONFIG = os.path.join(HERE, "..", "configs", "guide", "what_to_change.py")
@@ -35,17 +37,38 @@ def main() -> None:
     rows: dict[tuple[str, float], list[sweeps.Outcome]] = {}
     for outcome in outcomes:
         rows.setdefault((outcome.point["change"], outcome.point["learning_rate"]), []).append(outcome)
+    tables = {}
     for question, compared in module.QUESTIONS.items():
-        print(
-            f"\n{question}\n\n| | rate | test accuracy | test loss | entropy at the end, nats |\n|---|---|---|---|---|"
-        )
+        tables[question] = [
+            "| | rate | test accuracy | test loss | entropy at the end, nats |",
+            "|---|---|---|---|---|",
+        ]
         for change, rate in compared:
-            print(f"| {module.CHANGES[change][0]} | {rate:g} | {' | '.join(cells(rows[change, rate]))} |")
-    print("\nσ of averaged weights\n\n| σ | test accuracy | test loss | least ‖Ŵ‖/γ |\n|---|---|---|---|")
+            words = module.CHANGES[change][0]
+            tables[question].append(f"| {words} | {rate:g} | {' | '.join(cells(rows[change, rate]))} |")
+    of_averages = ["| σ | test accuracy | test loss | least ‖Ŵ‖/γ |", "|---|---|---|---|"]
     folders = [os.path.join(workdir, sweeps.run_name(point)) for point in points if point["change"] == "averaged"]
     for words, stored in (("of one power step on the averages", False), ("of the training", True)):
         accuracy, loss, norm = zip(*(averaged(folder, stored_sigma=stored) for folder in folders), strict=True)
-        print(f"| {words} | {span(accuracy, '.1%')} | {span(loss, '.3f')} | {span(norm, '.3f')} |")
+        of_averages.append(f"| {words} | {span(accuracy, '.1%')} | {span(loss, '.3f')} | {span(norm, '.3f')} |")
+    tables["σ of averaged weights"] = of_averages
+    for title, lines in tables.items():
+        print("", title, "", *lines, sep="\n")
+    if PAGE.value:
+        with open(PAGE.value, encoding="utf-8") as file:
+            text = file.read()
+        with open(PAGE.value, "w", encoding="utf-8") as file:
+            file.write(with_tables(text, tables))
+
+
+def with_tables(text: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """The text with each table between its marks, `<!-- table: TITLE -->` and `<!-- end -->`."""
+
+    def filled(match: re.Match[str]) -> str:
+        lines = tables.get(match[1])
+        return match[0] if lines is None else "\n".join((f"<!-- table: {match[1]} -->\n", *lines, "\n<!-- end -->"))
+
+    return re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", filled, text, flags=re.S)
 
 
 def cells(outcomes: "list[Outcome]") -> list[str]:

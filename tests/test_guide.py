@@ -63,6 +63,16 @@ def test_a_row_has_the_lowest_and_the_highest_and_counts_what_diverged():
     assert cells(runs[2:]) == ["1 diverged", "", ""]
 
 
+def test_tables_replace_those_between_their_marks(sweep):
+    with_tables = load("scripts/what_to_change.py").with_tables
+    text = "a\n<!-- table: x -->\n\n| old |\n\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
+    changed = with_tables(text, {"x": ["| 1 |", "| 2 |"]})
+    assert changed == text.replace("| old |", "| 1 |\n| 2 |")
+    assert with_tables(changed, {"x": ["| 1 |", "| 2 |"]}) == changed
+    page = (ROOT / "docs" / "switching_on.md").read_text()
+    assert all(f"<!-- table: {question} -->" in page for question in sweep.QUESTIONS)
+
+
 def test_the_page_prints_the_examples_adapters(adapters):
     page = (ROOT / "docs" / "switching_on.md").read_text()
     for function in (adapters.adapters, adapters.adapted):
