@@ -2,6 +2,9 @@
 
 import importlib.util
 import inspect
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -12,7 +15,6 @@ import pytest
 from sigmarep.configuration import flatten
 from sigmarep.nn import TransformerConfig, TransformerStack, fold
 from sigmarep.nn.layers import describe
-from sigmarep.sweeps import Outcome
 from sigmarep.training.config import validate
 
 ROOT = Path(__file__).parents[1]
@@ -50,27 +52,36 @@ def test_every_change_answers_a_question_and_the_page_asks_all(sweep):
     assert len(sweep.sweep()) == 3 * len({row for rows in sweep.QUESTIONS.values() for row in rows})
 
 
-def test_a_row_has_the_lowest_and_the_highest_and_counts_what_diverged():
-    cells = load("scripts/what_to_change.py").cells
+# In a process of its own: the script defines flags.
+OF_THE_SCRIPT = """
+import json, runpy, sys
+from sigmarep.sweeps import Outcome
 
-    def run(accuracy, loss, entropies, state="done"):
-        last = {f"attention/entropy/{i}": value for i, value in enumerate(entropies)}
-        rows = [{"train/loss": 1.0, **last}, {"eval/test/accuracy": accuracy, "eval/test/loss": loss}]
-        return Outcome({}, state, rows)
+script = runpy.run_path("scripts/what_to_change.py")
 
-    runs = [run(0.5, 1.25, [2.0, 1.5]), run(0.75, 1.0, [0.5, 1.0]), run(0.9, 0.1, [1.0], "diverged")]
-    assert cells(runs) == ["50.0% to 75.0%, 1 diverged", "1.000 to 1.250", "0.50 to 1.50"]
-    assert cells(runs[2:]) == ["1 diverged", "", ""]
+def run(accuracy, loss, entropies, state="done"):
+    last = {f"attention/entropy/{i}": value for i, value in enumerate(entropies)}
+    return Outcome({}, state, [{"train/loss": 1.0, **last}, {"eval/test/accuracy": accuracy, "eval/test/loss": loss}])
+
+runs = [run(0.5, 1.25, [2.0, 1.5]), run(0.75, 1.0, [0.5, 1.0]), run(0.9, 0.1, [1.0], "diverged")]
+tables = {"x": ["| 1 |", "| 2 |"]}
+once = script["with_tables"](sys.argv[1], tables)
+print(json.dumps([script["cells"](runs), script["cells"](runs[2:]), once, script["with_tables"](once, tables)]))
+"""
 
 
-def test_tables_replace_those_between_their_marks(sweep):
-    with_tables = load("scripts/what_to_change.py").with_tables
+def test_rows_have_lowest_and_highest_and_tables_replace_those_between_their_marks(sweep):
     text = "a\n<!-- table: x -->\n\n| old |\n\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
-    changed = with_tables(text, {"x": ["| 1 |", "| 2 |"]})
-    assert changed == text.replace("| old |", "| 1 |\n| 2 |")
-    assert with_tables(changed, {"x": ["| 1 |", "| 2 |"]}) == changed
+    done = subprocess.run(
+        [sys.executable, "-c", OF_THE_SCRIPT, text], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    cells, diverged, once, twice = json.loads(done.stdout)
+    assert cells == ["50.0% to 75.0%, 1 diverged", "1.000 to 1.250", "0.50 to 1.50"]
+    assert diverged == ["1 diverged", "", ""]
+    assert once == twice == text.replace("| old |", "| 1 |\n| 2 |")
     page = (ROOT / "docs" / "switching_on.md").read_text()
     assert all(f"<!-- table: {question} -->" in page for question in sweep.QUESTIONS)
+    assert all(f"| {words} |" in page for words, _ in sweep.CHANGES.values())
 
 
 def test_the_page_prints_the_examples_adapters(adapters):
@@ -82,7 +93,7 @@ def test_the_page_prints_the_examples_adapters(adapters):
 @pytest.fixture(scope="module")
 def stack(adapters):
     """A σReparam stack of scanned blocks with its variables, the layers that are adapted, and pairs of rank 2."""
-    model = TransformerStack(TransformerConfig(depth=2, width=8, num_heads=2, mlp_dim=16))
+    model = TransformerStack(TransformerConfig(depth=2, width=8, num_heads=2, mlp_dim=16, reparam="sigma"))
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     variables = model.init(jax.random.key(1), x)
     layers = describe(model.init, jax.random.key(0), x)

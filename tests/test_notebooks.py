@@ -24,7 +24,7 @@ def execute(name, tmp_path):
 
 def test_a_loop_of_ones_own_keeps_its_attention_and_its_function_when_folded(tmp_path):
     notebook, names = execute("your_own_loop.ipynb", tmp_path)
-    assert names["accuracy"](names["model"], names["variables"]) > 0.8
+    assert names["accuracy"](names["model"], names["variables"]) > 0.7
     assert float(names["difference"]) < 1e-4
     plain, sigma = (
         names["read_metrics"](f"{tmp_path}/runs/{name}/metrics.jsonl")[-1]["attention/entropy_min"]
