@@ -1,5 +1,6 @@
 """The guide docs/switching_on.md: its sweep changes one thing at a time, its table's cells, and its adapters."""
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -120,5 +121,6 @@ def test_adapters_inside_sigma_keep_every_norm_and_over_folded_kernels_do_not(ad
     assert adapters.growth(before, adapters.adapted(before, layers, moved), layers) > 1.5
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def stepped(model: nn.Module, variables, x):
     return model.apply(variables, x, mutable=["spectral"])[1]["spectral"]
