@@ -392,6 +392,74 @@ def test_every_update_of_a_bounded_optimizer_is_within_the_bound():
         params = jax.tree.map(jnp.add, params, updates)
 
 
+def adam_directions(gradients, beta1, beta2, epsilon):
+    """Adam's updates before the rate, of one parameter's gradients."""
+    first = second = 0.0
+    for t, g in enumerate(gradients, 1):
+        first, second = beta1 * first + (1 - beta1) * g, beta2 * second + (1 - beta2) * g**2
+        yield first / (1 - beta1**t) / (np.sqrt(second / (1 - beta2**t)) + epsilon)
+
+
+def test_hyperball_moves_on_the_sphere_of_the_initial_norm_by_the_rate_times_that_norm():
+    """W ← R · Norm(W − η R · Norm(u)) with R = ‖W₀‖_F, for every layer of a stack (Wen et al., 2026)."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(2, 4, 6)) * np.array([1.0, 7.0])[:, None, None]
+    params = {
+        "blocks": {"up": {"kernel": kernel, "bias": rng.normal(size=(2, 6))}},
+        "head": {"kernel": np.ones((6, 3))},
+    }
+    gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape), params) for _ in range(3)]
+    made = config("adam", weight_decay=0.0, hyperball=True)
+    rates = [0.3, 0.2, 0.1]
+    layers = described(params)
+    optimizer = create_optimizer(made, schedule=lambda t: jnp.asarray(rates)[t], params=float32(params), layers=layers)
+    new, state = float32(params), optimizer.init(float32(params))
+    for each in gradients:
+        updates, state = optimizer.update(float32(each), state, new)
+        new = jax.tree.map(jnp.add, new, updates)
+
+    norm = np.linalg.norm
+    for layer in range(2):
+        expected, radius = kernel[layer], norm(kernel[layer])
+        each_gradient = [each["blocks"]["up"]["kernel"][layer] for each in gradients]
+        for rate, u in zip(rates, adam_directions(each_gradient, 0.9, 0.999, 1e-6), strict=True):
+            expected = expected - rate * radius * u / norm(u)
+            expected = radius * expected / norm(expected)
+        np.testing.assert_allclose(new["blocks"]["up"]["kernel"][layer], expected, rtol=1e-4, atol=1e-5)
+    # An output kernel, and a bias, are Adam's.
+    for path in (("head", "kernel"), ("blocks", "up", "bias")):
+        start, found, each_gradient = params, new, gradients
+        for name in path:
+            start, found, each_gradient = start[name], found[name], [each[name] for each in each_gradient]
+        steps = [r * u for r, u in zip(rates, adam_directions(each_gradient, 0.9, 0.999, 1e-6), strict=True)]
+        np.testing.assert_allclose(found, start - sum(steps), rtol=1e-4, atol=1e-5)
+    made.layer_decay = 0.5
+    with pytest.raises(BadInput, match=r"config\.optimizer\.layer_decay = 0\.5: expected 1 with hyperball"):
+        create_optimizer(made, schedule=lambda _: RATE, params=params, layers=layers)
+
+
+def test_rates_of_mup_fall_with_the_inputs_of_hidden_and_output_kernels():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "table": {"kernel": (9, 8)},
+        "block_0": {"query": {"kernel": (8, 2, 4)}, "down": {"kernel": (32, 8), "bias": (8,)}},
+        "head": {"kernel": (8, 3)},
+    }
+    params = jax.tree.map(rng.standard_normal, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape), params) for _ in range(2)]
+    made = config("adam", weight_decay=0.0)
+    plain = train(made, params, gradients)
+    made.rate_inputs = 16
+    scaled = train(made, params, gradients)
+    moved, slowly = (jax.tree.map(np.subtract, each, params) for each in (plain, scaled))
+    factors = {
+        "table": {"kernel": 1.0},
+        "block_0": {"query": {"kernel": 2.0}, "down": {"kernel": 0.5, "bias": 1.0}},
+        "head": {"kernel": 2.0},
+    }
+    jax.tree.map(lambda a, b, f: np.testing.assert_allclose(b, f * a, rtol=1e-3, atol=1e-5), moved, slowly, factors)
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
 def test_gains_learn_at_their_part_of_the_rate(name):
     params, gradients = tree(), [tree(seed) for seed in range(1, 4)]
