@@ -68,6 +68,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "pre_ln_decay": PLAIN | {"optimizer.weight_decay": 0.1},
     # μP's rates for Adam, equal to the plain ones at 64 inputs.
     "mup_rates": PLAIN | {"optimizer.rate_inputs": 64},
+    "query_key_rates": PLAIN | {"optimizer.query_key_rates": True},
     "hyperball": PLAIN | {"optimizer.hyperball": True},
     "bounded": PLAIN | {"optimizer.spectral_bound": 0.05},
     "muon": PLAIN | {"optimizer.name": "muon"},

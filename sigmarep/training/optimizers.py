@@ -44,7 +44,7 @@ from sigmarep.nn.layers import Layer, Layers
 from sigmarep.training import external
 from sigmarep.training.layer_decay import distances
 from sigmarep.training.mesh import path_name
-from sigmarep.training.relative_steps import frobenius_norm, hyperball, scale_by_trust_ratio
+from sigmarep.training.relative_steps import frobenius_norm, hyperball, scale_by_trust_ratio, scale_queries_and_keys
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon")
 FIELDS: dict[str, Any] = {
@@ -111,6 +111,11 @@ FIELDS: dict[str, Any] = {
         False,
         "Keeps the Frobenius norm of every hidden matrix as it is, with steps of learning_rate times that norm "
         "(sigmarep.training.relative_steps.hyperball).",
+    ),
+    "query_key_rates": field(
+        False,
+        "Divides the learning rates of query kernels by the norms of the key kernels, and the reverse, relative to the "
+        "start (sigmarep.training.relative_steps.scale_queries_and_keys).",
     ),
     "qk_clip": field(
         0.0,
@@ -203,10 +208,10 @@ def create_optimizer(
     Raises:
       BadInput: a regular expression finds no parameter; those of the defaults may, which serve all models.
     """
-    if config.hyperball and config.layer_decay != 1:
+    if config.hyperball and (config.layer_decay != 1 or config.query_key_rates or config.rate_inputs):
         raise BadInput(
-            f"config.optimizer.layer_decay = {config.layer_decay}: expected 1 with hyperball, whose steps are as "
-            "long as learning_rate says in every block"
+            "config.optimizer.hyperball = True: expected no layer_decay, query_key_rates or rate_inputs beside it; its "
+            "steps are as long as learning_rate says in every matrix"
         )
     for field_name in ("no_decay", "scale_parameters", "non_matrices"):
         _check_matches(field_name, config[field_name], params)
@@ -217,12 +222,13 @@ def create_optimizer(
         (bound_spectral_norm(config.spectral_bound, hidden_matrices(config, layers)),) if config.spectral_bound else ()
     )
     sphere = (hyperball(schedule, layers, hidden_matrices(config, layers)),) if config.hyperball else ()
+    logits = (scale_queries_and_keys(layers),) if config.query_key_rates else ()
     relative = (scale_by_kernel_norm(layers),) if config.relative_gradients else ()
     factors = rate_factors(config, params, layers, rates)
     uniform = all(isinstance(x, float) and x == 1 for x in jax.tree.leaves(factors))
     scaled = () if uniform else (_scaled_by(lambda _: factors),)
     directions = _directions(config, schedule, mask, params, layers, rates.weight_decay)
-    return optax.chain(*clip, *relative, *directions, *bound, *scaled, *sphere)
+    return optax.chain(*clip, *relative, *directions, *bound, *scaled, *logits, *sphere)
 
 
 def _directions(

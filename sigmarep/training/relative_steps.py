@@ -1,15 +1,16 @@
-"""Steps measured by the size of the weights: the trust ratios of LARS and LAMB, and Hyperball.
+"""Steps measured by the size of the weights: the trust ratios of LARS and LAMB, Hyperball, rates of queries and keys.
 
 Norms are those of each layer apart where layers are stacked, so that a scanned model trains as the unrolled one does.
 """
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sigmarep.errors import BadInput
 from sigmarep.nn.layers import Layers
 from sigmarep.training.mesh import path_name
 
@@ -74,3 +75,61 @@ def hyperball(schedule: optax.Schedule, layers: Layers, matrices: Container[str]
         return moved_all, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
+
+
+class QueryKeyState(NamedTuple):
+    """`norms`: for every kernel of queries ‖W_K‖_F at the start, for every one of keys ‖W_Q‖_F; a zero for other
+    parameters."""
+
+    norms: Any
+
+
+def scale_queries_and_keys(layers: Layers) -> optax.GradientTransformation:
+    """Multiplies the steps of W_Q by ‖W_K⁰‖/‖W_K‖, and those of W_K by ‖W_Q⁰‖/‖W_Q‖, with ⁰ for the start.
+
+    Anson and Aitchison, 2025 (arXiv 2511.21377): rates η_Q ∝ 1/‖W_K‖ and η_K ∝ 1/‖W_Q‖ bound how far a step moves the
+    logits, however large the kernels are. That much was read, in a summary. The norm of whole kernels by Frobenius, and the
+    factor that makes the rates at the start the plain ones, are this project's choice.
+
+    Args:
+      layers: of the model; its attention states what its projections make.
+
+    Raises:
+      BadInput: queries and keys share a kernel, or there are none.
+    """
+    partners = _partners(layers)
+
+    def norms_of_partners(params: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        norms = {path_name(path): frobenius_norm(layers, path, w) for path, w in leaves if path_name(path) in partners}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: norms[partners[path_name(path)]] if path_name(path) in partners else jnp.zeros(()), params
+        )
+
+    def update(updates: Any, state: QueryKeyState, params: Any = None) -> tuple[Any, QueryKeyState]:
+        def scaled(path: tuple[Any, ...], step: jax.Array, start: jax.Array, norm: jax.Array) -> jax.Array:
+            if path_name(path) not in partners:
+                return step
+            usable = (start > 0) & (norm > 0)
+            return (step * jnp.where(usable, start / jnp.where(usable, norm, 1.0), 1.0)).astype(step.dtype)
+
+        norms = norms_of_partners(params)
+        return jax.tree_util.tree_map_with_path(scaled, updates, state.norms, norms), state
+
+    return optax.GradientTransformation(lambda params: QueryKeyState(norms_of_partners(params)), update)
+
+
+def _partners(layers: Layers) -> dict[str, str]:
+    """The kernel of the keys by that of the queries of each attention, and the reverse."""
+    by_module: dict[str, dict[str, str]] = {}
+    for layer in layers.values():
+        if set(layer.makes) & {"query", "key"}:
+            if len(layer.makes) > 1:
+                raise BadInput("config.optimizer.query_key_rates = True: expected config.model.qkv = 'separate'")
+            by_module.setdefault(layer.module.rpartition("/")[0], {})[layer.makes[0]] = layer.name
+    if not by_module:
+        raise BadInput(
+            "config.optimizer.query_key_rates = True: the model says of no kernel that it makes queries or keys"
+        )
+    pairs = [(names["query"], names["key"]) for names in by_module.values()]
+    return {one: other for pair in pairs for one, other in (pair, pair[::-1])}

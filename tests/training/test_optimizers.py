@@ -8,7 +8,8 @@ import pytest
 
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
-from sigmarep.nn.layers import Layer, Layers
+from sigmarep.nn import TransformerConfig, TransformerStack
+from sigmarep.nn.layers import Layer, Layers, describe
 from sigmarep.training import durations
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.mesh import path_name
@@ -434,8 +435,41 @@ def test_hyperball_moves_on_the_sphere_of_the_initial_norm_by_the_rate_times_tha
         steps = [r * u for r, u in zip(rates, adam_directions(each_gradient, 0.9, 0.999, 1e-6), strict=True)]
         np.testing.assert_allclose(found, start - sum(steps), rtol=1e-4, atol=1e-5)
     made.layer_decay = 0.5
-    with pytest.raises(BadInput, match=r"config\.optimizer\.layer_decay = 0\.5: expected 1 with hyperball"):
+    with pytest.raises(
+        BadInput, match=r"config\.optimizer\.hyperball = True: expected no layer_decay, query_key_rates"
+    ):
         create_optimizer(made, schedule=lambda _: RATE, params=params, layers=layers)
+
+
+def test_steps_of_queries_and_keys_are_divided_by_each_others_norm_relative_to_the_start():
+    """η_Q ∝ 1/‖W_K‖ and η_K ∝ 1/‖W_Q‖ (Anson and Aitchison, 2025), for every layer of a stack."""
+    x = jnp.ones((1, 3, 8))
+    transformer = TransformerConfig(depth=2, width=8, num_heads=2, mlp_dim=8, norm="none")
+    layers = describe(TransformerStack(transformer).init, jax.random.key(0), x)
+    params = layers.variables["params"]
+    rng = np.random.default_rng(0)
+    params, gradients = (jax.tree.map(lambda p: rng.normal(size=p.shape), params) for _ in range(2))
+    made = config("sgd", weight_decay=0.0, momentum=0.0, query_key_rates=True)
+    optimizer = create_optimizer(made, schedule=lambda _: RATE, params=float32(params), layers=layers)
+    state = optimizer.init(float32(params))
+    # The second layer's queries are three times as large as at the start, the first layer's keys a half.
+    later = jax.tree.map(np.copy, params)
+    attention = later["blocks"]["attention"]
+    attention["query"]["kernel"][1] *= 3.0
+    attention["key"]["kernel"][0] *= 0.5
+    updates, _ = optimizer.update(float32(gradients), state, float32(later))
+    expected = jax.tree.map(lambda g: -RATE * g, gradients)
+    expected["blocks"]["attention"]["key"]["kernel"][1] /= 3.0
+    expected["blocks"]["attention"]["query"]["kernel"][0] /= 0.5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
+
+
+def test_queries_and_keys_of_one_kernel_have_no_rates_of_their_own():
+    transformer = TransformerConfig(depth=1, width=8, num_heads=2, mlp_dim=8, qkv="fused")
+    layers = describe(TransformerStack(transformer).init, jax.random.key(0), jnp.ones((1, 3, 8)))
+    made = config("sgd", query_key_rates=True)
+    with pytest.raises(BadInput, match=r"query_key_rates = True: expected config\.model\.qkv = 'separate'"):
+        create_optimizer(made, schedule=lambda _: RATE, params=layers.variables["params"], layers=layers)
 
 
 def test_rates_of_mup_fall_with_the_inputs_of_hidden_and_output_kernels():
