@@ -10,8 +10,9 @@ patch_size (4), batch_size (32), epochs (1), share (10, per cent of the training
 pictures), dtype (float32).
 
 Claim (a) of the paper: σReparam alone trains a ViT by LARS or SGD with momentum. Data and model are those of
-configs/stability/robustness.py; momentum 0.9, a cosine, no clipping. Kernels start as W₀ in all arms but `spectral_only`,
-whose kernels start at spectral norm 1.
+configs/stability/robustness.py; momentum 0.9, a cosine, no clipping. Kernels start at spectral norms near 1, those of ViT-B
+started with 0.02: a width of 48 started with 0.02 has norms of a quarter. They start as W₀ in all arms
+but `spectral_only`, whose kernels start at 1 exactly.
 
 Under LARS the trust ratio is that of kernels. γ, biases, positions and the class token have none, and move by the raw
 gradient at the full rate; `sigma_only_trust` is σReparam with the ratio for γ too, which differs under LARS alone.
@@ -27,7 +28,7 @@ from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, choice, default_config
 
 ARMS = ("no_norm", "weight_only", "spectral_only", "sigma_only")
-RATES = {"lars": (1.0, 3.16, 10.0, 31.6, 100.0), "sgd": (0.01, 0.0316, 0.1, 0.316, 1.0)}
+RATES = {"lars": (0.316, 1.0, 3.16, 10.0, 31.6), "sgd": (0.01, 0.0316, 0.1, 0.316, 1.0)}
 HEADS = {48: 3, 192: 3}
 # Points that all runs of a form share.
 SIZES = {
@@ -83,6 +84,8 @@ def get_config(text=""):
     model.depth, model.width, model.mlp_dim = args["depth"], args["width"], 4 * args["width"]
     model.num_heads = choice("width", args["width"], HEADS)
     model.patch_size = args["patch_size"]
+    # Spectral norms of the start as the paper's 0.02 gives them at width 768, about 1 in every width.
+    model.init_std = 0.02 * (768 / args["width"]) ** 0.5
     # Ŵ₀ = W₀, as in the paper's vision code.
     model.gamma_init = "sigma"
     # One kernel of attention in all types, under vmap too; what it keeps of 197 x 197 tokens of several runs fills a card.
