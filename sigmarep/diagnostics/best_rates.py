@@ -75,8 +75,8 @@ def tables(figures: Figures, metric: str) -> list[str]:
         for arm, by_rate in by_arm.items():
             best = best_rate(by_rate, metric)
             cells = [", ".join(map(_figure, by_rate.get(rate, []))) for rate in rates]
-            there = "" if math.isnan(best) else f"{median(by_rate[best], metric):.4g}"
-            rows.append(f"| {arm} | {'none' if math.isnan(best) else f'{best:g}'} | {there} | {' | '.join(cells)} |")
+            chosen = "none | " if math.isnan(best) else f"{best:g} | {median(by_rate[best], metric):.4g}"
+            rows.append(f"| {arm} | {chosen} | {' | '.join(cells)} |")
         texts.append("\n".join(rows))
     return texts
 
