@@ -28,7 +28,7 @@ from sigmarep.sweeps import product, seeds, values
 from sigmarep.training.config import arguments, choice, default_config
 
 ARMS = ("no_norm", "weight_only", "spectral_only", "sigma_only")
-RATES = {"lars": (0.316, 1.0, 3.16, 10.0, 31.6), "sgd": (0.01, 0.0316, 0.1, 0.316, 1.0)}
+RATES = {"lars": (0.1, 0.316, 1.0, 3.16, 10.0), "sgd": (0.01, 0.0316, 0.1, 0.316, 1.0)}
 HEADS = {48: 3, 192: 3}
 # Points that all runs of a form share.
 SIZES = {
