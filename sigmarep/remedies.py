@@ -31,7 +31,18 @@ ARMS: dict[str, dict[str, Any]] = {
     # The rate is of no account: kernels start at next to nothing, which Ŵ does not show, outgrow it at any rate, and their
     # moments do not remember it (`optimizer.relative_gradients`).
     "sigma_free": SIGMA | {"model.init_std": 0.01, "optimizer.relative_gradients": True},
+    # Without norms: bare, and each reparametrization alone. No norm hides the scale of the kernels.
+    "no_norm": {"model.norm": "none", "model.reparam": "none"},
+    "weight_only": {"model.norm": "none", "model.reparam": "weight"},
+    "spectral_only": {"model.norm": "none", "model.reparam": "spectral"},
     "sigma_only": {"model.norm": "none", "model.reparam": "sigma"},
+    # γ has a trust ratio too under LARS and LAMB, where it would move by its raw gradient at the kernels' rate. It has
+    # weight decay as well then.
+    "sigma_only_trust": {
+        "model.norm": "none",
+        "model.reparam": "sigma",
+        "optimizer.no_decay": ("bias$", "scale$", "alpha$", "shift$", "position", "class_token"),
+    },
     "spectral": {"model.norm": "post", "model.reparam": "spectral"},
     "weight": {"model.norm": "pre", "model.reparam": "weight"},
     # Scale-invariant kernels without a bound on their spectral norm, in the place of σReparam's.
@@ -48,6 +59,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "layer_scale": PLAIN | {"model.branch_scale": "layer_scale"},
     "rezero": PLAIN | {"model.branch_scale": "rezero"},
     "dyt": PLAIN | {"model.norm_type": "dyt"},
+    "derf": PLAIN | {"model.norm_type": "derf"},
+    "peri_ln": {"model.norm": "peri", "model.reparam": "none"},
+    # The small start of `sigma_free` and of deep σReparam, without what goes with it there.
+    "small_start": PLAIN | {"model.kernel_init": "normal", "model.init_std": 0.007},
+    "sigma_small_start": SIGMA | {"model.init_std": 0.01},
+    # Decoupled but under Adam, SGD, LARS and Adagrad.
+    "pre_ln_decay": PLAIN | {"optimizer.weight_decay": 0.1},
+    # μP's rates for Adam, equal to the plain ones at 64 inputs.
+    "mup_rates": PLAIN | {"optimizer.rate_inputs": 64},
+    "query_key_rates": PLAIN | {"optimizer.query_key_rates": True},
+    "hyperball": PLAIN | {"optimizer.hyperball": True},
     "bounded": PLAIN | {"optimizer.spectral_bound": 0.05},
     "muon": PLAIN | {"optimizer.name": "muon"},
 }

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-NORM_TYPES = ("layer", "rms", "dyt")
 BranchScaling = Literal["none", "layer_scale", "rezero"]
 BRANCH_SCALES: tuple[BranchScaling, ...] = get_args(BranchScaling)
 
@@ -30,6 +29,35 @@ class DynamicTanh(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else jnp.zeros(())
         alpha, scale, bias = (each.astype(self.dtype or x.dtype) for each in (alpha, scale, bias))
         return scale * jnp.tanh(alpha * x) + bias
+
+
+class DynamicErf(nn.Module):
+    """scale · erf(α x + shift) + bias, which uses no statistic of x (Chen et al., 2025, arXiv 2512.10938, "Derf").
+
+    α and the shift are one number each; as in the authors' code, scale, bias and the shift start as a plain erf(α x).
+
+    Attributes:
+      alpha_init: initial α.
+    """
+
+    alpha_init: float = 0.5
+    use_bias: bool = True
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(…, D) to (…, D)."""
+        alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), ())
+        shift = self.param("shift", nn.initializers.zeros, ())
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else jnp.zeros(())
+        alpha, shift, scale, bias = (each.astype(self.dtype or x.dtype) for each in (alpha, shift, scale, bias))
+        return scale * jax.lax.erf(alpha * x + shift) + bias
+
+
+# Functions of each number in the place of a norm, by their names in `norm_type`.
+POINTWISE: dict[str, type[DynamicTanh] | type[DynamicErf]] = {"dyt": DynamicTanh, "derf": DynamicErf}
+NORM_TYPES = ("layer", "rms", *POINTWISE)
 
 
 class BranchScale(nn.Module):

@@ -15,7 +15,7 @@ from sigmarep.fields import attribute
 from sigmarep.nn.attention import PIECE, AttentionConfig, MultiHeadAttention, create_attention
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, Reparam, SigmaDense
-from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, BranchScale, BranchScaling, DynamicTanh
+from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, POINTWISE, BranchScale, BranchScaling
 from sigmarep.nn.seq_vcr import seq_vcr
 from sigmarep.nn.visibility import FULL, Visibility
 
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "silu": jax.checkpoint(nn.silu),
     "tanh": nn.tanh,
 }
-Norm = Literal["none", "pre", "post", "deepnorm"]
+Norm = Literal["none", "pre", "peri", "post", "deepnorm"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 Remat = Literal["none", "full", "dots"]
 REMATS: dict[Remat, Any] = {
@@ -68,19 +68,20 @@ class TransformerConfig(AttentionConfig):
     mlp_dim: int = _required("Hidden units of the MLP.", at_most=2**24)
     norm: Norm = attribute(  # noqa: RUF009
         "pre",
-        "Place of the norms: none; pre, before each branch and after the last block; post, after each addition; deepnorm, "
-        "post with the residual scaled by α and the initial kernels by β (Wang et al., 2022).",
+        "Place of the norms: none; pre, before each branch and after the last block; peri, pre and one more at the end of "
+        "each branch (Kim et al., 2025); post, after each addition; deepnorm, post with the residual scaled by α and the "
+        "initial kernels by β (Wang et al., 2022).",
         choices=NORMS,
     )
     norm_type: str = attribute(
         "layer",
-        "Kind of those norms: LayerNorm, RMSNorm, or dyt, tanh in place of a norm (sigmarep.nn.norms.DynamicTanh). A "
+        "Kind of those norms: LayerNorm, RMSNorm, or dyt or derf, tanh or erf in place of a norm (sigmarep.nn.norms). A "
         "Python name: a Flax module's class, called with dtype and name.",
         choices=NORM_TYPES,
         **PIECE,
     )
     norm_epsilon: float = attribute(1e-6, "Added to the variance that layer and rms divide by.", above=0)
-    norm_bias: bool = attribute(True, "Biases in norms of type layer and dyt.")
+    norm_bias: bool = attribute(True, "Biases in norms of type layer, dyt and derf.")
     branch_scale: BranchScaling = attribute(  # noqa: RUF009
         "none",
         "Learned scale of each residual branch: layer_scale, one number per feature (Touvron et al., 2021), or rezero, one "
@@ -215,8 +216,8 @@ class TransformerConfig(AttentionConfig):
 
     def norm_layer(self, name: str) -> nn.Module:
         """One of the norms."""
-        if self.norm_type == "dyt":
-            return DynamicTanh(use_bias=self.norm_bias, dtype=self.dtype, name=name)
+        if self.norm_type in POINTWISE:
+            return POINTWISE[self.norm_type](use_bias=self.norm_bias, dtype=self.dtype, name=name)
         if self.norm_type == "rms":
             return nn.RMSNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=name)
         if self.norm_type == "layer":
@@ -323,9 +324,13 @@ class TransformerBlock(nn.Module):
         c = self.config
         if c.norm == "none":
             x = x + self._dropped(branch(x), name, **options)
-        elif c.norm == "pre":
+        elif c.norm in ("pre", "peri"):
             norm: Any = c.norm_layer(f"{name}_norm")
-            x = x + self._dropped(branch(norm(x)), name, **options)
+            y = branch(norm(x))
+            if c.norm == "peri":
+                end: Any = c.norm_layer(f"{name}_end_norm")
+                y = end(y)
+            x = x + self._dropped(y, name, **options)
         else:
             norm = c.norm_layer(f"{name}_norm")
             x = norm(c.alpha * x + self._dropped(branch(x), name, **options))
@@ -353,7 +358,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerStack(nn.Module):
-    """`depth` blocks, and under pre-normalization the last norm.
+    """`depth` blocks, and where the residual stream itself has no norms (pre, peri) the last norm.
 
     Parameters: `block_0` … unrolled; with `scan`, `blocks` with a leading axis of length depth in every array.
     """
@@ -397,6 +402,6 @@ class TransformerStack(nn.Module):
             real = visibility.real_tokens(self_attention=True)
             penalty = c.seq_vcr * seq_vcr(x, real.queries)
             self.sow("losses", "seq_vcr", penalty, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        last: Any = c.norm_layer("norm") if c.norm == "pre" else None
+        last: Any = c.norm_layer("norm") if c.norm in ("pre", "peri") else None
         y: jax.Array = x if last is None else last(x)
         return y

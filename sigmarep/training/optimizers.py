@@ -25,6 +25,7 @@ moments of kernels that grow from remembering how small they were. docs/results.
 `layer_decay` lowers the rate from block to block, for fine-tuning.
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,7 @@ from sigmarep.nn.layers import Layer, Layers
 from sigmarep.training import external
 from sigmarep.training.layer_decay import distances
 from sigmarep.training.mesh import path_name
+from sigmarep.training.relative_steps import frobenius_norm, hyperball, scale_by_trust_ratio, scale_queries_and_keys
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon")
 FIELDS: dict[str, Any] = {
@@ -84,6 +86,12 @@ FIELDS: dict[str, Any] = {
         above=0,
         at_most=1,
     ),
+    "rate_inputs": field(
+        0,
+        "μP's rates for Adam (Yang et al., 2022, table 3): multiplies the learning rate of every hidden and output kernel "
+        "by this number over the kernel's inputs; 0: off. Initial values and logits are not scaled.",
+        at_least=0,
+    ),
     "relative_gradients": field(
         False, "Multiplies the gradient of a reparametrized kernel by the kernel's norm, before any moments."
     ),
@@ -98,6 +106,16 @@ FIELDS: dict[str, Any] = {
         0.0,
         "Bounds the spectral norm of a hidden matrix's update by this multiple of the matrix's own (AdamW²); 0: off.",
         at_least=0,
+    ),
+    "hyperball": field(
+        False,
+        "Keeps the Frobenius norm of every hidden matrix as it is, with steps of learning_rate times that norm "
+        "(sigmarep.training.relative_steps.hyperball).",
+    ),
+    "query_key_rates": field(
+        False,
+        "Divides the learning rates of query kernels by the norms of the key kernels, and the reverse, relative to the "
+        "start (sigmarep.training.relative_steps.scale_queries_and_keys).",
     ),
     "qk_clip": field(
         0.0,
@@ -190,6 +208,11 @@ def create_optimizer(
     Raises:
       BadInput: a regular expression finds no parameter; those of the defaults may, which serve all models.
     """
+    if config.hyperball and (config.layer_decay != 1 or config.query_key_rates or config.rate_inputs):
+        raise BadInput(
+            "config.optimizer.hyperball = True: expected no layer_decay, query_key_rates or rate_inputs beside it; its "
+            "steps are as long as learning_rate says in every matrix"
+        )
     for field_name in ("no_decay", "scale_parameters", "non_matrices"):
         _check_matches(field_name, config[field_name], params)
     rates = rates or read_rates(config)
@@ -198,12 +221,14 @@ def create_optimizer(
     bound = (
         (bound_spectral_norm(config.spectral_bound, hidden_matrices(config, layers)),) if config.spectral_bound else ()
     )
+    sphere = (hyperball(schedule, layers, hidden_matrices(config, layers)),) if config.hyperball else ()
+    logits = (scale_queries_and_keys(layers),) if config.query_key_rates else ()
     relative = (scale_by_kernel_norm(layers),) if config.relative_gradients else ()
     factors = rate_factors(config, params, layers, rates)
     uniform = all(isinstance(x, float) and x == 1 for x in jax.tree.leaves(factors))
     scaled = () if uniform else (_scaled_by(lambda _: factors),)
     directions = _directions(config, schedule, mask, params, layers, rates.weight_decay)
-    return optax.chain(*clip, *relative, *directions, *bound, *scaled)
+    return optax.chain(*clip, *relative, *directions, *bound, *scaled, *logits, *sphere)
 
 
 def _directions(
@@ -255,6 +280,9 @@ def rate_factors(config: Any, params: Any, layers: Layers, rates: Rates) -> Any:
         own = rates.non_matrix_factor is not None and path_name(path) not in matrices
         base = rates.non_matrix_factor if own else 1.0
         base = base * config.scale_parameters_factor if gain else base
+        layer = layers.get(path_name(path))
+        if config.rate_inputs and layer is not None and layer.role in ("hidden", "output"):
+            base = base * config.rate_inputs / math.prod(layer.shape[axis] for axis in layer.inputs)
         return base * config.layer_decay ** depths[path_name(path)] if depths else base
 
     return jax.tree_util.tree_map_with_path(factor, params, scales)
@@ -273,7 +301,7 @@ def kernel_norms(params: Any, layers: Layers) -> Any:
         layer = layers.get(path_name(path))
         if layer is None or layer.reparam not in ("sigma", "weight"):
             return 1.0
-        length = _layer_norm(layers, path, w)
+        length = frobenius_norm(layers, path, w)
         # A zero kernel has no direction: its gradient is left as it is, or it would never learn.
         return jnp.where(length > 0, length, 1.0)
 
@@ -357,32 +385,6 @@ def bound_spectral_norm(
         return shortened, SpectralBoundState(u)
 
     return optax.GradientTransformation(init, update)
-
-
-def scale_by_trust_ratio(layers: Layers, coefficient: float = 1.0) -> optax.GradientTransformation:
-    """Scales each layer's update u by coefficient · ‖W‖ / ‖u‖ (You et al., 2017 and 2020), by 1 where a norm is 0.
-
-    Unlike optax's, takes the norms of each layer apart where layers are stacked, so that a scanned model trains as the
-    unrolled one does.
-    """
-
-    def update(updates, state, params=None):
-        def scaled(path, u, w):
-            w_norm, u_norm = _layer_norm(layers, path, w), _layer_norm(layers, path, u)
-            usable = (w_norm > 0) & (u_norm > 0)
-            ratio = coefficient * w_norm / jnp.where(usable, u_norm, 1.0)
-            return u * jnp.where(usable, ratio, 1.0).astype(u.dtype)
-
-        return jax.tree_util.tree_map_with_path(scaled, updates, params), state
-
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
-
-
-def _layer_norm(layers: Layers, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-    """‖x‖_F, of each layer where layers are stacked; broadcastable to x."""
-    stacked = layers.stacked[path_name(path)]
-    own = tuple(axis for axis in range(x.ndim) if axis not in stacked)
-    return jnp.sqrt(jnp.sum(x * x, axis=own, keepdims=True))
 
 
 def _muon(config: Any, matrices: Mapping[str, Layer]) -> optax.GradientTransformation:

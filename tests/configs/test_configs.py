@@ -47,6 +47,16 @@ ARMS = {
     "stability/translation.py": ["", "arm=pre_ln", "arm=sigmoid"],
     "stability/speech.py": ["", "arm=pre_ln"],
     "stability/robustness.py": ["", "arm=post_ln", "width=192,depth=12,batch_size=2048,dtype=bfloat16"],
+    "stability/claim_a.py": [
+        "",
+        *(f"arm={arm},optimizer=sgd" for arm in ("no_norm", "weight_only", "spectral_only")),
+        "arm=sigma_only_trust,width=192,depth=12,patch_size=2,batch_size=512,dtype=bfloat16",
+    ],
+    "stability/depth.py": [
+        "",
+        *(f"arm={arm},depth=36" for arm in ("plain", "rezero", "layer_scale", "deepnorm")),
+        "arm=deepnorm,width=256,batch_size=8192",
+    ],
     "stability/width.py": [
         "",
         *(f"arm={arm},width=32" for arm in ("pre_ln", "post_ln", "qk_norm", "weight_post_ln", "sigma_only")),
@@ -199,6 +209,8 @@ SWEPT = {
     "ssl/mocov3_imagenet.py",
     "ssl/quickstart.py",
     "ssl/simclr_imagenet.py",
+    "stability/claim_a.py",
+    "stability/depth.py",
     "stability/intervention.py",
     "stability/lm.py",
     "stability/robustness.py",

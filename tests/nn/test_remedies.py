@@ -1,6 +1,7 @@
 """Norms and branch scales against their formulas, and QK-clip against the logits of the next pass."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from sigmarep.core import entropy
 from sigmarep.nn import TransformerConfig, TransformerStack
 from sigmarep.nn.attention import MultiHeadAttention
 from sigmarep.nn.layers import describe
-from sigmarep.nn.norms import BranchScale, DynamicTanh
+from sigmarep.nn.norms import BranchScale, DynamicErf, DynamicTanh
 from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.nn.seq_vcr import seq_vcr
 from sigmarep.nn.visibility import CAUSAL, FULL, Visibility
@@ -27,6 +28,47 @@ def test_dynamic_tanh_is_its_formula_and_starts_with_alpha_one_half():
     params = {"alpha": jnp.float32(1.7), "scale": jnp.arange(8.0), "bias": jnp.arange(8.0)[::-1]}
     expected = np.arange(8) * np.tanh(1.7 * np.asarray(X, np.float64)) + np.arange(8)[::-1]
     np.testing.assert_allclose(layer.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dynamic_erf_is_its_formula_and_starts_with_alpha_one_half_and_no_shift():
+    layer = DynamicErf()
+    start = layer.init(jax.random.key(0), X)["params"]
+    assert {name: float(start[name]) for name in ("alpha", "shift")} == {"alpha": 0.5, "shift": 0.0}
+    params = {"alpha": jnp.float32(1.7), "shift": jnp.float32(-0.4)}
+    params |= {"scale": jnp.arange(8.0), "bias": jnp.arange(8.0)[::-1]}
+    erf = np.vectorize(math.erf)(1.7 * np.asarray(X, np.float64) - 0.4)
+    expected = np.arange(8) * erf + np.arange(8)[::-1]
+    np.testing.assert_allclose(layer.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_peri_ln_normalizes_the_input_and_the_output_of_every_branch():
+    config = dataclasses.replace(CONFIG, norm="peri", scan=False, reparam="none", use_bias=False, activation="relu")
+    stack = TransformerStack(config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), stack.init(jax.random.key(1), X)
+    )
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+
+    def normalized(x, norm):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * norm["scale"] + norm["bias"]
+
+    def attention(x, p):
+        query, key, value = (np.einsum("btd,dnh->bnth", x, p[name]["kernel"]) for name in ("query", "key", "value"))
+        weights = np.exp(query @ np.swapaxes(key, 2, 3) / np.sqrt(4))
+        weights = weights / weights.sum(-1, keepdims=True)
+        return np.einsum("bnth,nhd->btd", weights @ value, p["out"]["kernel"])
+
+    def mlp(x, p):
+        return np.maximum(x @ p["up"]["kernel"], 0) @ p["down"]["kernel"]
+
+    x = np.asarray(X, np.float64)
+    for block in (p["block_0"], p["block_1"]):
+        for name, branch in (("attention", attention), ("mlp", mlp)):
+            y = branch(normalized(x, block[f"{name}_norm"]), block[name])
+            x = x + normalized(y, block[f"{name}_end_norm"])
+    np.testing.assert_allclose(stack.apply(params, X), normalized(x, p["norm"]), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "shape", "start"), [("layer_scale", (8,), 1e-4), ("rezero", (), 0.0)])
@@ -47,7 +89,14 @@ def test_rezero_makes_a_stack_the_identity_or_its_norms_at_the_start(norm):
     np.testing.assert_allclose(stack.apply(variables, X), x if norm == "none" else normal, atol=1e-4)
 
 
-@pytest.mark.parametrize(("norm_type", "leaves"), [("dyt", {"alpha", "scale", "bias"}), ("rms", {"scale"})])
+@pytest.mark.parametrize(
+    ("norm_type", "leaves"),
+    [
+        ("dyt", {"alpha", "scale", "bias"}),
+        ("derf", {"alpha", "shift", "scale", "bias"}),
+        ("rms", {"scale"}),
+    ],
+)
 def test_the_type_of_norm_is_that_of_every_norm(norm_type, leaves):
     config = dataclasses.replace(CONFIG, norm_type=norm_type, scan=False)
     params = TransformerStack(config).init(jax.random.key(1), X)["params"]

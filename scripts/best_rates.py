@@ -1,0 +1,26 @@
+"""Prints the held-out figure of every arm at every learning rate of a sweep, all seeds, and each arm's best rate.
+
+    python scripts/best_rates.py --workdir runs/depth --metric eval/test/loss
+
+For the sweeps of configs/stability/claim_a.py and depth.py, whose definitions are in docs/experiments.md.
+"""
+
+from absl import flags
+
+from sigmarep import command
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
+METRIC = flags.DEFINE_string(
+    "metric", "eval/test/loss", "Metric of the last evaluation; more is better of an accuracy or BLEU, else less."
+)
+
+
+def main() -> None:
+    workdir = command.required("workdir", WORKDIR.value)
+    from sigmarep.diagnostics import best_rates
+
+    print("\n\n".join(best_rates.tables(best_rates.read_figures(workdir, METRIC.value), METRIC.value)))
+
+
+if __name__ == "__main__":
+    command.run(main)

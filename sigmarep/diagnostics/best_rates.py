@@ -1,0 +1,89 @@
+"""A sweep's held-out figure by arm and learning rate, every seed, and each arm's best rate.
+
+The best rate of an arm is that of the best median over seeds; a run that diverged counts as worse than any other.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from sigmarep.errors import BadInput
+from sigmarep.sweeps import finished_runs, short
+
+ARM, RATE, SEED = "arm", "learning_rate", "seed"
+# Ends of the names of metrics of which more is better; of all others less is.
+HIGHER_IS_BETTER = ("accuracy", "bleu")
+NAN = math.nan
+
+# Figures of all seeds, NaN for a run that diverged, by setting ("optimizer=lars"), by arm and by learning rate.
+Figures = dict[str, dict[str, dict[float, list[float]]]]
+
+
+def read_figures(workdir: str, metric: str) -> Figures:
+    """Reads a sweep over arms and rates; a setting has a point's other values, but the seed and those all points share.
+
+    Raises:
+      BadInput: the folder has no sweep, a point has no arm or no rate, or a run that ended has no such metric.
+    """
+    outcomes = finished_runs(workdir)
+    points = {name: short(run.point) for name, run in outcomes.items()}
+    values: dict[str, set[str]] = {}
+    for name, point in points.items():
+        for key in (ARM, RATE):
+            if key not in point:
+                raise BadInput(f"--workdir {workdir}: its run {name} has no {key}")
+        for key, value in point.items():
+            values.setdefault(key, set()).add(str(value))
+    varying = [key for key, each in values.items() if len(each) > 1 and key not in (ARM, RATE, SEED)]
+    figures: Figures = {}
+    for name, point in points.items():
+        run = outcomes[name]
+        if run.state != "diverged" and metric not in run.evaluation:
+            raise BadInput(f"--metric {metric}: the run {name} has {', '.join(run.evaluation) or 'no evaluation'}")
+        setting = ", ".join(f"{key}={point[key]}" for key in varying if key in point)
+        by_rate = figures.setdefault(setting, {}).setdefault(str(point[ARM]), {})
+        by_rate.setdefault(float(point[RATE]), []).append(float(run.evaluation.get(metric, NAN)))
+    return figures
+
+
+def best_rate(by_rate: Mapping[float, Sequence[float]], metric: str) -> float:
+    """The rate of the best median over seeds, NaN if there is none."""
+    medians = {rate: median(seeds, metric) for rate, seeds in by_rate.items()}
+    finite = {rate: each for rate, each in medians.items() if math.isfinite(each)}
+    choose = max if _higher(metric) else min
+    return choose(finite, key=finite.__getitem__) if finite else NAN
+
+
+def median(seeds: Sequence[float], metric: str) -> float:
+    """Median over seeds, where a run that diverged is the worst; NaN if such a run is the median."""
+    worst = -math.inf if _higher(metric) else math.inf
+    middle = statistics.median(worst if math.isnan(each) else each for each in seeds)
+    return middle if math.isfinite(middle) else NAN
+
+
+def tables(figures: Figures, metric: str) -> list[str]:
+    """A Markdown table for each setting: every arm's best rate, the median and all seeds there, and all seeds at every
+    rate."""
+    texts = []
+    for setting, by_arm in figures.items():
+        rates = sorted({rate for by_rate in by_arm.values() for rate in by_rate})
+        title = f"{metric} ({setting})" if setting else metric
+        rows = [
+            f"| {title} | best rate | median there | {' | '.join(f'{rate:g}' for rate in rates)} |",
+            f"|---{'|---' * (len(rates) + 2)}|",
+        ]
+        for arm, by_rate in by_arm.items():
+            best = best_rate(by_rate, metric)
+            cells = [", ".join(map(_figure, by_rate.get(rate, []))) for rate in rates]
+            chosen = "none | " if math.isnan(best) else f"{best:g} | {median(by_rate[best], metric):.4g}"
+            rows.append(f"| {arm} | {chosen} | {' | '.join(cells)} |")
+        texts.append("\n".join(rows))
+    return texts
+
+
+def _higher(metric: str) -> bool:
+    return metric.endswith(HIGHER_IS_BETTER)
+
+
+def _figure(value: float) -> str:
+    return "diverged" if math.isnan(value) else f"{value:.4g}"
