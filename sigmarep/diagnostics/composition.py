@@ -1,11 +1,12 @@
 """The contents of a page from the runs that it is about: each judged, a few of them drawn, all of them compared."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from sigmarep.diagnostics import advice, panels, sensitivity, story
+from sigmarep.diagnostics import advice, overview, panels, sensitivity, story
 from sigmarep.diagnostics.figures import Figure, Panel
 from sigmarep.diagnostics.findings import Facts, Sentence, facts, sentences
 from sigmarep.diagnostics.page import Content, Detail, Sweep
@@ -123,11 +124,11 @@ def compose(judged: Sequence[Judged], drawn: Mapping[int, Drawn], notes: Sequenc
     arms: dict[str, list[int]] = {}
     for i, each in enumerate(judged):
         arms.setdefault(arm(each.run), []).append(i)
-    overview = story.overview(told, arms) if len(judged) > 1 else []
+    shared = [*overview.overview(told, arms), *advice.separate(told)] if len(judged) > 1 else []
     return Content(
         runs=[each.run for each in judged],
         facts=[each.facts for each in judged],
-        findings=[*overview, *(sentence for sweep in sweeps for sentence in _sweep_findings(sweep))],
+        findings=[*shared, *(sentence for sweep in sweeps for sentence in _sweep_findings(sweep))],
         notes=[*notes, *damage, *failures, *undrawn],
         sweeps=sweeps,
         together=together or [],
@@ -163,11 +164,15 @@ def _sweeps(judged: Sequence[Judged]) -> tuple[list[Sweep], list[str]]:
 
 def _sweep_findings(sweep: Sweep) -> list[Sentence]:
     name = os.path.basename(os.path.abspath(sweep.folder))
+    best = sensitivity.best_loss(sensitivity.medians(sweep.table))
     texts = [
-        f"{name}: {row['arm']} comes within {sensitivity.WITHIN:.0%} of the best loss of all at "
-        f"{_rates(row['range'], sweep.table[row['arm']])}; its own best loss is {row['loss']:.4g}, at {row['rate']:g}."
+        f"{name}: {row['arm']} trains at {_rates(row['range'], sweep.table[row['arm']])}. Its lowest loss at the end is "
+        f"{row['loss']:.4g}, at {row['rate']:g}."
         for row in sensitivity.findings(sweep.table)
     ]
+    if texts and math.isfinite(best):
+        share = f"within {sensitivity.WITHIN:.0%} of the lowest of all, {best:.4g}"
+        texts[0] += f" (An arm trains at a rate whose loss at the end, the median of its seeds, is {share}.)"
     return [Sentence(text, f"rates {sweep.folder}") for text in texts]
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sigmarep.diagnostics import lines, sensitivity
+from sigmarep.diagnostics.changes import intervention
 from sigmarep.diagnostics.figures import Axis, Line, Panel
-from sigmarep.diagnostics.findings import SHARPNESS, Facts, intervention
+from sigmarep.diagnostics.findings import SHARPNESS, Facts
 from sigmarep.diagnostics.lines import by_step
 from sigmarep.diagnostics.names import BLOCK, by_group, kind_and_stack
 from sigmarep.diagnostics.runs import Run
