@@ -64,12 +64,12 @@ def _fallen(members: Sequence[Told]) -> list[str]:
     for each in fallen:
         earliest.setdefault(each.facts.fell[0][0], []).append(each)
     layers = [
-        f"{layer} by step {span([each.facts.fell[0][1] for each in those])}"
+        f"{layer}, by step {span([each.facts.fell[0][1] for each in those])}"
         + (_at_rates(members, those) if len(earliest) > 1 else "")
         for layer, those in earliest.items()
     ]
     count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
-    where = f"the earliest layer was {listed(layers)}"
+    where = f"the layer that fell earliest was {listed(layers)}"
     return [f"{count} collapsed{_at_rates(members, fallen)}", where, f"lowest entropy {lowest} nats"]
 
 

@@ -25,7 +25,10 @@ RUN_IT = (
 # Content of the page in order of use; the library's license goes wherever its code goes.
 STYLES = ("vendor/uplot/uPlot.min.css", "assets/page.css")
 LICENSE = "vendor/uplot/LICENSE"
-SCRIPTS = ("vendor/uplot/uPlot.iife.min.js", "assets/plot.js", "assets/lines.js", "assets/heat.js", "assets/page.js")
+SCRIPTS = (
+    "vendor/uplot/uPlot.iife.min.js",
+    *(f"assets/{name}.js" for name in ("plot", "axes", "lines", "heat", "page")),
+)
 # The one script and the one style of the page are named by their hashes: nothing else runs, and nothing is fetched.
 POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'; "
@@ -223,7 +226,9 @@ def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]]) 
     for text, topic, command, more in sentences:
         shown = dict.fromkeys(topics[each] for each in (topic, *more) if each and each in topics)
         links = "".join(f' <a href="#plot-{number}">{escaped(title)}</a>' for number, title in shown if title)
-        code = f'<pre tabindex="0"><code>{_wrapped(command)}</code></pre>{RUN_IT}' if command else ""
+        code = (
+            f'<p class="hint"></p><pre tabindex="0"><code>{_wrapped(command)}</code></pre>{RUN_IT}' if command else ""
+        )
         items.append(f"<li>{escaped(text)}{links}{code}</li>")
     return f"<ul>{''.join(items)}</ul>"
 

@@ -39,7 +39,7 @@ SEEDS = (
     "A dot for each seed (those of different arms side by side), a band from the lowest to the highest, lines through the "
     "medians"
 )
-DEPTH = "From the first layer (dark) to the last."
+DEPTH = "Colors run from the block nearest the input (darkest) to the one nearest the output."
 # Legend of the layer "head", which is no head of an attention.
 OUTPUT = "head (output layer)"
 # Steps of a plot. More than pixels show nothing.
@@ -135,9 +135,14 @@ def _heads(run: Run) -> list[Panel]:
         for group, members in groups.items()
         for name in members
     ]
-    caption = f"A row for each of {len(rows)} {what}, first layers on top. Orange: below {COLLAPSED} nats."
+    caption = f"A row for each of {len(rows)} {what}, those nearest the input on top; dark is sharp attention."
     if what == "heads":
-        caption += " A layer has collapsed only when the average over its heads is below."
+        caption += (
+            f" Orange cells are single heads below {COLLAPSED} nats; a layer is said to have collapsed only where the mean "
+            "over its heads is below."
+        )
+    else:
+        caption += f" Orange cells are layers below {COLLAPSED} nats."
     title = f"Attention entropy of all {what}"
     return [Panel(title, caption, rows, [Axis("entropy, nats")], kind="heat", topic="entropy")]
 
@@ -215,8 +220,12 @@ def _by_kind(run: Run) -> list[Panel]:
                 )
                 for layer in names
             ]
-            dashes = len({places[layer][1] for layer in names})
-            caption = "A color per kind of layer" + (", dashes per part of the network." if dashes > 1 else ".")
+            parts = dict.fromkeys(places[layer][1] for layer in names)
+            dashed = {word: [] for word in ("solid", "dashed", "dotted")}
+            for part in parts:
+                list(dashed.values())[stacks.index(part) % DASHES].append(lines.shortened(part) or "outside of blocks")
+            words = "; ".join(f"{word}: {', '.join(each)}" for word, each in dashed.items() if each)
+            caption = "A color per kind of layer" + (f". {words[0].upper()}{words[1:]}." if len(parts) > 1 else ".")
         values = itertools.chain.from_iterable(line.values.values() for line in shown)
         panels.append(Panel(title, caption, shown, [_axis(label, values)], topic=prefix))
     return panels
@@ -284,9 +293,15 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
         most = max(min(PAGE_NUMBERS // 4 // len(runs), MOST_STEPS), LEAST_STEPS)
         curves = [lines.thinned([by_step(run, name) for name in ALL], most) for run in members]
         where = f": {lines.shortened(task)}" if len(tasks) > 1 else ""
+        shades = _shades(members)
+        each_line = "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm.")
+        if shades:
+            each_line += " From the lowest learning rate to the highest, lines become stronger and less broken."
         for i, (title, label) in enumerate((("Training loss", "training loss"), ("Lowest entropy", "entropy, nats"))):
             shown = [
-                Line(run.name, lines.shortened(arm(run)), each[i], *_style(arms.index(arm(run)), len(arms)))
+                Line(run.name, lines.shortened(arm(run)), each[i], *_style(arms.index(arm(run)), len(arms)))._replace(
+                    **(shades.get(run.folder, {}))
+                )
                 for run, each in zip(members, curves, strict=True)
                 if each[i]
             ]
@@ -299,7 +314,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
             panels.append(
                 Panel(
                     f"{title} of all runs{where}",
-                    "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm."),
+                    each_line,
                     shown,
                     [axis],
                     levels=[(COLLAPSED, 0, f"{COLLAPSED} nats")] if i == 1 else [],
@@ -308,6 +323,18 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
                 )
             )
     return panels
+
+
+def _shades(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Of each run, by its folder, the fields of its line that tell its learning rate; {} where all have one."""
+    known = {run.folder: place[1] for run in runs if (place := sensitivity.place(run.point))}
+    rates = sorted(set(known.values()))
+    if len(rates) < 2:
+        return {}
+    return {
+        folder: {"shade": round(rates.index(rate) / (len(rates) - 1), 3), "rate": f"{rate:g}"}
+        for folder, rate in known.items()
+    }
 
 
 def _style(place: int, count: int) -> tuple[tuple[str, float], int]:
@@ -336,7 +363,7 @@ def rates(
         for arm, by_rate in table.items()
     }
     kinds = (
-        ("Training loss at the end", "loss", "loss", losses),
+        ("Training loss at the end", "loss at the end", "loss", losses),
         ("Lowest entropy of the run", "entropy, nats", "lowest", lowest),
     )
     panels = []
@@ -356,9 +383,9 @@ def rates(
             for (arm, seed), by_rate in dots.items()
         ]
         if field == "loss":
-            caption = f"{SEEDS}; crosses at the top diverged. An arm trains where its line is below the dashed one."
+            caption = f"{SEEDS}; crosses at the top diverged. An arm trains where its line is below the dashed one (within {sensitivity.WITHIN:.0%} of the lowest)."
             within = (1 + sensitivity.WITHIN) * best
-            levels = [(within, 0, f"within {sensitivity.WITHIN:.0%} of the best")] if math.isfinite(within) else []
+            levels = [(within, 0, "trains below")] if math.isfinite(within) else []
         else:
             caption, levels = (
                 f"{SEEDS}.",

@@ -45,7 +45,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *,
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
     body = "\n".join(f'<tr><th scope="row">{row[0]}</th>{"".join(map(cell, row[1:]))}</tr>' for row in rows)
     return (
-        f'<div class="table" tabindex="0" role="region" aria-label="{escaped(caption)}"><table>'
+        f'<p class="hint"></p><div class="table" tabindex="0" role="region" aria-label="{escaped(caption)}"><table>'
         f"<thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
