@@ -176,7 +176,7 @@ def separate(told: Sequence[Told]) -> list[Sentence]:
         mix = {each: wanted[each] for each in PAIR}
         name = next((name for name, arm in ARMS.items() if arm == mix), None)
         if name and all(differing(each.run.config, wanted) for each in told):
-            words = f"{name}, which has {field} {mix[field]} as {good.name} and {other} {mix[other]} as {bad.name}"
+            words = f"{name}, which has {field} {mix[field]} as the latter and {other} {mix[other]} as the former"
             proposed.append((words, _command(bad.folder, name, {field: mix[field]})))
     begin = f"{bad.name} and {good.name} differ in {listed(PAIR)} at once: they do not tell which of the two did it. "
     return [

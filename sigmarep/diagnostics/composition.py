@@ -124,11 +124,15 @@ def compose(judged: Sequence[Judged], drawn: Mapping[int, Drawn], notes: Sequenc
     arms: dict[str, list[int]] = {}
     for i, each in enumerate(judged):
         arms.setdefault(arm(each.run), []).append(i)
-    shared = [*overview.overview(told, arms), *advice.separate(told)] if len(judged) > 1 else []
+    several = len(judged) > 1
     return Content(
         runs=[each.run for each in judged],
         facts=[each.facts for each in judged],
-        findings=[*shared, *(sentence for sweep in sweeps for sentence in _sweep_findings(sweep))],
+        findings=[
+            *(overview.overview(told, arms) if several else []),
+            *(sentence for sweep in sweeps for sentence in _sweep_findings(sweep)),
+            *(advice.separate(told) if several else []),
+        ],
         notes=[*notes, *damage, *failures, *undrawn],
         sweeps=sweeps,
         together=together or [],

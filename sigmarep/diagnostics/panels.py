@@ -296,7 +296,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
         shades = _shades(members)
         each_line = "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm.")
         if shades:
-            each_line += " From the lowest learning rate to the highest, lines become stronger and less broken."
+            each_line += " Lines become stronger from the lowest learning rate to the highest, and less broken where few."
         for i, (title, label) in enumerate((("Training loss", "training loss"), ("Lowest entropy", "entropy, nats"))):
             shown = [
                 Line(run.name, lines.shortened(arm(run)), each[i], *_style(arms.index(arm(run)), len(arms)))._replace(
@@ -383,7 +383,7 @@ def rates(
             for (arm, seed), by_rate in dots.items()
         ]
         if field == "loss":
-            caption = f"{SEEDS}; crosses at the top diverged. An arm trains where its line is below the dashed one (within {sensitivity.WITHIN:.0%} of the lowest)."
+            caption = f"{SEEDS}; crosses at the top diverged. An arm trains where its line is below the dashed one."
             within = (1 + sensitivity.WITHIN) * best
             levels = [(within, 0, "trains below")] if math.isfinite(within) else []
         else:

@@ -85,7 +85,7 @@ def of_runs(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
         "lowest entropy, nats",
         "earliest collapse",
     )
-    header += ("loss rose at step", "diverged at step", "spikes")
+    header += ("lowest entropy, nats", "earliest collapse", "loss rose at step", "diverged at step", "spikes")
     rows = []
     for run, each in zip(runs, facts, strict=True):
         steps = f"{run.last_step}/{run.total_steps}" if run.total_steps else str(run.last_step)

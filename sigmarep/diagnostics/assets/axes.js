@@ -40,6 +40,17 @@ function legible(rates, place) {
     return rate;
   });
 }
+/* The ticks of an axis of learning rates: those of the plot's values. */
+function rateTicks(rates) {
+  const place = (u) => (rate) => u.valToPos(rate, "x"), texts = rates.map(shown);
+  const turned = (u) => crowded(rates, texts, place(u));
+  return {
+    splits: (u, axis, low, high) => rates.filter((rate) => rate >= low && rate <= high),
+    filter: (u, ticks) => (turned(u) ? legible(ticks, place(u)) : ticks),
+    rotate: (u) => (turned(u) ? TURN : 0),
+    size: (u) => (turned(u) ? 18 + 6.5 * largest(texts.map(({ length }) => length)) : 34),
+  };
+}
 
 /* Words of a level, in short lines: they stand right of everything that is drawn. */
 const MARGIN = 9;
@@ -51,11 +62,12 @@ function broken(text) {
   }, []);
 }
 
-/* From the lowest rate to the highest, lines become stronger and less broken. */
-const RAMP = [[2, 3], [5, 3], [10, 3], []];
-const rampDash = (shade) => RAMP[Math.round(shade * (RAMP.length - 1))];
-function rampSwatch(shade) {
-  const swatch = element("span", undefined, { class: "swatch ramp" }), [on, off] = rampDash(shade), color = shadeOf(theme.plain, shade);
+/* From the lowest rate to the highest, lines become stronger and less broken; many lines, whose dashes nobody could follow,
+   stronger alone. */
+const RAMP = [[2, 3], [5, 3], [10, 3], []], MOST_DASHED = 60;
+const rampDash = (shade, { lines }) => (lines.length > MOST_DASHED ? [] : RAMP[Math.round(shade * (RAMP.length - 1))]);
+function rampSwatch(shade, panel) {
+  const swatch = element("span", undefined, { class: "swatch ramp" }), [on, off] = rampDash(shade, panel), color = shadeOf(theme.plain, shade);
   swatch.style.background = on ? `repeating-linear-gradient(90deg, ${color} 0 ${on}px, transparent ${on}px ${on + off}px)` : color;
   return swatch;
 }

@@ -120,7 +120,7 @@ class Lines extends Plot {
     list.append(element("span", "learning rate:"));
     for (const [rate, shade] of [...shades].sort((a, b) => a[1] - b[1])) {
       const button = element("button", undefined, { type: "button", "aria-pressed": String(!this.offRates.has(rate)) });
-      button.append(rampSwatch(shade), element("span", rate));
+      button.append(rampSwatch(shade, this.panel), element("span", rate));
       button.addEventListener("click", () => {
         if (!this.offRates.delete(rate)) this.offRates.add(rate);
         this.toggle();
@@ -135,7 +135,7 @@ class Lines extends Plot {
       swatch.style.borderTopColor = colorOf(line.color);
       swatch.style.borderTopStyle = ["solid", "dashed", "dotted"][line.dash];
     }
-    for (const { button, shade } of (this.rateEntries || new Map()).values()) button.firstChild.replaceWith(rampSwatch(shade));
+    for (const { button, shade } of (this.rateEntries || new Map()).values()) button.firstChild.replaceWith(rampSwatch(shade, this.panel));
   }
   visible(i) {
     const line = this.panel.lines[i], name = `${line.name} ${line.legend}`.toLowerCase();
@@ -159,7 +159,7 @@ class Lines extends Plot {
     const axes = [{
       ...place, values, size: 34, labelSize: 18, labelGap: 0, label: panel.rates ? "learning rate" : "step",
       grid: { stroke: () => theme.faint, width: 1 },
-      ...(panel.rates ? this.rateTicks() : { incrs: WHOLE }),
+      ...(panel.rates ? rateTicks(this.x) : { incrs: WHOLE }),
     }];
     panel.axes.forEach((axis, i) => axes.push({
       ...place, values, scale: `y${i}`, side: i ? 1 : 3, labelSize: 16, labelGap: 2,
@@ -170,7 +170,7 @@ class Lines extends Plot {
     }));
     const series = [{}, ...panel.lines.map((line, i) => ({
       label: line.name, scale: `y${line.axis}`, show: this.visible(i), stroke: () => colorOf(line.color, line.shade), width: thin,
-      dash: line.rate === undefined ? DASHES[line.dash] : rampDash(line.shade), spanGaps: false, paths: line.dots ? () => null : undefined,
+      dash: line.rate === undefined ? DASHES[line.dash] : rampDash(line.shade, panel), spanGaps: false, paths: line.dots ? () => null : undefined,
       points: {
         show: () => !line.dots && this.panel.lines[i].y.filter(drawn).length < 3, size: 6, stroke: () => colorOf(line.color), fill: () => colorOf(line.color),
       },
@@ -194,17 +194,6 @@ class Lines extends Plot {
       },
     };
     this.chartOf = new uPlot(options, this.values(), this.chart);
-  }
-  rateTicks() {
-    const place = (u) => (rate) => u.valToPos(rate, "x"), texts = this.x.map(shown);
-    const inside = (u, low, high) => this.x.filter((rate) => rate >= low && rate <= high);
-    const turned = (u) => crowded(this.x, texts, place(u));
-    return {
-      splits: (u, axis, low, high) => inside(u, low, high),
-      filter: (u, ticks) => (turned(u) ? legible(ticks, place(u)) : ticks),
-      rotate: (u) => (turned(u) ? TURN : 0),
-      size: (u) => (turned(u) ? 18 + 6.5 * largest(texts.map(({ length }) => length)) : 34),
-    };
   }
   /* Room right of the plot for the words of levels. */
   margin() {
