@@ -53,7 +53,8 @@ def is_judged(name: str) -> bool:
 def judge(run: Run) -> Judged:
     """See `Judged`."""
     known, run = facts(run), run.only(panels.ALL)
-    return Judged(run, known, sensitivity.outcome(run.rows, diverged=run.state == "diverged"))
+    # As a list: it is gone through more than once.
+    return Judged(run, known, sensitivity.outcome(list(run.rows), diverged=run.state == "diverged"))
 
 
 def draw(run: Run, known: Facts, *, most: int) -> Drawn:

@@ -296,7 +296,9 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
         shades = _shades(members)
         each_line = "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm.")
         if shades:
-            each_line += " Lines become stronger from the lowest learning rate to the highest, and less broken where few."
+            each_line += (
+                " Lines become stronger from the lowest learning rate to the highest, and less broken where few."
+            )
         for i, (title, label) in enumerate((("Training loss", "training loss"), ("Lowest entropy", "entropy, nats"))):
             shown = [
                 Line(run.name, lines.shortened(arm(run)), each[i], *_style(arms.index(arm(run)), len(arms)))._replace(
