@@ -240,7 +240,10 @@ def _wrapped(command: str) -> str:
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(word)
-    return " \\\n    ".join(" ".join(f"<span>{escaped(word)}</span>" for word in words) for words in lines)
+    # The backslash at the end of a line stays with the word before it.
+    for words in lines[:-1]:
+        words[-1] += " \\"
+    return "\n    ".join(" ".join(f"<span>{escaped(word)}</span>" for word in words) for words in lines)
 
 
 def _words() -> str:

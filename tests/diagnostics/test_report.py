@@ -26,7 +26,8 @@ def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
     said = told(run, found)
     assert said[0] == "Done after 500 steps. The loss rose at step 400."
     assert said[1] == (
-        "encoder/block_1 fell below 0.1 nats at step 340 (still above it at step 335), 60 steps before the loss rose. 1 more of 2 layers followed. The "
+        "encoder/block_1 fell below 0.1 nats at step 340 (still above it at step 335), 60 steps before the loss rose. "
+        "1 more of 2 layers followed. The "
         "lowest was 0.05 nats in encoder/block_0 at step 360."
     )
 
@@ -65,8 +66,10 @@ def test_sharpness_interventions_and_negative_gammas_are_spoken_of(tmp_path):
     assert "Sharpness was above its threshold at 3 of 10 measurements, earliest at step 8." in said
     assert (
         "After step 4 the run was changed on purpose: attention temperature times 0.1, which makes attention "
-        "sharper. Its loss was 1 just before, at most 1 after it (at step 5) and 1 at the end: the run was not set back, no "
-        "loss after it was higher. The lowest entropy of any layer was 2 nats just before, at least 2 after it (at step 5) and "
+        "sharper. Its loss was 1 just before, at most 1 after it (at step 5) and 1 at the end: the run was not set "
+        "back, no "
+        "loss after it was higher. The lowest entropy of any layer was 2 nats just before, at least 2 after it (at "
+        "step 5) and "
         "2 at the end." in said
     )
     assert "γ became negative in 1 layers, head among them." in said
@@ -145,7 +148,8 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     )
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
     assert (
-        "sweep: pre_ln trains at learning rate 0.001 alone. Its lowest loss at the end is 1.005, at 0.001. (An arm trains at a "
+        "sweep: pre_ln trains at learning rate 0.001 alone. Its lowest loss at the end is 1.005, at 0.001. (An arm "
+        "trains at a "
         "rate whose loss at the end, the median of its seeds, is within 10% of the lowest of all, 1.005.)" in page
     )
     assert (

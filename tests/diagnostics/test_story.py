@@ -123,12 +123,14 @@ def test_a_change_on_purpose_is_told_of_first(tmp_path):
         "Before it the loss was lowest in arm=pre_ln, 1, and highest in arm=sigma, 1.5." in page
     )
     assert (
-        "After it, up to the last step, arm=sigma was not set back and arm=pre_ln did not recover. Recovered: the loss at the "
+        "After it, up to the last step, arm=sigma was not set back and arm=pre_ln did not recover. Recovered: the "
+        "loss at the "
         "end is not above the last one logged before the change." in page
     )
     assert "model.norm pre (LayerNorm before each branch) and model.reparam none (plain kernels)" in page
     assert (
-        "after the change on purpose it did not recover (loss 1 just before, at most 2 after it, 2 at the end; lowest entropy "
+        "after the change on purpose it did not recover (loss 1 just before, at most 2 after it, 2 at the end; lowest "
+        "entropy "
         "2 just before, at least 0.3 after it, 0.3 at the end)" in page
     )
     assert "at most 2 after it (at step 65) and 2 at the end: the run did not recover by step 120, the last." in page
@@ -157,7 +159,8 @@ def test_layers_that_fell_first_are_told_of_with_their_rates(tmp_path):
     (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
     page, _ = page_of(tmp_path, tmp_path / "sweep")
     assert (
-        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1); the layer that fell earliest was encoder/block_1, by step "
+        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1); the layer that fell earliest was "
+        "encoder/block_1, by step "
         "20 (at learning rate 0.1) and encoder/block_0, by step 10 (at learning rate 1); lowest entropy 0.05 nats"
         in page
     )
@@ -180,7 +183,8 @@ def test_a_run_that_recovers_says_when_and_to_which_loss(tmp_path):
     run_folder(tmp_path / "a", rows, total=120, config={"intervention": {"at_steps": 60, "learning_rate_factor": 5.0}})
     sentence = next(each for each in told(*read(tmp_path / "a")) if "on purpose" in each)
     assert sentence == (
-        "After step 60 the run was changed on purpose: learning rate times 5. Its loss was 1 just before, at most 3 after it "
+        "After step 60 the run was changed on purpose: learning rate times 5. Its loss was 1 just before, at most 3 "
+        "after it "
         "(at step 65) and 0.8 at the end: the run recovered, by step 75. The lowest entropy of any layer was 2 nats just "
         "before, at least 1 after it (at step 65) and 1 at the end: it stayed lower."
     )
@@ -194,7 +198,8 @@ def test_the_nearest_run_that_trained_is_compared(tmp_path):
     plain_run(tmp_path / "runs/d", steady, learning_rate=1.0, arm="sigma")
     nearest, same_rate = [each.text for each in story_of(tmp_path / "runs") if each.text.startswith("Compare")]
     assert nearest.startswith(
-        "Compare c (nearest of the runs that trained, 1 setting away): it has optimizer.learning_rate 0.1 instead of 1. It had"
+        "Compare c (nearest of the runs that trained, 1 setting away): it has optimizer.learning_rate 0.1 instead of "
+        "1. It had"
     )
     assert same_rate.startswith(
         "Compare d (nearest at the same learning rate): it has model.norm post instead of pre and"
@@ -212,7 +217,8 @@ def test_arms_that_differ_in_norm_and_reparam_are_separated_by_runs(tmp_path):
         [*begin, "--config.model.norm=post", "--workdir", f"{fallen}-post_ln"],
         [*begin, "--config.model.reparam=sigma", "--workdir", f"{fallen}-sigma_pre_ln"],
     ]
-    # One of them made, the other is left; and where both runs trained, or differ in one field, there is nothing to separate.
+    # One of them made, the other is left; and where both runs trained, or differ in one field, there is nothing to
+    # separate.
     shutil.copytree(fallen, tmp_path / "runs/c")
     config = json.loads((tmp_path / "runs/c/config.json").read_text())
     config["model"]["norm"] = "post"
