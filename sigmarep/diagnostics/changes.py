@@ -124,4 +124,5 @@ def of_members(runs: Sequence[Run], step: int) -> list[str]:
             ends = [curves.span([getattr(each, field) for each in courses], 3) for field in ("before", "worst", "end")]
             extreme = "at most" if name == LOSS else "at least"
             parts.append(f"{label} {ends[0]} just before, {extreme} {ends[1]} after it, {ends[2]} at the end")
-    return [f"after the change on purpose {', '.join(words)} ({'; '.join(parts)})" if parts else ", ".join(words)]
+    values = f" ({'; '.join(parts)})" if parts else ""
+    return [f"after the change on purpose {', '.join(words)}{values}"]

@@ -54,11 +54,10 @@ def _fallen(members: Sequence[Told]) -> list[str]:
         return ["no attention entropy recorded"]
     lowest = span([each.facts.lowest[0] for each in recorded if each.facts.lowest], 3)
     if not fallen:
-        near = min((each for each in recorded if each.facts.lowest), key=lambda each: each.facts.lowest[0]).facts.lowest
         words = f"no layer collapsed, lowest entropy {lowest} nats"
-        if near and near[0] < NEAR:
-            among = f" {near[0]:.3g} nats" if len(recorded) > 1 else f" {lowest} nats"
-            words = f"no layer collapsed, but {near[1]} came near:{among} at step {near[2]}, against {COLLAPSED}"
+        value, layer, step = min(each.facts.lowest for each in recorded if each.facts.lowest)
+        if value < NEAR:
+            words = f"no layer collapsed, but {layer} came near: {value:.3g} nats at step {step}, against {COLLAPSED}"
         return [words, *_rose(members)]
     earliest: dict[str, list[Told]] = {}
     for each in fallen:

@@ -221,7 +221,7 @@ def _by_kind(run: Run) -> list[Panel]:
                 for layer in names
             ]
             parts = dict.fromkeys(places[layer][1] for layer in names)
-            dashed = {word: [] for word in ("solid", "dashed", "dotted")}
+            dashed: dict[str, list[str]] = {word: [] for word in ("solid", "dashed", "dotted")}
             for part in parts:
                 list(dashed.values())[stacks.index(part) % DASHES].append(lines.shortened(part) or "outside of blocks")
             words = "; ".join(f"{word}: {', '.join(each)}" for word, each in dashed.items() if each)

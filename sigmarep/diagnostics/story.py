@@ -112,10 +112,10 @@ def elsewhere(told: Told, others: Sequence[Told]) -> list[Sentence]:
         fields = differing(told.run.config, other.run.config)
         if 0 < len(fields) <= MOST_DIFFERENCES:
             candidates.append((*distance(told, other, fields), place, other, fields))
-    candidates.sort(key=lambda each: each[:4])
-    *_, other, fields = candidates[0] if candidates else (None, {})
-    if other is None:
+    if not candidates:
         return []
+    candidates.sort(key=lambda each: each[:4])
+    *_, other, fields = candidates[0]
     one = "setting" if len(fields) == 1 else "settings"
     texts = [_compared(told, other, fields, f"nearest of the runs that trained, {len(fields)} {one} away")]
     same_rate = [each for each in candidates if RATE not in each[-1]]
