@@ -52,12 +52,12 @@ function rateTicks(rates) {
   };
 }
 
-/* Words of a level, in short lines: they stand right of everything that is drawn. */
-const MARGIN = 9;
-function broken(text) {
+/* Words of a level, in short lines: they stand right of everything that is drawn, where a second axis leaves less room. */
+const MARGIN = [9, 5];
+function broken(text, axis) {
   return text.split(" ").reduce((lines, word) => {
     const last = lines.at(-1);
-    if (last !== undefined && last.length + word.length < MARGIN) lines[lines.length - 1] = `${last} ${word}`; else lines.push(word);
+    if (last !== undefined && last.length + word.length < MARGIN[axis]) lines[lines.length - 1] = `${last} ${word}`; else lines.push(word);
     return lines;
   }, []);
 }

@@ -66,9 +66,13 @@ class Heat extends Plot {
     this.fellSwatch = element("canvas", undefined, { width: "16", height: "12" });
     this.badSwatch = element("canvas", undefined, { width: "16", height: "12" });
     this.most = document.createTextNode(`${shown(this.top)} nats`);
-    const bad = element("span");
-    bad.append(this.badSwatch, " not finite");
-    scale.append("0", bar, this.most, this.fellSwatch, `${/, head \d+$/.test(this.panel.lines[0].name) ? "a head" : "a layer"} below ${this.panel.collapsed} nats`, bad);
+    const below = `${/, head \d+$/.test(this.panel.lines[0].name) ? "a head" : "a layer"} below ${this.panel.collapsed} nats`;
+    const keys = [[this.fellSwatch, below], [this.badSwatch, "not finite"]].map(([swatch, text]) => {
+      const key = element("span");
+      key.append(swatch, ` ${text}`);
+      return key;
+    });
+    scale.append("0", bar, this.most, ...keys);
     this.chart.after(scale);
   }
   x(step) { const [low, high] = this.range(); return AXIS + ((step - low) / (high - low)) * (this.drawnWidth - 2 * AXIS); }

@@ -197,7 +197,7 @@ class Lines extends Plot {
   }
   /* Room right of the plot for the words of levels. */
   margin() {
-    const words = this.panel.levels.flatMap(({ text }) => broken(text));
+    const words = this.panel.levels.flatMap(({ text, axis }) => broken(text, axis));
     return Math.max(this.panel.axes.length > 1 ? 0 : 20, words.length ? 8 + 6.2 * largest(words.map(({ length }) => length)) : 0);
   }
   update(panel) {
@@ -342,7 +342,7 @@ class Lines extends Plot {
       ctx.beginPath(); ctx.moveTo(level.axis ? left + 0.8 * width : left, y); ctx.lineTo(left + width, y); ctx.stroke();
       ctx.setLineDash([]);
       ctx.textAlign = "left";
-      const words = broken(level.text), tall = 12 * scale, x = (u.width - this.margin() + 5) * scale;
+      const words = broken(level.text, level.axis), tall = 12 * scale, x = (u.width - this.margin() + 5) * scale;
       const first = Math.min(Math.max(y + 4 * scale - ((words.length - 1) * tall) / 2, top + 8 * scale), top + height - (words.length - 1) * tall);
       words.forEach((word, k) => ctx.fillText(word, x, first + k * tall));
     }
