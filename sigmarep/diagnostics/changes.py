@@ -90,10 +90,10 @@ def aftermath(run: Run, step: int) -> str:
         )
     if entropy := course(run, LOWEST, step):
         # A layer that has most of its entropy back has recovered it.
-        kept = entropy.end >= 0.9 * entropy.before
+        regained = entropy.end >= 0.9 * entropy.before
         texts.append(
             f"The lowest entropy of any layer was {entropy.before:.3g} nats just before, at least {entropy.worst:.3g} "
-            f"after it (at step {entropy.at}) and {entropy.end:.3g} at the end{'' if kept else ': it stayed lower'}."
+            f"after it (at step {entropy.at}) and {entropy.end:.3g} at the end{'' if regained else ': it stayed lower'}."
         )
     return " ".join(texts)
 

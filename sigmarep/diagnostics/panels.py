@@ -328,7 +328,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
 
 
 def _shades(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Of each run, by its folder, the fields of its line that tell its learning rate; {} where all have one."""
+    """Fields of the lines of runs that tell their learning rates, by folder; {} where all have one rate."""
     known = {run.folder: place[1] for run in runs if (place := sensitivity.place(run.point))}
     rates = sorted(set(known.values()))
     if len(rates) < 2:

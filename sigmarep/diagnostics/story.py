@@ -138,7 +138,7 @@ def distance(told: Told, other: Told, fields: Mapping[str, tuple[Any, Any]]) -> 
 
 
 def _compared(told: Told, other: Told, fields: Mapping[str, tuple[Any, Any]], why: str) -> str:
-    """What another run has in place of this one's fields, and what came of it."""
+    """A sentence on the settings that another run has in place of this one's, and on its results."""
     changes = listed([f"{name} {shown(new)} instead of {shown(old)}" for name, (old, new) in fields.items()])
     words = f"Compare {other.run.name} ({why}): it has {changes}. It {_spared(told, other)}."
     return f"{words} {_result(other, told)}".strip()
