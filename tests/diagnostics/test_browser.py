@@ -264,7 +264,9 @@ def test_words_of_levels_stand_right_of_what_is_drawn(swept):
     right = f"({plot}.chartOf.bbox.left + {plot}.chartOf.bbox.width) / uPlot.pxRatio"
     assert swept.value(f"{plot}.panel.levels[0].text") == "0.1 nats"
     assert swept.value(f"{plot}.width - {plot}.margin() >= {right} - 1")
-    wide = f"Math.max(...broken('0.1 nats', 0).map((text) => {plot}.chartOf.ctx.measureText(text).width)) / uPlot.pxRatio"
+    wide = (
+        f"Math.max(...broken('0.1 nats', 0).map((text) => {plot}.chartOf.ctx.measureText(text).width)) / uPlot.pxRatio"
+    )
     assert swept.value(f"{plot}.margin() > {wide}")
     assert swept.value("[0, 1].map((axis) => broken('0.1 nats', axis))") == [["0.1 nats"], ["0.1", "nats"]]
 
