@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sigmarep.diagnostics.changes import LOSS, intervention
 from sigmarep.diagnostics.files import number
-from sigmarep.diagnostics.findings import Sentence, intervention
+from sigmarep.diagnostics.findings import Sentence
 from sigmarep.diagnostics.runs import CONFIG
-from sigmarep.diagnostics.story import LOSS, MOST_NAMED, RATE, Told, differing, listed
-from sigmarep.remedies import SIGMA
+from sigmarep.diagnostics.story import MOST_NAMED, RATE, Told, differing, distance, listed
+from sigmarep.remedies import ARMS, SIGMA
 
+# Fields in which arms often differ together, so that neither tells of its own part.
+PAIR = ("model.norm", "model.reparam")
 # Fields of a change on purpose, each 1 for none.
 FACTORS = ("attention_temperature", "learning_rate_factor")
 # A learning rate is changed by this factor.
@@ -71,7 +74,7 @@ def _change(told: Told, others: Sequence[Told]) -> list[Sentence]:
     """See `next_step`."""
     why, name, changes = _remedy(told)
     if not why:
-        return []
+        return [Sentence(reason)] if (reason := _why_not(told)) else []
     wanted = {**told.run.config, **changes}
     tried = [
         each
@@ -94,6 +97,16 @@ def _change(told: Told, others: Sequence[Told]) -> list[Sentence]:
     why = f"To try next: {trained[0].name} with another seed; one seed that trains may be luck."
     seed = max(seeds) + 1
     return [Sentence(why, command=_command(trained[0].folder, f"seed_{seed}", {"seed": seed}))]
+
+
+def _why_not(told: Told) -> str:
+    """The reason why nothing is recommended; "" where another sentence says what to do."""
+    run = told.run
+    if run.state in ("bad input", "failed", "unreadable"):
+        return f"No next step is recommended: the run ended as {run.state}, which no setting of the training mends."
+    if run.state == "unfinished":
+        return ""
+    return "No next step is recommended: too little is known of the run's settings and length."
 
 
 def _failed(tried: Sequence[Told]) -> str:
@@ -140,6 +153,47 @@ def _remedy(told: Told) -> tuple[str, str, dict[str, Any]]:
             faster,
         )
     return "", "", {}
+
+
+def separate(told: Sequence[Told]) -> list[Sentence]:
+    """Runs that tell the parts of norm and reparametrization apart, where one run trained with other ones of both.
+
+    Nothing where no pair of runs differs so, or such runs have been made.
+    """
+    pairs = []
+    for i, bad in enumerate(told):
+        for j, good in enumerate(told):
+            if bad.trained or not bad.run.rows or not good.trained or not _differ_in_both(bad, good):
+                continue
+            pairs.append((distance(bad, good, differing(bad.run.config, good.run.config)), i, j))
+    if not pairs:
+        return []
+    _, i, j = min(pairs)
+    bad, good = told[i].run, told[j].run
+    proposed = []
+    for field, other in (PAIR, PAIR[::-1]):
+        wanted = {**bad.config, field: good.config[field]}
+        mix = {each: wanted[each] for each in PAIR}
+        name = next((name for name, arm in ARMS.items() if arm == mix), None)
+        if name and all(differing(each.run.config, wanted) for each in told):
+            words = f"{name}, which has {field} {mix[field]} as the latter and {other} {mix[other]} as the former"
+            proposed.append((words, _command(bad.folder, name, {field: mix[field]})))
+    begin = f"{bad.name} and {good.name} differ in {listed(PAIR)} at once: they do not tell which of the two did it. "
+    return [
+        Sentence(f"{'To try as well' if i else f'{begin}To try next, to tell them apart'}: {words}.", command=command)
+        for i, (words, command) in enumerate(proposed)
+    ]
+
+
+def _differ_in_both(one: Told, other: Told) -> bool:
+    """True for runs of one task and learning rate whose norms and reparametrizations differ."""
+    ours, theirs = one.run.config, other.run.config
+    known = all(type(config.get(field)) is str for config in (ours, theirs) for field in PAIR)
+    return (
+        known
+        and all(ours[field] != theirs[field] for field in PAIR)
+        and all(ours.get(field) == theirs.get(field) for field in (RATE, "task"))
+    )
 
 
 def _command(folder: str, name: str, changes: Mapping[str, Any]) -> str:

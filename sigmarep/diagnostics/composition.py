@@ -1,11 +1,12 @@
 """The contents of a page from the runs that it is about: each judged, a few of them drawn, all of them compared."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from sigmarep.diagnostics import advice, panels, sensitivity, story
+from sigmarep.diagnostics import advice, overview, panels, sensitivity, story
 from sigmarep.diagnostics.figures import Figure, Panel
 from sigmarep.diagnostics.findings import Facts, Sentence, facts, sentences
 from sigmarep.diagnostics.page import Content, Detail, Sweep
@@ -52,7 +53,8 @@ def is_judged(name: str) -> bool:
 def judge(run: Run) -> Judged:
     """See `Judged`."""
     known, run = facts(run), run.only(panels.ALL)
-    return Judged(run, known, sensitivity.outcome(run.rows, diverged=run.state == "diverged"))
+    # As a list: it is gone through more than once.
+    return Judged(run, known, sensitivity.outcome(list(run.rows), diverged=run.state == "diverged"))
 
 
 def draw(run: Run, known: Facts, *, most: int) -> Drawn:
@@ -123,11 +125,15 @@ def compose(judged: Sequence[Judged], drawn: Mapping[int, Drawn], notes: Sequenc
     arms: dict[str, list[int]] = {}
     for i, each in enumerate(judged):
         arms.setdefault(arm(each.run), []).append(i)
-    overview = story.overview(told, arms) if len(judged) > 1 else []
+    several = len(judged) > 1
     return Content(
         runs=[each.run for each in judged],
         facts=[each.facts for each in judged],
-        findings=[*overview, *(sentence for sweep in sweeps for sentence in _sweep_findings(sweep))],
+        findings=[
+            *(overview.overview(told, arms) if several else []),
+            *(sentence for sweep in sweeps for sentence in _sweep_findings(sweep)),
+            *(advice.separate(told) if several else []),
+        ],
         notes=[*notes, *damage, *failures, *undrawn],
         sweeps=sweeps,
         together=together or [],
@@ -163,11 +169,15 @@ def _sweeps(judged: Sequence[Judged]) -> tuple[list[Sweep], list[str]]:
 
 def _sweep_findings(sweep: Sweep) -> list[Sentence]:
     name = os.path.basename(os.path.abspath(sweep.folder))
+    best = sensitivity.best_loss(sensitivity.medians(sweep.table))
     texts = [
-        f"{name}: {row['arm']} comes within {sensitivity.WITHIN:.0%} of the best loss of all at "
-        f"{_rates(row['range'], sweep.table[row['arm']])}; its own best loss is {row['loss']:.4g}, at {row['rate']:g}."
+        f"{name}: {row['arm']} trains at {_rates(row['range'], sweep.table[row['arm']])}. Its lowest loss at the end is "
+        f"{row['loss']:.4g}, at {row['rate']:g}."
         for row in sensitivity.findings(sweep.table)
     ]
+    if texts and math.isfinite(best):
+        share = f"within {sensitivity.WITHIN:.0%} of the lowest of all, {best:.4g}"
+        texts[0] += f" (An arm trains at a rate whose loss at the end, the median of its seeds, is {share}.)"
     return [Sentence(text, f"rates {sweep.folder}") for text in texts]
 
 

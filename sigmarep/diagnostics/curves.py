@@ -1,4 +1,4 @@
-"""Statistics of a single loss curve: the step at which it rose, and its spike score."""
+"""Statistics of a single loss curve: the step at which it rose, its end, and its spike score."""
 
 import collections
 import itertools
@@ -17,6 +17,28 @@ SPIKE_WINDOW = 1000
 SPIKE_DEVIATIONS = 7.0
 # Fewest values from which a standard deviation is taken.
 SPIKE_LEAST = 20
+# The loss at the end is the mean of this share of the logged losses.
+END = 10
+
+
+def tenth(count: int) -> int:
+    """Number of the last of `count` logged losses that make the loss at the end: a tenth, at least one."""
+    return max(count // END, 1)
+
+
+def at_end(losses: Sequence[float]) -> float:
+    """The loss at the end, by which runs are judged: the mean of the last tenth of the logged losses.
+
+    ∞ if one of these is not finite, or none is logged.
+    """
+    last = losses[-tenth(len(losses)) :]
+    return statistics.mean(last) if last and all(map(math.isfinite, last)) else math.inf
+
+
+def span(values: Sequence[float], digits: int = 4) -> str:
+    """The values in words: `low to high`, or one number where they agree in so many digits."""
+    low, high = f"{min(values):.{digits}g}", f"{max(values):.{digits}g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def rise(steps: Sequence[int], losses: Sequence[float]) -> int | None:

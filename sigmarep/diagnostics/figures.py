@@ -23,6 +23,8 @@ class Line(NamedTuple):
       dash: 0 solid, 1 dashed, 2 dotted.
       axis: 0 left, 1 right.
       dots: drawn as dots without a line.
+      shade: place of its learning rate among those of the plot, from 0 for the lowest to 1; None where it has none.
+      rate: this learning rate, as the legend has it.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Line(NamedTuple):
     dash: int = 0
     axis: int = 0
     dots: bool = False
+    shade: float | None = None
+    rate: str = ""
 
 
 class Axis(NamedTuple):
@@ -119,6 +123,7 @@ class Panel(NamedTuple):
                     "steps": steps.place(list(line.values)),
                     "values": lines.packed(list(line.values.values())),
                 }
+                | ({} if line.shade is None else {"shade": line.shade, "rate": line.rate})
                 for line in self.lines
             ],
             "steps": steps.lists,

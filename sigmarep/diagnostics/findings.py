@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics import curves
+from sigmarep.diagnostics.changes import LOSS, aftermath, intervention
 from sigmarep.diagnostics.files import number
 from sigmarep.diagnostics.runs import Run
-from sigmarep.training.diagnosis import COLLAPSED, diagnose, is_evidence
+from sigmarep.training.diagnosis import COLLAPSED, ENTROPY, diagnose, is_evidence
 
+# A layer that comes so near to a collapse has no fall of its own, and is named.
+NEAR = 2 * COLLAPSED
 # Layers that fell at one step are named up to this number.
 MOST_NAMED = 3
 SHARPNESS = {
@@ -46,12 +49,12 @@ class Facts(NamedTuple):
 
     Attributes:
       final: name and value of the last evaluation.
-      loss: the last logged training loss.
+      loss: the training loss at the end, by which runs are judged (`curves.at_end`); ∞ if it diverged.
       short: fewer losses are logged than tell whether they rise.
       diverged: the step at which the run diverged, with its `cause` and `explanation` (`sigmarep.training.diagnosis`).
       rose: the step at which the loss rose (`curves.rise`).
       lowest: the lowest layer's entropy in nats, the layer and the step.
-      fell: layers that fell below `COLLAPSED`, with the step, the first one first.
+      fell: layers that fell below `COLLAPSED`, with the step, the earliest one first.
       layers: the number of layers with a finite entropy.
       nonfinite: the first step at which attention statistics were not finite, and a layer.
       spikes: spike score of the loss in per cent, and of the gradient norm in `gradient_spikes`; NaN for short runs.
@@ -74,7 +77,7 @@ class Facts(NamedTuple):
 
 def facts(run: Run) -> Facts:
     """See `Facts`."""
-    losses = run.series("train/loss")
+    losses = run.series(LOSS)
     # As a list: it is gone through more than once.
     diagnosis = diagnose(list(run.rows.only(is_evidence)), factor=number(run.config.get("divergence_factor")) or 0.0)
     # Whether a run diverged is for its files to say; a run of an earlier version may lack the row.
@@ -84,7 +87,7 @@ def facts(run: Run) -> Facts:
     rose = curves.rise(*losses)
     return Facts(
         final=_final(run),
-        loss=losses.values[-1] if losses.values else None,
+        loss=None if not losses.values else math.inf if diverged is not None else curves.at_end(losses.values),
         short=len(losses.values) < curves.WINDOW,
         diverged=diverged,
         cause=None if diverged is None else diagnosis.cause,
@@ -116,10 +119,10 @@ def sentences(run: Run, known: Facts, before: Sequence[Sentence] = ()) -> list[S
         return texts
     if known.cause is not None:
         texts.append(Sentence(f"Cause: {known.cause}; {known.explanation}.", "loss"))
-    texts += [Sentence(_entropy(known), "entropy"), *before]
+    texts += [Sentence(_entropy(run, known), "entropy"), *before]
     if known.nonfinite:
         step, layer = known.nonfinite
-        words = f"The first attention statistics that were not finite are those of {layer} at step {step}."
+        words = f"The earliest attention statistics that were not finite are those of {layer} at step {step}."
         texts.append(Sentence(words, "entropy"))
     optional = {
         "loss": (_intervention(run), _spikes(known)),
@@ -129,37 +132,11 @@ def sentences(run: Run, known: Facts, before: Sequence[Sentence] = ()) -> list[S
     return texts + [Sentence(text, topic) for topic, each in optional.items() for text in each if text]
 
 
-def intervention(run: Run) -> tuple[int, str] | None:
-    """The step after which the run was changed on purpose, and the change in words; None without a change so far."""
-    step = number(run.config.get("intervention.at_steps"))
-    if step is None or not math.isfinite(step) or run.last_step <= step:
-        return None
-    factors = {
-        "attention temperature": number(run.config.get("intervention.attention_temperature")),
-        "learning rate": number(run.config.get("intervention.learning_rate_factor")),
-    }
-    words = [f"{name} times {factor:g}" for name, factor in factors.items() if factor is not None and factor != 1]
-    return (int(step), ", ".join(words)) if words else None
-
-
-def around(run: Run, step: int) -> str:
-    """Lowest entropy and loss, just before a step and just after it; "" where they were not logged."""
-    changes = []
-    for name, words in (("attention/entropy_min", "the lowest entropy of any layer"), ("train/loss", "the loss")):
-        steps, values = run.series(name)
-        earlier = [value for at, value in zip(steps, values, strict=True) if at <= step]
-        later = [(at, value) for at, value in zip(steps, values, strict=True) if at > step]
-        if earlier and later:
-            changes.append(f"{words} went from {earlier[-1]:.3g} to {later[0][1]:.3g} by step {later[0][0]}")
-    return " and ".join(changes)
-
-
 def _intervention(run: Run) -> str | None:
     if (change := intervention(run)) is None:
         return None
     step, words = change
-    changes = around(run, step)
-    return f"After step {step} the run was changed on purpose: {words}{f'; {changes}' if changes else ''}."
+    return f"After step {step} the run was changed on purpose: {words}. {aftermath(run, step)}".strip()
 
 
 def _spikes(known: Facts) -> str | None:
@@ -204,20 +181,24 @@ def outcome(run: Run, known: Facts) -> str:
     return f"Done after {run.last_step} steps{words}.{rose or never}"
 
 
-def _entropy(facts: Facts) -> str:
+def _entropy(run: Run, facts: Facts) -> str:
     if facts.lowest is None:
         return "No attention entropy was recorded."
     value, layer, step = facts.lowest
     if not facts.fell:
+        if value < NEAR:
+            return f"No layer collapsed, but {layer} came near: {value:.3g} nats at step {step}, against {COLLAPSED}."
         return (
             f"No layer's attention entropy fell below {COLLAPSED} nats: the lowest was {value:.3g} in {layer} "
             f"at step {step}."
         )
     since = facts.fell[0][1]
     together = [layer for layer, step in facts.fell if step == since]
-    first = ", ".join(together[:MOST_NAMED]) + (
+    earliest = ", ".join(together[:MOST_NAMED]) + (
         f" and {len(together) - MOST_NAMED} more" if len(together) > MOST_NAMED else ""
     )
+    above = [at for at, entropy in zip(*run.series(ENTROPY + together[0]), strict=True) if at < since and entropy > 0]
+    still = f" (still above it at step {above[-1]})" if above else ""
     if facts.rose is None:
         when = (
             "; the run is too short to tell whether the loss rises" if facts.short else "; the loss had no lasting rise"
@@ -230,7 +211,7 @@ def _entropy(facts: Facts) -> str:
     others = len(facts.fell) - len(together)
     also = f" {others} more of {facts.layers} layers followed." if others else ""
     return (
-        f"{first} fell below {COLLAPSED} nats at step {since}{when}.{also} The lowest was {value:.3g} nats in "
+        f"{earliest} fell below {COLLAPSED} nats at step {since}{still}{when}.{also} The lowest was {value:.3g} nats in "
         f"{layer} at step {step}."
     )
 
@@ -244,13 +225,11 @@ def _sharpness(run: Run, name: str, limit: str) -> str | None:
     word = "Preconditioned sharpness" if name.endswith("preconditioned") else "Sharpness"
     above = [step for step, value, threshold in pairs if value > threshold]
     unknown = [step for step, value, threshold in pairs if math.isnan(value) or math.isnan(threshold)]
-    nan = f" It was NaN at {len(unknown)}, first at step {unknown[0]}." if unknown else ""
+    nan = f" It was NaN at {len(unknown)}, earliest at step {unknown[0]}." if unknown else ""
     if not above:
         known = len(pairs) - len(unknown)
         return f"{word} stayed below its threshold at {'' if unknown else 'all '}{known} measurements.{nan}"
-    return (
-        f"{word} was above its threshold at {len(above)} of {len(pairs)} measurements, first at step {above[0]}.{nan}"
-    )
+    return f"{word} was above its threshold at {len(above)} of {len(pairs)} measurements, earliest at step {above[0]}.{nan}"
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -11,6 +11,10 @@ WORDS = {
     "arm": "All runs of a comparison that differ in nothing but learning rate and seed.",
     "loss rose": "A lasting rise: the median of five logged losses exceeded the lowest one before by more than "
     "its usual change; a shorter bump is none.",
+    "loss at the end": "The mean of the last tenth of the logged training losses: the one number by which runs are "
+    "judged, ranked and said to train. A single logged loss is left to the plots.",
+    "recovered": "After a change on purpose: the loss at the end is not above the last one logged before the change. Not "
+    "set back: no loss logged after it is.",
     "diverged": "The loss was no finite number, or grew past the accepted multiple of its start.",
     "σ, spectral norm": "The largest factor by which a layer's matrix stretches a vector; of queries and keys it "
     "bounds how sharp attention can become at a given temperature.",
@@ -22,6 +26,6 @@ WORDS = {
     "sharpness": "The largest eigenvalue of the loss's Hessian; above its threshold a step no longer descends.",
     "update / weight": "Norm of a step over norm of the weights that it changes.",
     "spikes": "Share of logged losses that are seven standard deviations off their running mean.",
-    "sensitivity": "Mean over learning rates of the loss, capped at the first loss, minus the arm's best loss: "
-    "lower is better.",
+    "sensitivity": "Mean over learning rates of the loss at the end, capped at the one logged at the start, minus the "
+    "arm's lowest: lower is better.",
 }

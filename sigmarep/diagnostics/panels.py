@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sigmarep.diagnostics import lines, sensitivity
+from sigmarep.diagnostics.changes import intervention
 from sigmarep.diagnostics.figures import Axis, Line, Panel
-from sigmarep.diagnostics.findings import SHARPNESS, Facts, intervention
+from sigmarep.diagnostics.findings import SHARPNESS, Facts
 from sigmarep.diagnostics.lines import by_step
 from sigmarep.diagnostics.names import BLOCK, by_group, kind_and_stack
 from sigmarep.diagnostics.runs import Run
@@ -38,7 +39,7 @@ SEEDS = (
     "A dot for each seed (those of different arms side by side), a band from the lowest to the highest, lines through the "
     "medians"
 )
-DEPTH = "From the first layer (dark) to the last."
+DEPTH = "Colors run from the block nearest the input (darkest) to the one nearest the output."
 # Legend of the layer "head", which is no head of an attention.
 OUTPUT = "head (output layer)"
 # Steps of a plot. More than pixels show nothing.
@@ -134,9 +135,14 @@ def _heads(run: Run) -> list[Panel]:
         for group, members in groups.items()
         for name in members
     ]
-    caption = f"A row for each of {len(rows)} {what}, first layers on top. Orange: below {COLLAPSED} nats."
+    caption = f"A row for each of {len(rows)} {what}, those nearest the input on top; dark is sharp attention."
     if what == "heads":
-        caption += " A layer has collapsed only when the average over its heads is below."
+        caption += (
+            f" Orange cells are single heads below {COLLAPSED} nats; a layer is said to have collapsed only where the mean "
+            "over its heads is below."
+        )
+    else:
+        caption += f" Orange cells are layers below {COLLAPSED} nats."
     title = f"Attention entropy of all {what}"
     return [Panel(title, caption, rows, [Axis("entropy, nats")], kind="heat", topic="entropy")]
 
@@ -214,8 +220,12 @@ def _by_kind(run: Run) -> list[Panel]:
                 )
                 for layer in names
             ]
-            dashes = len({places[layer][1] for layer in names})
-            caption = "A color per kind of layer" + (", dashes per part of the network." if dashes > 1 else ".")
+            parts = dict.fromkeys(places[layer][1] for layer in names)
+            dashed: dict[str, list[str]] = {word: [] for word in ("solid", "dashed", "dotted")}
+            for part in parts:
+                list(dashed.values())[stacks.index(part) % DASHES].append(lines.shortened(part) or "outside of blocks")
+            words = "; ".join(f"{word}: {', '.join(each)}" for word, each in dashed.items() if each)
+            caption = "A color per kind of layer" + (f". {words[0].upper()}{words[1:]}." if len(parts) > 1 else ".")
         values = itertools.chain.from_iterable(line.values.values() for line in shown)
         panels.append(Panel(title, caption, shown, [_axis(label, values)], topic=prefix))
     return panels
@@ -283,9 +293,17 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
         most = max(min(PAGE_NUMBERS // 4 // len(runs), MOST_STEPS), LEAST_STEPS)
         curves = [lines.thinned([by_step(run, name) for name in ALL], most) for run in members]
         where = f": {lines.shortened(task)}" if len(tasks) > 1 else ""
+        shades = _shades(members)
+        each_line = "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm.")
+        if shades:
+            each_line += (
+                " Lines become stronger from the lowest learning rate to the highest, and less broken where few."
+            )
         for i, (title, label) in enumerate((("Training loss", "training loss"), ("Lowest entropy", "entropy, nats"))):
             shown = [
-                Line(run.name, lines.shortened(arm(run)), each[i], *_style(arms.index(arm(run)), len(arms)))
+                Line(run.name, lines.shortened(arm(run)), each[i], *_style(arms.index(arm(run)), len(arms)))._replace(
+                    **(shades.get(run.folder, {}))
+                )
                 for run, each in zip(members, curves, strict=True)
                 if each[i]
             ]
@@ -298,7 +316,7 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
             panels.append(
                 Panel(
                     f"{title} of all runs{where}",
-                    "A line for each run" + ("." if len(arms) > MOST_ARMS else ", a color for each arm."),
+                    each_line,
                     shown,
                     [axis],
                     levels=[(COLLAPSED, 0, f"{COLLAPSED} nats")] if i == 1 else [],
@@ -307,6 +325,18 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str]) -> list[Panel]:
                 )
             )
     return panels
+
+
+def _shades(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Fields of the lines of runs that tell their learning rates, by folder; {} where all have one rate."""
+    known = {run.folder: place[1] for run in runs if (place := sensitivity.place(run.point))}
+    rates = sorted(set(known.values()))
+    if len(rates) < 2:
+        return {}
+    return {
+        folder: {"shade": round(rates.index(rate) / (len(rates) - 1), 3), "rate": f"{rate:g}"}
+        for folder, rate in known.items()
+    }
 
 
 def _style(place: int, count: int) -> tuple[tuple[str, float], int]:
@@ -335,7 +365,7 @@ def rates(
         for arm, by_rate in table.items()
     }
     kinds = (
-        ("Training loss at the end", "loss", "loss", losses),
+        ("Training loss at the end", "loss at the end", "loss", losses),
         ("Lowest entropy of the run", "entropy, nats", "lowest", lowest),
     )
     panels = []
@@ -357,7 +387,7 @@ def rates(
         if field == "loss":
             caption = f"{SEEDS}; crosses at the top diverged. An arm trains where its line is below the dashed one."
             within = (1 + sensitivity.WITHIN) * best
-            levels = [(within, 0, f"within {sensitivity.WITHIN:.0%} of the best")] if math.isfinite(within) else []
+            levels = [(within, 0, "trains below")] if math.isfinite(within) else []
         else:
             caption, levels = (
                 f"{SEEDS}.",

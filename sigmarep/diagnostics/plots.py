@@ -309,6 +309,10 @@ def together(runs: Sequence[Run], arm: Callable[[Run], str], width: float = WIDT
     return figure
 
 
+# Learning rates whose numbers stand side by side below a column's plot.
+MOST_TICKS = 7
+
+
 def rates(table: sensitivity.Table, width: float = WIDTHS["single"]) -> Any:
     """Draws final loss and lowest entropy against the learning rate: every seed, their range, and the median."""
     figure, axes = new_figure([2.0, 1.5], width)
@@ -329,7 +333,9 @@ def rates(table: sensitivity.Table, width: float = WIDTHS["single"]) -> Any:
     if math.isfinite(best):
         axes[0].axhline((1 + sensitivity.WITHIN) * best, color="#666666", linestyle="--", linewidth=0.9)
     axes[0].set(ylabel="training loss at the end", xscale="log")
-    axes[1].xaxis.set_major_formatter("{x:g}")
+    tried = sorted({rate for by_rate in table.values() for rate in by_rate})
+    # Every rate that was tried has its number.
+    axes[1].set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=60 if len(tried) > MOST_TICKS else 0)
     axes[1].minorticks_off()
     axes[1].axhline(diagnosis.COLLAPSED, color="#d55e00", linewidth=0.9, linestyle="--")
     axes[1].set(ylabel="lowest entropy\nof the run, nats", xlabel="learning rate", ylim=(0, None))

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sigmarep.diagnostics import curves
 from sigmarep.errors import BadInput
 from sigmarep.sweeps import finished_runs, short
 from sigmarep.training.diagnosis import lowest_entropy
@@ -18,7 +19,7 @@ class RunOutcome(NamedTuple):
     """Outcome of one run.
 
     Attributes:
-      loss: mean of the last tenth of the logged training losses; ∞ if the run diverged.
+      loss: the training loss at the end (`curves.at_end`); ∞ if the run diverged.
       lowest: lowest attention entropy of any layer in nats, over the steps at which it and the loss are finite; NaN
         without one.
       start: the first logged loss; NaN if there is none.
@@ -85,8 +86,7 @@ def tabulate(outcomes: Sequence[tuple[Mapping[str, Any], RunOutcome]]) -> Table:
 def outcome(rows: Sequence[Mapping[str, Any]], *, diverged: bool) -> RunOutcome:
     """Computes the outcome of a run from its rows of metrics."""
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    last = losses[-max(len(losses) // 10, 1) :]
-    loss = math.inf if diverged or not last or not all(map(math.isfinite, last)) else statistics.mean(last)
+    loss = math.inf if diverged else curves.at_end(losses)
     return RunOutcome(loss, lowest_entropy(rows), losses[0] if losses else math.nan)
 
 

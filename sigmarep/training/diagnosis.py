@@ -175,16 +175,18 @@ class _Step:
         self.number: int = row["step"]
         self.loss: float = row.get(LOSS, math.nan)
         self.gradient: float = row.get(GRADIENT, 0.0)
-        recorded = {layer: row[ENTROPY + layer] for layer in layers if ENTROPY + layer in row}
-        self.broken_layers = sorted(
-            (
-                layer
-                for layer, entropy in recorded.items()
-                if not math.isfinite(entropy) or _overflowed(row.get(MAX_LOGIT + layer, 0.0))
-            ),
-            key=_by_depth,
-        )
-        self.entropies = {layer: entropy for layer, entropy in recorded.items() if math.isfinite(entropy)}
+        self.entropies: dict[str, float] = {}
+        self.broken_layers: list[str] = []
+        for layer in layers:
+            entropy = row.get(ENTROPY + layer)
+            if entropy is None:
+                continue
+            finite = math.isfinite(entropy)
+            if finite:
+                self.entropies[layer] = entropy
+            if not finite or _overflowed(row.get(MAX_LOGIT + layer, 0.0)):
+                self.broken_layers.append(layer)
+        self.broken_layers.sort(key=_by_depth)
         self.bad_inputs = {name: row[NONFINITE + name] for name in arrays if row.get(NONFINITE + name)}
 
     @property

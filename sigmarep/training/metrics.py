@@ -68,6 +68,15 @@ def _rows(path: str) -> list[tuple[bytes, dict[str, Any] | None]]:
     return [(line, row if whole else None) for line, row, whole in parsed]
 
 
+def decoded(text: bytes) -> Any:
+    """The value of a text in JSON.
+
+    Raises:
+      ValueError: it is none.
+    """
+    return _loads(text)
+
+
 def parse(line: bytes) -> tuple[dict[str, Any] | None, bool]:
     """The row of a line of a metrics file: a whole number `step` and numbers alone.
 

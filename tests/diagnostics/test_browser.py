@@ -221,3 +221,70 @@ def test_a_printed_page_is_light_and_whole(chromium, pages):
 def test_a_logarithmic_axis_has_round_numbers_wherever_it_begins(chromium, pages, low, high, numbers):
     chromium.open(pages / "run.html")
     assert chromium.value(f"round(logarithmic({low}, {high})).filter((tick) => tick !== null)") == numbers
+
+
+@pytest.fixture(scope="module")
+def swept(chromium, pages):
+    chromium.open(pages / "sweep.html")
+    chromium.value("figures.forEach(build)")
+    settle(chromium)
+    return chromium
+
+
+RATES = "[...plots.values()].find(({panel}) => panel.rates)"
+
+
+def test_every_tried_rate_has_its_number(swept):
+    axis = f"{RATES}.chartOf.axes[0]"
+    assert swept.value(f"{axis}._values") == ["0.001", "0.01", "0.1"]
+    assert swept.value(f"{axis}._rotate || 0") == 0
+    # Rates too close for numbers side by side have them turned, and none is lost until even these touch.
+    place = "(rate) => 100 * Math.log10(rate)"
+    assert swept.value(f"crowded([1, 1.2, 10], ['1', '1.2', '10'], {place})")
+    assert not swept.value(f"crowded([1, 3, 10], ['1', '3', '10'], {place})")
+    assert swept.value(f"legible([1, 1.2, 1.5, 10], {place})") == [1, None, 1.5, 10]
+
+
+def test_rates_are_chosen_in_a_legend_of_their_own(swept):
+    rates = f"{LOSS}.querySelectorAll('.legend')[1]"
+    assert swept.value(f"{rates}.textContent") == "learning rate:0.0010.010.1"
+    shown = "[...plots.values()][0].chartOf.series.filter(({show}) => show).length"
+    before = swept.value(shown)
+    swept.value(f"{rates}.querySelector('button').click()")
+    assert swept.value(shown) == before - 4
+    assert swept.value(f"{rates}.querySelector('button').ariaPressed") == "false"
+    swept.value(f"{rates}.querySelector('button').click()")
+    assert swept.value(shown) == before
+    strokes = swept.value("[...plots.values()][0].panel.lines.map(({color, shade}) => colorOf(color, shade))")
+    assert len(set(strokes)) == 6, "two arms at three rates"
+
+
+def test_words_of_levels_stand_right_of_what_is_drawn(swept):
+    plot = "[...plots.values()][1]"
+    right = f"({plot}.chartOf.bbox.left + {plot}.chartOf.bbox.width) / uPlot.pxRatio"
+    assert swept.value(f"{plot}.panel.levels[0].text") == "0.1 nats"
+    assert swept.value(f"{plot}.width - {plot}.margin() >= {right} - 1")
+    wide = (
+        f"Math.max(...broken('0.1 nats', 0).map((text) => {plot}.chartOf.ctx.measureText(text).width)) / uPlot.pxRatio"
+    )
+    assert swept.value(f"{plot}.margin() > {wide}")
+    assert swept.value("[0, 1].map((axis) => broken('0.1 nats', axis))") == [["0.1 nats"], ["0.1", "nats"]]
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_what_is_cut_says_so_and_commands_break_between_words(chromium, pages, width):
+    chromium.open(pages / "sweep.html", width=width)
+    settle(chromium)
+    settle(chromium)
+    cut = (
+        "[...document.querySelectorAll('.table, pre')].filter((box) => box.offsetParent && "
+        "(box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) !== "
+        "box.previousElementSibling.textContent.startsWith('There is more: scroll')).length"
+    )
+    assert chromium.value(cut) == 0
+    assert chromium.value("[...document.querySelectorAll('pre')].length") > 0
+    hinted = "[...document.querySelectorAll('.hint')].some((hint) => hint.textContent.includes('sideways'))"
+    assert width == 1200 or chromium.value(hinted)
+    words = "[...document.querySelectorAll('pre span')].every((word) => word.getClientRects().length === 1)"
+    assert chromium.value(words)
+    assert chromium.value("document.documentElement.scrollWidth") <= width

@@ -203,6 +203,17 @@ def test_several_runs_a_sweep_one_step_and_an_empty_run_have_their_plots(tmp_pat
     assert titles(page_of(tmp_path, tmp_path / "empty")) == []
 
 
+def test_lines_of_a_sweep_are_shaded_by_rate(tmp_path):
+    content = data_of(page_of(tmp_path, sweep(tmp_path), most=0))
+    for panel in content["panels"][:2]:
+        shades = {(line["rate"], line["shade"]) for line in panel["lines"]}
+        assert shades == {("0.001", 0), ("0.01", 0.5), ("0.1", 1)}
+        assert {line["legend"] for line in panel["lines"]} == {"pre_ln", "sigma"}
+    # Runs of one rate have nothing to be told apart by.
+    pair = [run_folder(tmp_path / "pair" / name, collapsing()) for name in "ab"]
+    assert "shade" not in data_of(page_of(tmp_path, *pair, most=0))["panels"][0]["lines"][0]
+
+
 def test_tasks_do_not_share_an_axis(tmp_path):
     for name in ("image_classification", "translation"):
         run_folder(tmp_path / "runs" / name, collapsing(), config={"task": name})
@@ -271,6 +282,11 @@ def _contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
+def _mixed(color, other, share):
+    pairs = [[int(each[i : i + 2], 16) for each in (color, other)] for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in pairs)
+
+
 @pytest.mark.parametrize("theme", [0, 1])
 def test_colors_meet_wcag_aa_in_light_and_dark(theme):
     style = resources.files("sigmarep.diagnostics").joinpath("assets/page.css").read_text()
@@ -282,6 +298,11 @@ def test_colors_meet_wcag_aa_in_light_and_dark(theme):
     for name in [*(f"c{i}" for i in range(panels.COLORS)), "plain", "depth"]:
         for each in colors[name]:
             assert _contrast(each, paper) >= 3, name
+    # The ends of the ramp of rates (assets/plot.js: shadeOf) are a quarter paper, and more than half ink.
+    for i in range(panels.COLORS):
+        color = colors[f"c{i}"][0]
+        for other, share in ((paper, 0.25), (colors["ink"][0], 0.55)):
+            assert _contrast(_mixed(color, other, share), paper) >= 3, (i, other)
     for name in ("warn", "bad", "good", "raised", "faint"):
         assert _contrast(colors["ink"][0], colors[name][0]) >= 4.5, name
 

@@ -26,7 +26,8 @@ def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
     said = told(run, found)
     assert said[0] == "Done after 500 steps. The loss rose at step 400."
     assert said[1] == (
-        "encoder/block_1 fell below 0.1 nats at step 340, 60 steps before the loss rose. 1 more of 2 layers followed. The "
+        "encoder/block_1 fell below 0.1 nats at step 340 (still above it at step 335), 60 steps before the loss rose. "
+        "1 more of 2 layers followed. The "
         "lowest was 0.05 nats in encoder/block_0 at step 360."
     )
 
@@ -34,9 +35,9 @@ def test_the_layer_that_fell_first_and_how_long_before_the_loss(tmp_path):
 @pytest.mark.parametrize(
     ("rise", "words"),
     [
-        (200, "at step 340, 140 steps after the loss rose."),
-        (340, "at step 340, the step at which the loss rose."),
-        (9999, "at step 340; the loss had no lasting rise."),
+        (200, "at step 340 (still above it at step 335), 140 steps after the loss rose."),
+        (340, "at step 340 (still above it at step 335), the step at which the loss rose."),
+        (9999, "at step 340 (still above it at step 335); the loss had no lasting rise."),
     ],
 )
 def test_collapse_before_with_after_and_without_a_rise(tmp_path, rise, words):
@@ -62,10 +63,14 @@ def test_sharpness_interventions_and_negative_gammas_are_spoken_of(tmp_path):
         each["spectral/gamma/head"] = 1.0 - each["step"] / 5
     config = {"intervention": {"at_steps": 4.0, "attention_temperature": 0.1, "learning_rate_factor": 1.0}}
     said = " ".join(told(*read(run_folder(tmp_path / "a", rows, config=config, total=10))))
-    assert "Sharpness was above its threshold at 3 of 10 measurements, first at step 8." in said
+    assert "Sharpness was above its threshold at 3 of 10 measurements, earliest at step 8." in said
     assert (
-        "After step 4 the run was changed on purpose: attention temperature times 0.1; the lowest entropy "
-        "of any layer went from 2 to 2 by step 5 and the loss went from 1 to 1 by step 5." in said
+        "After step 4 the run was changed on purpose: attention temperature times 0.1, which makes attention "
+        "sharper. Its loss was 1 just before, at most 1 after it (at step 5) and 1 at the end: the run was not set "
+        "back, no "
+        "loss after it was higher. The lowest entropy of any layer was 2 nats just before, at least 2 after it (at "
+        "step 5) and "
+        "2 at the end." in said
     )
     assert "γ became negative in 1 layers, head among them." in said
 
@@ -138,16 +143,17 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     assert "12 runs: 10 done, 2 diverged." in page
     assert "sigma: no layer collapsed, lowest entropy 2 nats." in page
     assert (
-        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1), encoder/block_0 first by step 1, lowest entropy "
-        "0.01 to 2 nats; 2 of 6 runs diverged (at learning rate 0.1) at step 21." in page
+        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1); the layer that fell earliest was encoder/block_0, "
+        "by step 1; lowest entropy 0.01 to 2 nats; 2 of 6 runs diverged (at learning rate 0.1) at step 21." in page
     )
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
     assert (
-        "sweep: pre_ln comes within 10% of the best loss of all at learning rate 0.001 alone; its own best loss is "
-        "1.005, at 0.001." in page
+        "sweep: pre_ln trains at learning rate 0.001 alone. Its lowest loss at the end is 1.005, at 0.001. (An arm "
+        "trains at a "
+        "rate whose loss at the end, the median of its seeds, is within 10% of the lowest of all, 1.005.)" in page
     )
     assert (
-        "sweep: sigma comes within 10% of the best loss of all at learning rates 0.001 to 0.1 (a factor of 100; 0.001 is "
+        "sweep: sigma trains at learning rates 0.001 to 0.1 (a factor of 100; 0.001 is "
         "the lowest tried; 0.1 is the highest tried)" in page
     )
     # The last two: its lowest entropy at 0.001, and at any rate.
@@ -156,6 +162,29 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     assert pictures[:2] == ["all.png", "sweep-rates.png"]
     assert len({name.rsplit("-", 1)[0] for name in pictures[2:]}) == 3
     assert "3 of 12 runs are drawn" in page
+
+
+def test_runs_are_judged_by_one_loss_which_the_tables_name(tmp_path):
+    # Of 20 losses the last two are the last tenth; the last one alone would be 3, and would not train.
+    for arm, last in (("a", (1.0, 3.0)), ("b", (2.5, 2.5))):
+        for rate in (0.1, 1.0):
+            rows = [row(step, 5.0 if step < 19 else last[step - 19], 2.0) for step in range(1, 21)]
+            run_folder(tmp_path / f"sweep/{arm}{rate}", rows, total=20)
+    record = {
+        f"{arm}{rate}": {"point": {"arm": arm, "learning_rate": rate}, "state": "done", "status": 0}
+        for arm in "ab"
+        for rate in (0.1, 1.0)
+    }
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
+    page, _ = page_of(tmp_path, tmp_path / "sweep", most=0)
+    assert '<th scope="col">loss at the end (mean of the last tenth)</th>' in page
+    assert "last loss" not in page
+    rows = re.findall(
+        r'<tr><th scope="row">(\w[\d.]+)</th>.*?<td class="number">([\d.]+)</td>', page.split("<h2>Runs")[1]
+    )
+    assert dict(rows) == {"a0.1": "2", "a1.0": "2", "b0.1": "2.5", "b1.0": "2.5"}
+    assert "a trains at learning rates 0.1 to 1 (a factor of 10" in page
+    assert "b trains at no learning rate. Its lowest loss at the end is 2.5" in page
 
 
 def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
@@ -211,7 +240,7 @@ def test_processes_of_their_own_write_the_same_report(tmp_path, monkeypatch):
     def written(jobs):
         files = report.write([str(folder)], str(tmp_path / str(jobs) / "page.html"), most=3, jobs=jobs, static="png")
         page, *pictures = [Path(each).read_bytes() for each in files]
-        return re.sub(rb"Read on .{19}", b"", page), [Path(each).name for each in files], pictures
+        return re.sub(rb"Made on .{19}", b"", page), [Path(each).name for each in files], pictures
 
     alone = written(1)
     with report._processes(runs.find([str(folder)]).places, 2) as each:
@@ -304,7 +333,7 @@ def test_a_nan_is_no_entropy_and_the_cause_of_a_divergence_is_told(tmp_path):
         "Cause: logits; the attention logits of encoder/block_0 were out of range at step 3; step 2, the last one recorded "
         "before, was healthy (loss 2, lowest entropy 1.5 nats in encoder/block_1).",
         "No layer's attention entropy fell below 0.1 nats: the lowest was 1.5 in encoder/block_1 at step 1.",
-        "The first attention statistics that were not finite are those of encoder/block_0 at step 3.",
+        "The earliest attention statistics that were not finite are those of encoder/block_0 at step 3.",
     ]
     page, _ = page_of(tmp_path, tmp_path / "runs")
     assert (
@@ -319,7 +348,7 @@ def test_a_sharpness_and_a_gamma_that_are_nan_are_neither_below_nor_hidden(tmp_p
     for each, sharpness, gamma in zip(rows, (10.0, "nan", 20.0), ("nan", -1.0, "nan"), strict=True):
         each |= {"sharpness/hessian": sharpness, "sharpness/threshold": 75.0, "spectral/gamma/head": gamma}
     sentences = " ".join(told(*read(run_folder(tmp_path / "a", rows, total=3))))
-    assert "Sharpness stayed below its threshold at 2 measurements. It was NaN at 1, first at step 2." in sentences
+    assert "Sharpness stayed below its threshold at 2 measurements. It was NaN at 1, earliest at step 2." in sentences
     assert "γ became negative in 1 layers, head among them." in sentences
 
 

@@ -1,7 +1,9 @@
 """The story that a report tells: what happened before a layer fell, which run did otherwise, and what to try next."""
 
+import html
 import json
 import os
+import re
 import shlex
 import shutil
 
@@ -68,8 +70,9 @@ def test_the_run_that_kept_its_attention_is_named_with_its_differences(tmp_path)
     plain_run(tmp_path / "runs/c", [*kept, {"step": 500, "eval/test/accuracy": 0.9}], arm="sigma", seed=0)
     sentences = story_of(tmp_path / "runs")
     assert sentences[-2].text == (
-        "c had no collapse and no lasting rise of its loss: it has model.norm post instead of pre and model.reparam sigma "
-        "instead of none. Its lowest entropy is 2 nats, its test/accuracy is 0.9 (here 0.5)."
+        "Compare c (nearest of the runs that trained, 2 settings away): it has model.norm post instead of pre and "
+        "model.reparam sigma instead of none. It had no collapse and no lasting rise of its loss. Its lowest entropy is 2 "
+        "nats, its test/accuracy is 0.9 (here 0.5)."
     )
     assert sentences[-2].topic == "all entropies"
     # What would be tried has been: where only one seed has, what is left is another.
@@ -93,6 +96,12 @@ def test_a_remedy_that_failed_is_not_recommended_again(tmp_path):
     )
 
 
+def commands(page):
+    """The words of every command on a page."""
+    texts = re.findall(r"<code>(.*?)</code>", page, re.DOTALL)
+    return [shlex.split(html.unescape(re.sub("<.*?>", "", text)).replace("\\\n", " ")) for text in texts]
+
+
 def changed_run(folder, losses, entropies, arm, factor=0.1):
     """A run that was changed on purpose after step 60, in a folder as a sweep names it."""
     rows = [row(step, losses[step > 60], entropies[step > 60]) for step in range(5, 125, 5)]
@@ -110,18 +119,25 @@ def test_a_change_on_purpose_is_told_of_first(tmp_path):
     assert [place.name for place in folders] == ["arm=pre_ln", "arm=sigma"]
     page, _ = page_of(tmp_path, tmp_path / "runs")
     assert (
-        "All runs were changed on purpose after step 60: attention temperature times 0.1. Before it the loss was lowest in "
-        "arm=pre_ln, 1, and highest in arm=sigma, 1.5." in page
+        "All runs were changed on purpose after step 60: attention temperature times 0.1, which makes attention sharper. "
+        "Before it the loss was lowest in arm=pre_ln, 1, and highest in arm=sigma, 1.5." in page
+    )
+    assert (
+        "After it, up to the last step, arm=sigma was not set back and arm=pre_ln did not recover. Recovered: the "
+        "loss at the "
+        "end is not above the last one logged before the change." in page
     )
     assert "model.norm pre (LayerNorm before each branch) and model.reparam none (plain kernels)" in page
     assert (
-        "at the change on purpose the lowest entropy of any layer went from 2 to 0.3 by step 65 and the loss went from 1 "
-        "to 2 by step 65" in page
+        "after the change on purpose it did not recover (loss 1 just before, at most 2 after it, 2 at the end; lowest "
+        "entropy "
+        "2 just before, at least 0.3 after it, 0.3 at the end)" in page
     )
-    assert "arm=sigma had no lasting rise of its loss after the same change on purpose: it has" in page
-    control = page.split("<code>")[1].split("</code>")[0]
-    assert shlex.split(control.replace("\\\n", " "))[2:] == [
-        *("--config", f"{tmp_path}/runs/at=60,arm=pre_ln,seed=0/config.json"),
+    assert "at most 2 after it (at step 65) and 2 at the end: the run did not recover by step 120, the last." in page
+    assert "It had no lasting rise of its loss after the same change on purpose." in page
+    control = next(each for each in commands(page) if "intervention" in " ".join(each[4:5]))
+    assert control == [
+        *("python", "scripts/train.py", "--config", f"{tmp_path}/runs/at=60,arm=pre_ln,seed=0/config.json"),
         *("--config.intervention.attention_temperature=1.0", "--workdir"),
         f"{tmp_path}/runs/at=60,arm=pre_ln,seed=0-control",
     ]
@@ -143,8 +159,10 @@ def test_layers_that_fell_first_are_told_of_with_their_rates(tmp_path):
     (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
     page, _ = page_of(tmp_path, tmp_path / "sweep")
     assert (
-        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1), encoder/block_1 first by step 20 (at learning rate "
-        "0.1) and encoder/block_0 first by step 10 (at learning rate 1), lowest entropy 0.05 nats" in page
+        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1); the layer that fell earliest was "
+        "encoder/block_1, by step "
+        "20 (at learning rate 0.1) and encoder/block_0, by step 10 (at learning rate 1); lowest entropy 0.05 nats"
+        in page
     )
 
 
@@ -155,3 +173,69 @@ def test_a_name_that_cannot_be_shown_is_in_no_command(tmp_path):
     page, _ = page_of(tmp_path, plain_run(tmp_path / "$(touch x) <b>", collapsing()))
     assert "&#x27;" in page.split("<code>")[1].split("</code>")[0]
     assert "<b>/config.json" not in page
+
+
+def test_a_run_that_recovers_says_when_and_to_which_loss(tmp_path):
+    losses = {65: 3.0, 70: 2.0, 75: 0.9}
+    rows = [
+        row(step, losses.get(step, 1.0 if step <= 60 else 0.8), 2.0 if step <= 60 else 1.0) for step in range(5, 125, 5)
+    ]
+    run_folder(tmp_path / "a", rows, total=120, config={"intervention": {"at_steps": 60, "learning_rate_factor": 5.0}})
+    sentence = next(each for each in told(*read(tmp_path / "a")) if "on purpose" in each)
+    assert sentence == (
+        "After step 60 the run was changed on purpose: learning rate times 5. Its loss was 1 just before, at most 3 "
+        "after it "
+        "(at step 65) and 0.8 at the end: the run recovered, by step 75. The lowest entropy of any layer was 2 nats just "
+        "before, at least 1 after it (at step 65) and 1 at the end: it stayed lower."
+    )
+
+
+def test_the_nearest_run_that_trained_is_compared(tmp_path):
+    steady = [row(step, 5.0 / step, 2.0) for step in range(5, 505, 5)]
+    plain_run(tmp_path / "runs/a", collapsing(), learning_rate=1.0)
+    plain_run(tmp_path / "runs/b", steady, learning_rate=0.01)
+    plain_run(tmp_path / "runs/c", steady, learning_rate=0.1)
+    plain_run(tmp_path / "runs/d", steady, learning_rate=1.0, arm="sigma")
+    nearest, same_rate = [each.text for each in story_of(tmp_path / "runs") if each.text.startswith("Compare")]
+    assert nearest.startswith(
+        "Compare c (nearest of the runs that trained, 1 setting away): it has optimizer.learning_rate 0.1 instead of "
+        "1. It had"
+    )
+    assert same_rate.startswith(
+        "Compare d (nearest at the same learning rate): it has model.norm post instead of pre and"
+    )
+
+
+def test_arms_that_differ_in_norm_and_reparam_are_separated_by_runs(tmp_path):
+    steady = [row(step, 5.0 / step, 2.0) for step in range(5, 505, 5)]
+    fallen = plain_run(tmp_path / "runs/a", collapsing())
+    kept = plain_run(tmp_path / "runs/b", steady, arm="sigma")
+    page, _ = page_of(tmp_path, tmp_path / "runs", most=0)
+    assert "a and b differ in model.norm and model.reparam at once: they do not tell which of the two did it." in page
+    begin = ["python", "scripts/train.py", "--config", f"{fallen}/config.json"]
+    assert commands(page) == [
+        [*begin, "--config.model.norm=post", "--workdir", f"{fallen}-post_ln"],
+        [*begin, "--config.model.reparam=sigma", "--workdir", f"{fallen}-sigma_pre_ln"],
+    ]
+    # One of them made, the other is left; and where both runs trained, or differ in one field, there is nothing to
+    # separate.
+    shutil.copytree(fallen, tmp_path / "runs/c")
+    config = json.loads((tmp_path / "runs/c/config.json").read_text())
+    config["model"]["norm"] = "post"
+    (tmp_path / "runs/c/config.json").write_text(json.dumps(config))
+    (left,) = commands(page_of(tmp_path, tmp_path / "runs", most=0)[0])
+    assert left[-1] == f"{fallen}-sigma_pre_ln"
+    assert commands(page_of(tmp_path, tmp_path / "runs/c", kept, most=0)[0]) == []
+
+
+def test_a_layer_near_to_a_collapse_is_named(tmp_path):
+    for name, lowest in (("a", 0.104), ("b", 2.0)):
+        plain_run(
+            tmp_path / "runs" / name, [row(step, 1.0, lowest if step > 40 else 2.0) for step in range(1, 51)], total=50
+        )
+    assert "No layer collapsed, but encoder/block_0 came near: 0.104 nats at step 41, against 0.1." in told(
+        *read(tmp_path / "runs/a")
+    )
+    page, _ = page_of(tmp_path, tmp_path / "runs")
+    assert "a: no layer collapsed, but encoder/block_0 came near: 0.104 nats at step 41, against 0.1" in page
+    assert "b: no layer collapsed, lowest entropy 2 nats" in page

@@ -52,7 +52,7 @@ class Heat extends Plot {
         y += 17;
       }
       const block = /block_(\d+)/.exec(line.name), own = block && block[1];
-      if (own !== last && last !== null && this.rowHeight > 5) y += 3;
+      if (own !== last && last !== null) y += this.rowHeight > 5 ? 6 : 2;
       last = own;
       y += this.rowHeight;
       return y - this.rowHeight;
@@ -66,9 +66,13 @@ class Heat extends Plot {
     this.fellSwatch = element("canvas", undefined, { width: "16", height: "12" });
     this.badSwatch = element("canvas", undefined, { width: "16", height: "12" });
     this.most = document.createTextNode(`${shown(this.top)} nats`);
-    const bad = element("span");
-    bad.append(this.badSwatch, " not finite");
-    scale.append("0", bar, this.most, this.fellSwatch, `below ${this.panel.collapsed}`, bad);
+    const below = `${/, head \d+$/.test(this.panel.lines[0].name) ? "a head" : "a layer"} below ${this.panel.collapsed} nats`;
+    const keys = [[this.fellSwatch, below], [this.badSwatch, "not finite"]].map(([swatch, text]) => {
+      const key = element("span");
+      key.append(swatch, ` ${text}`);
+      return key;
+    });
+    scale.append("0", bar, this.most, ...keys);
     this.chart.after(scale);
   }
   x(step) { const [low, high] = this.range(); return AXIS + ((step - low) / (high - low)) * (this.drawnWidth - 2 * AXIS); }
@@ -113,15 +117,15 @@ class Heat extends Plot {
       lowest = this.tops[row];
       ctx.fillText(label, AXIS - 6, this.tops[row] + Math.max(this.rowHeight, 9));
     });
-    if (this.rowHeight >= 9) {
-      ctx.textAlign = "left";
-      ctx.font = "9px system-ui, sans-serif";
-      panel.lines.forEach((line, row) => {
-        const head = /, head (\d+)$/.exec(line.name);
-        if (head) ctx.fillText(`head ${head[1]}`, this.drawnWidth - AXIS + 5, this.tops[row] + this.rowHeight - 2);
-      });
-      ctx.font = "11px system-ui, sans-serif";
-    }
+    ctx.textAlign = "left";
+    ctx.font = "9px system-ui, sans-serif";
+    /* As many heads as there is room for have their number: each, or every second one, fourth one, … */
+    const every = 2 ** Math.ceil(Math.log2(Math.max(9 / this.rowHeight, 1)));
+    panel.lines.forEach((line, row) => {
+      const head = /, head (\d+)$/.exec(line.name);
+      if (head && head[1] % every === 0) ctx.fillText(`head ${head[1]}`, this.drawnWidth - AXIS + 5, this.tops[row] + Math.max(this.rowHeight, 9) - 2);
+    });
+    ctx.font = "11px system-ui, sans-serif";
     ctx.textAlign = "center";
     ctx.fillText("step", this.drawnWidth / 2, this.bottom + 32);
     const [low, high] = this.range(), count = Math.max(Math.floor(this.drawnWidth / 110), 4);

@@ -1,32 +1,6 @@
 /* Plots of lines and dots, drawn by uPlot. */
 "use strict";
 
-/* Distances of ticks on an axis of steps: whole numbers. */
-const WHOLE = Array.from({ length: 16 }, (_, i) => 10 ** i).flatMap((unit) => [unit, 2 * unit, 5 * unit]);
-
-/* Ticks of a logarithmic axis that have a number: 1, 2 and 5 times powers of ten, the powers alone over three decades. */
-function round(ticks) {
-  const known = ticks.filter((tick) => tick > 0), wide = known.length && known.at(-1) >= 1e3 * known[0];
-  const chosen = ticks.map((tick) => {
-    const first = Number(tick.toExponential(6).split("e")[0]);
-    return (wide ? [1] : [1, 2, 5]).includes(first) ? tick : null;
-  });
-  return chosen.filter((tick) => tick !== null).length > 1 ? chosen : ticks;
-}
-/* Ticks of a logarithmic axis: 1 to 9 times powers of ten; evenly spaced ones where fewer than two of these are in it.
-   (uPlot counts from the axis's own end, which is no round number.) */
-function logarithmic(low, high) {
-  const ticks = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
-    for (let digit = 1; digit < 10; digit++) ticks.push(Number(`${digit}e${power}`));
-  }
-  const inside = ticks.filter((tick) => tick >= low && tick <= high);
-  if (inside.length > 1) return inside;
-  const unit = 10 ** Math.floor(Math.log10(high - low)), size = [0.2, 0.5, 1, 2].map((m) => m * unit).find((m) => (high - low) / m <= 6) || unit;
-  const first = Math.ceil(low / size);
-  return Array.from({ length: Math.floor(high / size) - first + 1 }, (_, i) => Number(((first + i) * size).toPrecision(12)));
-}
-
 /* Height of a row of words above a plot, and most rows. */
 const LABEL = 13, LABEL_ROWS = 4;
 
@@ -43,6 +17,7 @@ class Lines extends Plot {
     this.log = panel.axes.map(logs);
     this.weight = 0;
     this.off = new Set();
+    this.offRates = new Set();
     this.at = null;
     this.align();
     this.controls();
@@ -134,19 +109,41 @@ class Lines extends Plot {
     }
     if (this.entries.size > 1) this.chart.after(list);
     this.swatches();
+    this.rateLegend();
+  }
+  /* A second list for the learning rates of lines that are shaded by them. */
+  rateLegend() {
+    this.rateEntries = new Map();
+    const shades = new Map(this.panel.lines.filter(({ rate }) => rate !== undefined).map(({ rate, shade }) => [rate, shade]));
+    if (shades.size < 2) return;
+    const list = element("div", undefined, { class: "legend", role: "group", "aria-label": "Learning rates" });
+    list.append(element("span", "learning rate:"));
+    for (const [rate, shade] of [...shades].sort((a, b) => a[1] - b[1])) {
+      const button = element("button", undefined, { type: "button", "aria-pressed": String(!this.offRates.has(rate)) });
+      button.append(rampSwatch(shade, this.panel), element("span", rate));
+      button.addEventListener("click", () => {
+        if (!this.offRates.delete(rate)) this.offRates.add(rate);
+        this.toggle();
+      });
+      this.rateEntries.set(rate, { button, shade });
+      list.append(button);
+    }
+    [...this.figure.querySelectorAll(".legend"), this.chart].find(Boolean).after(list);
   }
   swatches() {
     for (const { swatch, line } of this.entries.values()) {
       swatch.style.borderTopColor = colorOf(line.color);
       swatch.style.borderTopStyle = ["solid", "dashed", "dotted"][line.dash];
     }
+    for (const { button, shade } of (this.rateEntries || new Map()).values()) button.firstChild.replaceWith(rampSwatch(shade, this.panel));
   }
   visible(i) {
     const line = this.panel.lines[i], name = `${line.name} ${line.legend}`.toLowerCase();
-    return !this.off.has(line.legend) && (this.words || []).every((word) => name.includes(word));
+    return !this.off.has(line.legend) && !this.offRates.has(line.rate) && (this.words || []).every((word) => name.includes(word));
   }
   toggle() {
     for (const [name, { button }] of this.entries) button.setAttribute("aria-pressed", !this.off.has(name));
+    for (const [rate, { button }] of this.rateEntries) button.setAttribute("aria-pressed", !this.offRates.has(rate));
     this.chartOf.batch(() => this.panel.lines.forEach((_, i) => this.chartOf.setSeries(i + 1, { show: this.visible(i) })));
   }
   draw() {
@@ -162,7 +159,7 @@ class Lines extends Plot {
     const axes = [{
       ...place, values, size: 34, labelSize: 18, labelGap: 0, label: panel.rates ? "learning rate" : "step",
       grid: { stroke: () => theme.faint, width: 1 },
-      ...(panel.rates ? { filter: (u, ticks) => round(ticks), splits: (u, place, low, high) => logarithmic(low, high) } : { incrs: WHOLE }),
+      ...(panel.rates ? rateTicks(this.x) : { incrs: WHOLE }),
     }];
     panel.axes.forEach((axis, i) => axes.push({
       ...place, values, scale: `y${i}`, side: i ? 1 : 3, labelSize: 16, labelGap: 2,
@@ -172,15 +169,15 @@ class Lines extends Plot {
       ...(this.log[i] ? { filter: (u, ticks) => round(ticks), splits: (u, place, low, high) => logarithmic(low, high) } : {}),
     }));
     const series = [{}, ...panel.lines.map((line, i) => ({
-      label: line.name, scale: `y${line.axis}`, show: this.visible(i), stroke: () => colorOf(line.color), width: thin,
-      dash: DASHES[line.dash], spanGaps: false, paths: line.dots ? () => null : undefined,
+      label: line.name, scale: `y${line.axis}`, show: this.visible(i), stroke: () => colorOf(line.color, line.shade), width: thin,
+      dash: line.rate === undefined ? DASHES[line.dash] : rampDash(line.shade, panel), spanGaps: false, paths: line.dots ? () => null : undefined,
       points: {
         show: () => !line.dots && this.panel.lines[i].y.filter(drawn).length < 3, size: 6, stroke: () => colorOf(line.color), fill: () => colorOf(line.color),
       },
     }))];
     const options = {
       width: this.width, height: this.height(), scales, axes, series, legend: { show: false }, focus: { alpha: 0.25 },
-      padding: [15 + this.strip(), panel.axes.length > 1 ? 0 : 20, 0, 0],
+      padding: [15 + this.strip(), this.margin(), 0, 0],
       cursor: {
         drag: { x: true, y: false, setScale: false, dist: 5 }, points: { show: false }, y: false,
         bind: { dblclick: () => () => zoom(this.group, null) },
@@ -197,6 +194,11 @@ class Lines extends Plot {
       },
     };
     this.chartOf = new uPlot(options, this.values(), this.chart);
+  }
+  /* Room right of the plot for the words of levels. */
+  margin() {
+    const words = this.panel.levels.flatMap(({ text, axis }) => broken(text, axis));
+    return Math.max(this.panel.axes.length > 1 ? 0 : 20, words.length ? 8 + 6.2 * largest(words.map(({ length }) => length)) : 0);
   }
   update(panel) {
     const names = ({ lines }) => JSON.stringify(lines.map(({ name, legend, axis }) => [name, legend, axis]));
@@ -338,12 +340,11 @@ class Lines extends Plot {
       ctx.setLineDash([6 * scale, 4 * scale]);
       /* A level of the right axis stays near it. */
       ctx.beginPath(); ctx.moveTo(level.axis ? left + 0.8 * width : left, y); ctx.lineTo(left + width, y); ctx.stroke();
-      ctx.textAlign = "right";
-      ctx.save();
-      ctx.lineWidth = 3 * scale; ctx.strokeStyle = theme.paper; ctx.setLineDash([]);
-      ctx.strokeText(level.text, left + width - 4 * scale, y - 4 * scale);
-      ctx.restore();
-      ctx.fillText(level.text, left + width - 4 * scale, y - 4 * scale);
+      ctx.setLineDash([]);
+      ctx.textAlign = "left";
+      const words = broken(level.text, level.axis), tall = 12 * scale, x = (u.width - this.margin() + 5) * scale;
+      const first = Math.min(Math.max(y + 4 * scale - ((words.length - 1) * tall) / 2, top + 8 * scale), top + height - (words.length - 1) * tall);
+      words.forEach((word, k) => ctx.fillText(word, x, first + k * tall));
     }
     this.rules(u, ctx, scale);
     if (this.panel.rates) {

@@ -92,6 +92,7 @@ function merge(page) {
     else if (fresh.has(figure.dataset.key)) plot.update(panel);
     else if (!plot.group.range) plot.zoomed();
   }
+  hints();
 }
 
 /* A page that is not looked at asks seldom; asking again begins when the answer is there. */

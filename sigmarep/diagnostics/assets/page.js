@@ -28,3 +28,21 @@ function restyle() { readTheme(); for (const plot of plots.values()) { plot.resi
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
 addEventListener("beforeprint", () => { document.documentElement.classList.add("paper"); figures.forEach(build); restyle(); });
 addEventListener("afterprint", () => { document.documentElement.classList.remove("paper"); restyle(); });
+/* What is wider or longer than its box says so above it: a shadow alone is overlooked. */
+function hints() {
+  for (const box of document.querySelectorAll(".table, pre")) {
+    if (!box.offsetParent) continue;
+    let hint = box.previousElementSibling;
+    if (!hint || !hint.classList.contains("hint")) {
+      hint = element("p", undefined, { class: "hint" });
+      box.before(hint);
+    }
+    const ways = [
+      ...(box.scrollWidth > box.clientWidth + 1 ? ["sideways \u2192"] : []), ...(box.scrollHeight > box.clientHeight + 1 ? ["down \u2193"] : []),
+    ];
+    const text = ways.length ? `There is more: scroll ${ways.join(" and ")}` : "";
+    if (hint.textContent !== text) hint.textContent = text;
+  }
+}
+new ResizeObserver(() => requestAnimationFrame(hints)).observe(document.querySelector("main"));
+document.addEventListener("toggle", () => requestAnimationFrame(hints), true);

@@ -22,8 +22,14 @@ function blend(stops, share) {
   return `rgb(${stops[i].map((low, k) => Math.round(low + (place - i) * (stops[i + 1][k] - low))).join(",")})`;
 }
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"].map(rgb);
-function colorOf([how, value]) {
-  return how === "kind" ? theme.kinds[value] : how === "depth" ? blend(theme.depth, value) : theme.plain;
+/* The color of a line; `shade`, from 0 to 1, is that of its rate among those of its arm. */
+function colorOf([how, value], shade) {
+  const color = how === "kind" ? theme.kinds[value] : theme.plain;
+  return how === "depth" ? blend(theme.depth, value) : shade === undefined ? color : shadeOf(color, shade);
+}
+/* From nearly the paper's to nearly the ink's, through the color itself. */
+function shadeOf(color, shade) {
+  return shade < 0.5 ? blend([rgb(color), rgb(theme.paper)], 0.25 - 0.5 * shade) : blend([rgb(color), rgb(theme.ink)], 1.1 * (shade - 0.5));
 }
 
 const LITTLE = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;
