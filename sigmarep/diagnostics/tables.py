@@ -81,11 +81,13 @@ def of_runs(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
         "state",
         "steps",
         "last evaluation",
-        "loss at the end",
+        "loss at the end (mean of the last tenth)",
         "lowest entropy, nats",
         "earliest collapse",
+        "loss rose at step",
+        "diverged at step",
+        "spikes",
     )
-    header += ("lowest entropy, nats", "earliest collapse", "loss rose at step", "diverged at step", "spikes")
     rows = []
     for run, each in zip(runs, facts, strict=True):
         steps = f"{run.last_step}/{run.total_steps}" if run.total_steps else str(run.last_step)

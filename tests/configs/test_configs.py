@@ -200,6 +200,7 @@ def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
 SWEEPS = [name for name in ARMS if hasattr(load(name), "sweep")]
 # Rows of the paper's experiments that are sweeps, and what this project compares by one.
 SWEPT = {
+    "guide/what_to_change.py",
     "asr/librispeech_100h.py",
     "asr/librispeech_960h.py",
     "asr/deep.py",

@@ -80,6 +80,7 @@ function merge(page) {
   const seen = [...document.querySelectorAll("figure, main > :not(.pictures)")].find((each) => each.getBoundingClientRect().bottom > 0);
   const place = seen && seen.getBoundingClientRect().top;
   become(document.querySelector("main"), page.querySelector("main"));
+  hints();
   if (seen && seen.isConnected && scrollY > 0) scrollBy({ top: seen.getBoundingClientRect().top - place, behavior: "instant" });
   figures = [...document.querySelectorAll("figure[data-panel]")];
   const shown = new Set(figures);
@@ -92,7 +93,6 @@ function merge(page) {
     else if (fresh.has(figure.dataset.key)) plot.update(panel);
     else if (!plot.group.range) plot.zoomed();
   }
-  hints();
 }
 
 /* A page that is not looked at asks seldom; asking again begins when the answer is there. */
