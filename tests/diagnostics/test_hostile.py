@@ -200,7 +200,17 @@ def test_a_hostile_run_has_its_row(name, page):
 
 
 def test_the_good_run_among_them_is_told_as_if_it_were_alone(page):
-    assert table_row(page, "good") == ["done", "3/3", "–", "0.6667", "1.5 in encoder/block_0 at step 1", "–", "–", "–", "–"]
+    assert table_row(page, "good") == [
+        "done",
+        "3/3",
+        "–",
+        "0.6667",
+        "1.5 in encoder/block_0 at step 1",
+        "–",
+        "–",
+        "–",
+        "–",
+    ]
 
 
 def test_files_that_cannot_be_read_are_named(page):
