@@ -153,6 +153,9 @@ def is_sensible(name, value, original):
         return value is None or (value in Numbers(0, 1e18) and whole)
     if name == "data.data_dir":
         return isinstance(value, str | None)
+    if name == "model.activation_dropout" and value is None:
+        # As model.dropout.
+        return True
     if name == "model.gamma_init" and not isinstance(value, str):
         return value in Numbers()
     kinds = {float: (int, float), tuple: (tuple, list)}.get(type(original), (type(original),))
