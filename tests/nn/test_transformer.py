@@ -176,7 +176,7 @@ def test_layer_drop_draws_for_every_block_anew(scan):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("norm", "prenorm", "expected one of none, pre, post, deepnorm"),
+        ("norm", "prenorm", "expected one of none, pre, peri, post, deepnorm"),
         ("reparam", "sigmoid", "expected one of none, sigma, spectral, weight"),
         ("qkv", "joint", "expected one of separate, fused, qk_v"),
         ("activation", "gelo", "expected one of gelu"),

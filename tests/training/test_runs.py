@@ -226,7 +226,7 @@ REFUSED = [
     (["--config.batch_size=many"], "config.batch_size=many"),
     (["--config.model.num_heads=3"], "config.model.num_heads = 3: does not divide width = 64"),
     (["--config.model.patch_size=3"], "config.model.patch_size = 3: does not divide the image of 8 x 8"),
-    (["--config.model.norm=prenorm"], "config.model.norm = 'prenorm': expected one of none, pre, post, deepnorm"),
+    (["--config.model.norm=prenorm"], "config.model.norm = 'prenorm': expected one of none, pre, peri, post, deepnorm"),
     (["--config.optimizer.name=adm"], "config.optimizer.name = 'adm': expected one of adamw"),
     (["--config.optimizer.schedule=cos"], "config.optimizer.schedule = 'cos': expected one of constant"),
     (["--config.batch_size=63", "--config.accumulation=2"], "config.batch_size = 63: does not divide"),
