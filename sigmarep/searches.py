@@ -82,14 +82,14 @@ class Trials:
         """The next run; None if all trials have been begun."""
         if self._open:
             number = self._open.pop(0)
-            return self._plan(self._study.trials[number].params, run_name(number))
+            return self._plan(self._study.trials[number].params, trial_name(number))
         if len(self._study.trials) >= self._count:
             return None
         try:
             trial = self._study.ask(dict(self._search.space))
         except ValueError as error:
             raise BadInput(f"{os.path.join(self._workdir, STUDY)}: {one_line(error)}; choose another folder") from None
-        return self._plan(trial.params, run_name(trial.number))
+        return self._plan(trial.params, trial_name(trial.number))
 
     def ended(self, run: PlannedRun, state: str) -> None:
         """Tells the study how a run has ended.
@@ -118,7 +118,7 @@ class Trials:
             return None
         trial = self._study.best_trial
         assert trial.value is not None
-        return os.path.join(self._workdir, run_name(trial.number)), trial.value, trial.params
+        return os.path.join(self._workdir, trial_name(trial.number)), trial.value, trial.params
 
 
 class Pruner(Callback):
@@ -137,10 +137,10 @@ class Pruner(Callback):
             raise BadInput(
                 f"config.callbacks = {PRUNER!r}: {folder} has no {STUDY}; leave it out to make this run alone"
             )
-        with quiet():
+        with _quiet():
             study = optuna.load_study(study_name=None, storage=_storage(folder), pruner=_median())
         self._metric = study.user_attrs["metric"]
-        frozen = next(trial for trial in study.trials if run_name(trial.number) == name)
+        frozen = next(trial for trial in study.trials if trial_name(trial.number) == name)
         # The trial was asked for by another process; optuna offers no other way to report to it.
         self._trial = optuna.trial.Trial(study, frozen._trial_id)
 
@@ -154,7 +154,7 @@ class Pruner(Callback):
         value = metrics.get(self._metric)
         if value is None or not math.isfinite(value):
             return
-        with quiet():
+        with _quiet():
             # A step that is repeated after a stop has been reported already.
             self._trial.report(float(value), step)
             pruned = self._trial.should_prune()
@@ -193,7 +193,7 @@ def with_pruner(callbacks: Sequence[str]) -> str:
     return f"--config.callbacks={(*callbacks, PRUNER)!r}"
 
 
-def run_name(number: int) -> str:
+def trial_name(number: int) -> str:
     """Name of a trial's folder."""
     return f"trial={number}"
 
@@ -222,7 +222,7 @@ def _optuna() -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without the warnings of optuna that a part of it may change, and of steps reported twice."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -242,7 +242,7 @@ def _median() -> Any:
 
 def _study(workdir: str, search: Search) -> Any:
     optuna = _optuna()
-    with quiet():
+    with _quiet():
         study = optuna.create_study(
             study_name="search",
             storage=_storage(workdir),

@@ -168,17 +168,19 @@ def separate(told: Sequence[Told]) -> list[Sentence]:
             pairs.append((distance(bad, good, differing(bad.run.config, good.run.config)), i, j))
     if not pairs:
         return []
-    _, i, j = min(pairs)
-    bad, good = told[i].run, told[j].run
+    _, worse, better = min(pairs)
+    run, other_run = told[worse].run, told[better].run
     proposed = []
     for field, other in (PAIR, PAIR[::-1]):
-        wanted = {**bad.config, field: good.config[field]}
+        wanted = {**run.config, field: other_run.config[field]}
         mix = {each: wanted[each] for each in PAIR}
         name = next((name for name, arm in ARMS.items() if arm == mix), None)
         if name and all(differing(each.run.config, wanted) for each in told):
             words = f"{name}, which has {field} {mix[field]} as the latter and {other} {mix[other]} as the former"
-            proposed.append((words, _command(bad.folder, name, {field: mix[field]})))
-    begin = f"{bad.name} and {good.name} differ in {listed(PAIR)} at once: they do not tell which of the two did it. "
+            proposed.append((words, _command(run.folder, name, {field: mix[field]})))
+    begin = (
+        f"{run.name} and {other_run.name} differ in {listed(PAIR)} at once: they do not tell which of the two did it. "
+    )
     return [
         Sentence(f"{'To try as well' if i else f'{begin}To try next, to tell them apart'}: {words}.", command=command)
         for i, (words, command) in enumerate(proposed)

@@ -1,5 +1,6 @@
 """Changes on purpose in the middle of a run, and what the run did after them."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class Course(NamedTuple):
       worst: the highest loss, or lowest entropy, logged after it, at step `at`.
       end: loss at the end (`curves.at_end`), or the last entropy.
       last: the last step.
-      back: the first step after `at` whose value is as good as `before`; None without one.
+      back: the first step from which on every value is as good as `before`; None without one.
     """
 
     before: float
@@ -62,7 +63,8 @@ def course(run: Run, name: str, step: int) -> Course | None:
     if not earlier or not later:
         return None
     at, worst = max(later, key=lambda point: sign * point[1])
-    back = next((when for when, value in later if when > at and sign * value <= sign * earlier[-1]), None)
+    lasting = itertools.takewhile(lambda point: sign * point[1] <= sign * earlier[-1], reversed(later))
+    back = min((when for when, _ in lasting), default=None)
     values = [value for _, value in later]
     # The loss at the end is that of all logged losses, of which those before the change are none.
     count = min(curves.tenth(len(points)), len(values))
@@ -102,7 +104,7 @@ def _ending(run: Run, loss: Course, judged: str | None) -> str:
     if judged == UNHARMED:
         return f"{UNHARMED}, no loss after it was higher"
     if judged == RECOVERED:
-        return RECOVERED if loss.back is None else f"{RECOVERED}, by step {loss.back}"
+        return RECOVERED if loss.back is None else f"{RECOVERED}, for good from step {loss.back} on"
     if run.state == "diverged":
         return f"{LOST}, it diverged"
     return f"{LOST} by step {loss.last}, {'the last' if run.state == 'done' else 'the last so far'}"

@@ -23,13 +23,13 @@ class _Form(NamedTuple):
     Attributes:
       names: of the wanted metrics, and of the step, in order.
       fields: takes these fields out of all fields of a line.
-      count: number of fields up to the last of them.
+      length: number of fields up to the last of them.
       begin, end: what a JSON object of them lacks at its begin and its end.
     """
 
     names: tuple[str, ...]
     fields: Callable[[Sequence[bytes]], Sequence[bytes]]
-    count: int
+    length: int
     begin: bytes
     end: bytes
 
@@ -87,7 +87,7 @@ class Skimmer:
             names=tuple(places),
             # Of a single field it would return the bare one.
             fields=take if len(places) > 1 else lambda each: (take(each),),
-            count=last + 1,
+            length=last + 1,
             begin=b"" if 0 in places.values() else b"{",
             end=b"" if last == len(row) - 1 else b"}",
         )

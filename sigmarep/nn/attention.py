@@ -306,7 +306,16 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[jax.Array, Statistics]:
         """Averages of the values by the attention weights, (B, T, N, H), and what gives the statistics of every query."""
         if self.implementation == "flash" and not self.is_initializing():
-            return self._flash(query, key, value, visibility, deterministic, recording)
+            rate = 0.0 if deterministic else self.dropout
+            random = self.make_rng("dropout") if rate else None
+            attended, own = flash(
+                *(query, key, value, visibility),
+                logit_cap=self.logit_cap,
+                dropout=rate,
+                dropout_key=random,
+                statistics=recording,
+            )
+            return attended, lambda: cast(entropy.AttentionStatistics, own)
         queries, keys = query.shape[1], key.shape[1]
         mask, is_causal = visibility.for_kernel(queries, keys)
         kernel = self._kernel(query, mask, deterministic)
@@ -319,32 +328,6 @@ class MultiHeadAttention(nn.Module):
         dropped = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
         attended = jnp.einsum("bnts,bsnh->btnh", dropped.astype(value.dtype), value)
         return attended, lambda: self._statistics_of_matrix(logits, mask, weights)
-
-    def _flash(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        visibility: Visibility,
-        deterministic: bool,
-        recording: bool,
-    ) -> tuple[jax.Array, Statistics]:
-        if visibility.mask is not None:
-            raise ValueError(
-                "implementation = 'flash': knows padding, segments and causality, not Visibility.mask; use 'xla' or 'auto'"
-            )
-        dropout = 0.0 if deterministic else self.dropout
-        attended, statistics = flash(
-            query,
-            key,
-            value,
-            visibility,
-            logit_cap=self.logit_cap,
-            dropout=dropout,
-            dropout_key=self.make_rng("dropout") if dropout else None,
-            statistics=recording,
-        )
-        return attended, lambda: cast(entropy.AttentionStatistics, statistics)
 
     def _needs_matrix(self, deterministic: bool) -> bool:
         return bool(self.logit_cap or self.weights != "softmax" or (self.dropout and not deterministic))

@@ -30,7 +30,14 @@ def flash(
       visibility: without a `mask`.
       dropout_key: of the random numbers; needed for dropout.
       statistics: see `flash_attention`.
+
+    Raises:
+      ValueError: `visibility` has a mask.
     """
+    if visibility.mask is not None:
+        raise ValueError(
+            "implementation = 'flash': knows padding, segments and causality, not Visibility.mask; use 'xla' or 'auto'"
+        )
     (b, queries, n, _), keys = query.shape, key.shape[1]
     identities: tuple[jax.Array, ...] = ()
     if visibility.segments is not None or visibility.key_mask is not None:

@@ -10,8 +10,8 @@ BranchScaling = Literal["none", "layer_scale", "rezero"]
 BRANCH_SCALES: tuple[BranchScaling, ...] = get_args(BranchScaling)
 
 
-class DynamicTanh(nn.Module):
-    """scale · tanh(α x) + bias, which uses no statistic of x (Zhu et al., 2025, "Transformers without normalization").
+class _Pointwise(nn.Module):
+    """scale · f(α x) + bias, which uses no statistic of x.
 
     Attributes:
       alpha_init: initial α, one number per layer.
@@ -21,6 +21,10 @@ class DynamicTanh(nn.Module):
     use_bias: bool = True
     dtype: Any = None
 
+    def function(self, x: jax.Array) -> jax.Array:
+        """f, of each number."""
+        raise NotImplementedError
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(…, D) to (…, D)."""
@@ -28,11 +32,23 @@ class DynamicTanh(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else jnp.zeros(())
         alpha, scale, bias = (each.astype(self.dtype or x.dtype) for each in (alpha, scale, bias))
-        return scale * jnp.tanh(alpha * x) + bias
+        return scale * self.function(alpha * x) + bias
 
 
-class DynamicErf(nn.Module):
-    """scale · erf(α x + shift) + bias, which uses no statistic of x (Chen et al., 2025, arXiv 2512.10938, "Derf").
+class DynamicTanh(_Pointwise):
+    """scale · tanh(α x) + bias (Zhu et al., 2025, "Transformers without normalization").
+
+    Attributes:
+      alpha_init: initial α, one number per layer.
+    """
+
+    def function(self, x: jax.Array) -> jax.Array:
+        """tanh x."""
+        return jnp.tanh(x)
+
+
+class DynamicErf(_Pointwise):
+    """scale · erf(α x + shift) + bias (Chen et al., 2025, arXiv 2512.10938, "Derf").
 
     α and the shift are one number each; as in the authors' code, scale, bias and the shift start as a plain erf(α x).
 
@@ -40,23 +56,13 @@ class DynamicErf(nn.Module):
       alpha_init: initial α.
     """
 
-    alpha_init: float = 0.5
-    use_bias: bool = True
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(…, D) to (…, D)."""
-        alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), ())
-        shift = self.param("shift", nn.initializers.zeros, ())
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else jnp.zeros(())
-        alpha, shift, scale, bias = (each.astype(self.dtype or x.dtype) for each in (alpha, shift, scale, bias))
-        return scale * jax.lax.erf(alpha * x + shift) + bias
+    def function(self, x: jax.Array) -> jax.Array:
+        """erf(x + shift)."""
+        return jax.lax.erf(x + self.param("shift", nn.initializers.zeros, ()).astype(x.dtype))
 
 
 # Functions of each number in the place of a norm, by their names in `norm_type`.
-POINTWISE: dict[str, type[DynamicTanh] | type[DynamicErf]] = {"dyt": DynamicTanh, "derf": DynamicErf}
+POINTWISE: dict[str, type[_Pointwise]] = {"dyt": DynamicTanh, "derf": DynamicErf}
 NORM_TYPES = ("layer", "rms", *POINTWISE)
 
 

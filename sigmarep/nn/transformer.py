@@ -69,8 +69,8 @@ class TransformerConfig(AttentionConfig):
     norm: Norm = attribute(  # noqa: RUF009
         "pre",
         "Place of the norms: none; pre, before each branch and after the last block; peri, pre and one more at the end of "
-        "each branch (Kim et al., 2025); post, after each addition; deepnorm, post with the residual scaled by α and the "
-        "initial kernels by β (Wang et al., 2022).",
+        "each branch (Kim et al., 2025, without their norm of the embedding); post, after each addition; deepnorm, post "
+        "with the residual scaled by α and the initial kernels by β (Wang et al., 2022).",
         choices=NORMS,
     )
     norm_type: str = attribute(

@@ -185,7 +185,8 @@ def test_a_run_that_recovers_says_when_and_to_which_loss(tmp_path):
     assert sentence == (
         "After step 60 the run was changed on purpose: learning rate times 5. Its loss was 1 just before, at most 3 "
         "after it "
-        "(at step 65) and 0.8 at the end: the run recovered, by step 75. The lowest entropy of any layer was 2 nats just "
+        "(at step 65) and 0.8 at the end: the run recovered, for good from step 75 on. "
+        "The lowest entropy of any layer was 2 nats just "
         "before, at least 1 after it (at step 65) and 1 at the end: it stayed lower."
     )
 

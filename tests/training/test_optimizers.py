@@ -8,68 +8,13 @@ import pytest
 
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
-from sigmarep.nn import TransformerConfig, TransformerStack
-from sigmarep.nn.layers import Layer, Layers, describe
 from sigmarep.training import durations
 from sigmarep.training.config import default_config, validate
-from sigmarep.training.mesh import path_name
 from sigmarep.training.optimizers import bound_spectral_norm, create_optimizer, decay_mask
 from sigmarep.training.schedules import create_schedule
+from tests.training.optimizing import RATE, config, described, float32, train, tree
 
-RATE, STEPS = 0.03, 5
-
-
-def config(name, **fields):
-    made = default_config("image_classification").unlock().optimizer
-    made.name, made.weight_decay, made.epsilon = name, 0.1, 1e-6
-    made.update(fields)
-    return made
-
-
-def tree(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "block_0": {
-            "mlp": {"up": {"kernel": rng.normal(size=(4, 6)), "gamma": rng.normal(), "bias": rng.normal(size=6)}}
-        },
-        "head": {"kernel": rng.normal(size=(6, 3))},
-    }
-
-
-def float32(x):
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), x)
-
-
-def described(params):
-    """The layers of these parameters: hidden ones within blocks, an input or an output outside."""
-    made, stacked = {}, {}
-    paths = {path_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    for name, shape in paths.items():
-        *module, parameter = name.split("/")
-        stacked[name] = (0,) if "blocks" in module else ()
-        if parameter == "kernel":
-            axes = tuple(range(len(stacked[name]), len(shape)))
-            outputs = {"query": 2, "qkv": 3}.get(module[-1], 1)
-            made[name] = Layer(
-                name=name,
-                shape=shape,
-                stacked=stacked[name],
-                inputs=axes[:-outputs],
-                outputs=axes[-outputs:],
-                role="hidden" if "block" in name else "output" if "head" in name else "input",
-                reparam="sigma" if "/".join((*module, "gamma")) in paths else "none",
-            )
-    return Layers(made, stacked=stacked)
-
-
-def train(made, params, gradients, schedule=lambda _: RATE):
-    params = float32(params)
-    optimizer = create_optimizer(made, schedule=schedule, params=params, layers=described(params))
-    state = optimizer.init(params)
-    for gradient in gradients:
-        updates, state = optimizer.update(float32(gradient), state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-    return params
+STEPS = 5
 
 
 def reference(name, c, w, gradients, decayed):
@@ -391,85 +336,6 @@ def test_every_update_of_a_bounded_optimizer_is_within_the_bound():
         # Both norms are found from below, by some power steps.
         assert 0.8 < change / (0.01 * norm) < 1.1
         params = jax.tree.map(jnp.add, params, updates)
-
-
-def adam_directions(gradients, beta1, beta2, epsilon):
-    """Adam's updates before the rate, of one parameter's gradients."""
-    first = second = 0.0
-    for t, g in enumerate(gradients, 1):
-        first, second = beta1 * first + (1 - beta1) * g, beta2 * second + (1 - beta2) * g**2
-        yield first / (1 - beta1**t) / (np.sqrt(second / (1 - beta2**t)) + epsilon)
-
-
-def test_hyperball_moves_on_the_sphere_of_the_initial_norm_by_the_rate_times_that_norm():
-    """W ← R · Norm(W − η R · Norm(u)) with R = ‖W₀‖_F, for every layer of a stack (Wen et al., 2026)."""
-    rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(2, 4, 6)) * np.array([1.0, 7.0])[:, None, None]
-    params = {
-        "blocks": {"up": {"kernel": kernel, "bias": rng.normal(size=(2, 6))}},
-        "head": {"kernel": np.ones((6, 3))},
-    }
-    gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape), params) for _ in range(3)]
-    made = config("adam", weight_decay=0.0, hyperball=True)
-    rates = [0.3, 0.2, 0.1]
-    layers = described(params)
-    optimizer = create_optimizer(made, schedule=lambda t: jnp.asarray(rates)[t], params=float32(params), layers=layers)
-    new, state = float32(params), optimizer.init(float32(params))
-    for each in gradients:
-        updates, state = optimizer.update(float32(each), state, new)
-        new = jax.tree.map(jnp.add, new, updates)
-
-    norm = np.linalg.norm
-    for layer in range(2):
-        expected, radius = kernel[layer], norm(kernel[layer])
-        each_gradient = [each["blocks"]["up"]["kernel"][layer] for each in gradients]
-        for rate, u in zip(rates, adam_directions(each_gradient, 0.9, 0.999, 1e-6), strict=True):
-            expected = expected - rate * radius * u / norm(u)
-            expected = radius * expected / norm(expected)
-        np.testing.assert_allclose(new["blocks"]["up"]["kernel"][layer], expected, rtol=1e-4, atol=1e-5)
-    # An output kernel, and a bias, are Adam's.
-    for path in (("head", "kernel"), ("blocks", "up", "bias")):
-        start, found, each_gradient = params, new, gradients
-        for name in path:
-            start, found, each_gradient = start[name], found[name], [each[name] for each in each_gradient]
-        steps = [r * u for r, u in zip(rates, adam_directions(each_gradient, 0.9, 0.999, 1e-6), strict=True)]
-        np.testing.assert_allclose(found, start - sum(steps), rtol=1e-4, atol=1e-5)
-    made.layer_decay = 0.5
-    with pytest.raises(
-        BadInput, match=r"config\.optimizer\.hyperball = True: expected no layer_decay, query_key_rates"
-    ):
-        create_optimizer(made, schedule=lambda _: RATE, params=params, layers=layers)
-
-
-def test_steps_of_queries_and_keys_are_divided_by_each_others_norm_relative_to_the_start():
-    """η_Q ∝ 1/‖W_K‖ and η_K ∝ 1/‖W_Q‖ (Anson and Aitchison, 2025), for every layer of a stack."""
-    x = jnp.ones((1, 3, 8))
-    transformer = TransformerConfig(depth=2, width=8, num_heads=2, mlp_dim=8, norm="none")
-    layers = describe(TransformerStack(transformer).init, jax.random.key(0), x)
-    params = layers.variables["params"]
-    rng = np.random.default_rng(0)
-    params, gradients = (jax.tree.map(lambda p: rng.normal(size=p.shape), params) for _ in range(2))
-    made = config("sgd", weight_decay=0.0, momentum=0.0, query_key_rates=True)
-    optimizer = create_optimizer(made, schedule=lambda _: RATE, params=float32(params), layers=layers)
-    state = optimizer.init(float32(params))
-    # The second layer's queries are three times as large as at the start, the first layer's keys a half.
-    later = jax.tree.map(np.copy, params)
-    attention = later["blocks"]["attention"]
-    attention["query"]["kernel"][1] *= 3.0
-    attention["key"]["kernel"][0] *= 0.5
-    updates, _ = optimizer.update(float32(gradients), state, float32(later))
-    expected = jax.tree.map(lambda g: -RATE * g, gradients)
-    expected["blocks"]["attention"]["key"]["kernel"][1] /= 3.0
-    expected["blocks"]["attention"]["query"]["kernel"][0] /= 0.5
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
-
-
-def test_queries_and_keys_of_one_kernel_have_no_rates_of_their_own():
-    transformer = TransformerConfig(depth=1, width=8, num_heads=2, mlp_dim=8, qkv="fused")
-    layers = describe(TransformerStack(transformer).init, jax.random.key(0), jnp.ones((1, 3, 8)))
-    made = config("sgd", query_key_rates=True)
-    with pytest.raises(BadInput, match=r"query_key_rates = True: expected config\.model\.qkv = 'separate'"):
-        create_optimizer(made, schedule=lambda _: RATE, params=layers.variables["params"], layers=layers)
 
 
 def test_rates_of_mup_fall_with_the_inputs_of_hidden_and_output_kernels():
