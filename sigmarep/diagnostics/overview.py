@@ -61,14 +61,14 @@ def _fallen(members: Sequence[Told]) -> list[str]:
         return [words, *_rose(members)]
     earliest: dict[str, list[Told]] = {}
     for each in fallen:
-        earliest.setdefault(each.facts.fell[0][0], []).append(each)
+        earliest.setdefault(each.facts.earliest, []).append(each)
     layers = [
         f"{layer}, by step {span([each.facts.fell[0][1] for each in those])}"
         + (_at_rates(members, those) if len(earliest) > 1 else "")
         for layer, those in earliest.items()
     ]
     count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
-    where = f"the layer that fell earliest was {listed(layers)}"
+    where = f"earliest fell {listed(layers)}"
     return [f"{count} collapsed{_at_rates(members, fallen)}", where, f"lowest entropy {lowest} nats"]
 
 
@@ -108,6 +108,11 @@ def overview(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sen
     """
     states = collections.Counter(each.run.state for each in told)
     texts = [Sentence(f"{len(told)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}.")]
+    revisions = collections.Counter(str(each.run.environment.get("git_revision") or "unknown") for each in told)
+    if len(revisions) > 1:
+        shares = ", ".join(f"{revision[:12]} ({count})" for revision, count in revisions.most_common(MOST_NAMED))
+        more = ", …" if len(revisions) > MOST_NAMED else ""
+        texts.append(Sentence(f"They were made by {len(revisions)} revisions of the code: {shares}{more}."))
     processes = collections.Counter(PROCESS_WORDS[each.run.process] for each in told if each.run.process)
     if processes:
         counts = ", ".join(f"{count} {words}" for words, count in processes.most_common())
@@ -187,7 +192,7 @@ def _entropies_of_many(told: Sequence[Told]) -> list[Sentence]:
     recorded = [each for each in told if each.facts.lowest]
     fallen = [each for each in recorded if each.collapsed]
     if fallen:
-        firsts = collections.Counter(each.facts.fell[0][0] for each in fallen)
+        firsts = collections.Counter(each.facts.earliest for each in fallen)
         layer, count = firsts.most_common(1)[0]
         before = sum(each.facts.rose is not None and each.facts.fell[0][1] < each.facts.rose for each in fallen)
         never = sum(each.facts.rose is None for each in fallen)

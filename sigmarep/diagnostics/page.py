@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from sigmarep.diagnostics import sensitivity, tables
+from sigmarep.diagnostics import sensitivity, story, tables
 from sigmarep.diagnostics.figures import Figure
 from sigmarep.diagnostics.findings import Facts, Sentence
 from sigmarep.diagnostics.glossary import WORDS
@@ -87,6 +87,7 @@ class Content(NamedTuple):
       runs: all runs, with at least the metrics shown in tables.
       facts: facts of each run.
       findings: findings about all runs together; none for one run, whose own stand in their place.
+      advice: what to try next, the most telling first; none for one run.
       notes: problems with the folders, in words.
       sweeps: the sweeps that the runs are part of.
       together: plots of all runs; none for one run.
@@ -96,6 +97,7 @@ class Content(NamedTuple):
     runs: list[Run]
     facts: list[Facts]
     findings: list[Sentence]
+    advice: list[Sentence]
     notes: list[str]
     sweeps: list[Sweep]
     together: list[Figure]
@@ -119,7 +121,7 @@ def render(content: Content) -> str:
 
 def body(content: Content) -> Body:
     """Renders the text of the page."""
-    runs, facts, findings, notes, sweeps, together, details = content
+    runs, facts, findings, advice, notes, sweeps, together, details = content
     title = f"Training stability: {runs[0].name if len(runs) == 1 else _group(runs)}"
     figures = _Figures()
     shared = _topics(
@@ -132,6 +134,7 @@ def body(content: Content) -> Body:
         *[f'<p class="note">{escaped(note)}</p>' for note in notes],
         "<h2>Findings</h2>",
         _told(findings, shared) if findings else "",
+        *(["<h2>To try next</h2>", _told(advice, shared, ordered=True)] if advice else []),
     ]
     if len(runs) > 1:
         parts.append(_words())
@@ -220,8 +223,9 @@ def _topics(figures: Sequence[Figure], first: int) -> dict[str, tuple[int, str]]
     return topics
 
 
-def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]]) -> str:
+def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]], *, ordered: bool = False) -> str:
     """The sentences as a list, each with a link to the plot that shows it and the command that it recommends."""
+    kind = "ol" if ordered else "ul"
     items = []
     for text, topic, command, more in sentences:
         shown = dict.fromkeys(topics[each] for each in (topic, *more) if each and each in topics)
@@ -230,7 +234,7 @@ def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]]) 
             f'<p class="hint"></p><pre tabindex="0"><code>{_wrapped(command)}</code></pre>{RUN_IT}' if command else ""
         )
         items.append(f"<li>{escaped(text)}{links}{code}</li>")
-    return f"<ul>{''.join(items)}</ul>"
+    return f"<{kind}>{''.join(items)}</{kind}>"
 
 
 def _wrapped(command: str) -> str:
@@ -262,6 +266,7 @@ def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
                 tables.loss(row["loss"]),
                 f"{row['rate']:g}",
                 sensitivity.in_words(row["range"], rates),
+                story.listed([f"{rate:g}" for rate in row["split"]]),
                 sensitivity.in_words(row["own"], rates),
                 tables.number(row["sensitivity"], 3),
                 tables.number(row["entropy"], 3),
@@ -282,7 +287,8 @@ def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
         tables.table(
             (
                 *("arm", "lowest loss at the end, median of seeds", "at rate"),
-                *(f"trains (within {share} of the lowest of all) at", f"within {share} of its own lowest at"),
+                *(f"trains (within {share} of the lowest of all) at", "some seeds train, some do not, at"),
+                f"within {share} of its own lowest at",
                 *("sensitivity (lower is better)", "lowest entropy where it trains", "lowest entropy of all rates"),
             ),
             rows,
