@@ -217,7 +217,9 @@ def separate(told: Sequence[Told]) -> list[Sentence]:
         mix = {each: wanted[each] for each in PAIR}
         name = next((name for name, arm in ARMS.items() if arm == mix), None)
         if name and all(differing(each.run.config, wanted) for each in told):
-            words = f"{name}, which has {field} {mix[field]} as the latter and {other} {mix[other]} as the former"
+            words = (
+                f"{name}, with {field} {mix[field]} as in {other_run.name} and {other} {mix[other]} as in {run.name}"
+            )
             proposed.append((words, _command(run.folder, name, {field: mix[field]})))
     begin = (
         f"{run.name} and {other_run.name} differ in {listed(PAIR)} at once: which of the two did it, they do not tell. "

@@ -68,7 +68,7 @@ def _fallen(members: Sequence[Told]) -> list[str]:
         for layer, those in earliest.items()
     ]
     count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
-    where = f"earliest fell {listed(layers)}"
+    where = f"earliest to fall: {listed(layers)}"
     return [f"{count} collapsed{_at_rates(members, fallen)}", where, f"lowest entropy {lowest} nats"]
 
 

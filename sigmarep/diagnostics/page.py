@@ -17,10 +17,10 @@ from sigmarep.diagnostics.glossary import WORDS
 from sigmarep.diagnostics.runs import Run
 from sigmarep.diagnostics.tables import escaped
 
-# Stands below each command.
+# Stands below the commands of a list.
 RUN_IT = (
-    '<span class="quiet">Run it in the folder that has scripts/train.py. To see what comes of it, make this report again '
-    "and name the folder after --workdir too.</span>"
+    '<p class="quiet">Commands run in the folder that has scripts/train.py. To see what comes of one, make this report '
+    "again and name the folder after its --workdir too.</p>"
 )
 # Content of the page in order of use; the library's license goes wherever its code goes.
 STYLES = ("vendor/uplot/uPlot.min.css", "assets/page.css")
@@ -68,7 +68,7 @@ class _Figures:
 
     def place(self, figures: Sequence[Figure]) -> list[str]:
         """HTML of places for the plots; the script draws into them."""
-        return ['<div class="pictures">', *map(self._figure, figures), "</div>"] if figures else []
+        return ['<div class="pictures" data-key="pictures">', *map(self._figure, figures), "</div>"] if figures else []
 
     def _figure(self, figure: Figure) -> str:
         number = len(self.placed)
@@ -132,19 +132,22 @@ def body(content: Content) -> Body:
         f'<p class="quiet">Made on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates, '
         "of which only those that were logged are known.</p>",
         *[f'<p class="note">{escaped(note)}</p>' for note in notes],
-        "<h2>Findings</h2>",
-        _told(findings, shared) if findings else "",
-        *(["<h2>To try next</h2>", _told(advice, shared, ordered=True)] if advice else []),
     ]
-    if len(runs) > 1:
-        parts.append(_words())
-    if len(runs) > 1 and together:
-        parts += ["<h2>All runs</h2>", *figures.place(together)]
+    if len(runs) == 1:
+        parts.append("<h2>Findings</h2>")
+    else:
+        told = [_told(findings, shared)] if findings else []
+        parts += _keyed("findings", ["<h2>Findings</h2>", *told, _words()])
+        if together:
+            parts += _keyed("together", ["<h2>All runs</h2>", *figures.place(together)])
     for sweep in sweeps:
-        parts += _sweep(sweep, figures)
+        parts += _keyed(f"rates {sweep.folder}", _sweep(sweep, figures))
+    if advice:
+        parts += _keyed("advice", ["<h2>To try next</h2>", _told(advice, shared, ordered=True)])
     if len(runs) > 1:
-        parts += ["<h2>Runs</h2>", f'<p class="quiet">{tables.LOSS_WORDS}</p>', tables.of_runs(runs, facts)]
-        parts += tables.of_differences(runs)
+        quiet = f'<p class="quiet">{tables.LOSS_WORDS}</p>'
+        parts += _keyed("runs", ["<h2>Runs</h2>", quiet, tables.of_runs(runs, facts)])
+        parts += _keyed("differences", tables.of_differences(runs))
         if details:
             parts.append("<h2>Run by run</h2>")
         if len(details) < len(runs):
@@ -154,8 +157,13 @@ def body(content: Content) -> Body:
                 "to scripts/report.py, or a larger --plots.</p>"
             )
     for detail in details:
-        parts += _detail(detail, figures, shared, alone=len(runs) == 1)
+        parts += _keyed(f"run {detail.run.folder}", _detail(detail, figures, shared, alone=len(runs) == 1))
     return Body(title, "\n".join(parts), figures.placed)
+
+
+def _keyed(key: str, parts: Sequence[str]) -> list[str]:
+    """A section of the page, which a live page knows again by its key."""
+    return [f'<section data-key="{escaped(key)}">', *parts, "</section>"]
 
 
 def _group(runs: Sequence[Run]) -> str:
@@ -230,11 +238,10 @@ def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]], 
     for text, topic, command, more in sentences:
         shown = dict.fromkeys(topics[each] for each in (topic, *more) if each and each in topics)
         links = "".join(f' <a href="#plot-{number}">{escaped(title)}</a>' for number, title in shown if title)
-        code = (
-            f'<p class="hint"></p><pre tabindex="0"><code>{_wrapped(command)}</code></pre>{RUN_IT}' if command else ""
-        )
+        code = f'<p class="hint"></p><pre tabindex="0"><code>{_wrapped(command)}</code></pre>' if command else ""
         items.append(f"<li>{escaped(text)}{links}{code}</li>")
-    return f"<{kind}>{''.join(items)}</{kind}>"
+    run_it = RUN_IT if any(each.command for each in sentences) else ""
+    return f'<div data-key="told"><{kind}>{"".join(items)}</{kind}>{run_it}</div>'
 
 
 def _wrapped(command: str) -> str:

@@ -143,7 +143,7 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     assert "12 runs: 10 done, 2 diverged." in page
     assert "sigma: no layer collapsed, lowest entropy 2 nats." in page
     assert (
-        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1); earliest fell encoder/block_0, by "
+        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1); earliest to fall: encoder/block_0, by "
         "step 1; lowest entropy 0.01 to 2 nats; 2 of 6 runs diverged (at learning rate 0.1) at step 21." in page
     )
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
