@@ -11,6 +11,8 @@ from sigmarep.diagnostics.findings import NEAR, Sentence
 from sigmarep.diagnostics.story import ASIDE, MOST_DIFFERENCES, MOST_NAMED, RATE, Told, listed, shown
 from sigmarep.training.diagnosis import COLLAPSED
 
+# More layers than these, each the earliest to fall in some run of an arm, are not told one by one.
+MOST_LAYERS = 2
 # More arms are spoken of together.
 MOST_ARMS = 12
 # Of the process of an unfinished run (`Run.process`).
@@ -67,6 +69,10 @@ def _fallen(members: Sequence[Told]) -> list[str]:
         + (_at_rates(members, those) if len(earliest) > 1 else "")
         for layer, those in earliest.items()
     ]
+    if len(earliest) > MOST_LAYERS:
+        first, those = max(earliest.items(), key=lambda item: len(item[1]))
+        steps = span([each.facts.fell[0][1] for each in those])
+        layers = [f"{first}, by step {steps}, in {len(those)} of these, others in the rest"]
     count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
     where = f"earliest to fall: {listed(layers)}"
     return [f"{count} collapsed{_at_rates(members, fallen)}", where, f"lowest entropy {lowest} nats"]
@@ -176,6 +182,10 @@ def _contents(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Se
     if not 0 < len(values) <= MOST_DIFFERENCES:
         return []
     texts = []
+    # A list says little in a sentence; the table of fields that differ has it.
+    lists = [field for field, column in values.items() if any(isinstance(value, list) for value in column)]
+    for field in lists:
+        values[field] = [f"{len(value)} names" if isinstance(value, list) else value for value in values[field]]
     for i, name in enumerate(configs):
         fields = [f"{field} {_meaning(field, column[i])}" for field, column in values.items()]
         texts.append(f"{name} has {listed(fields)}")

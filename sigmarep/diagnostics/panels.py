@@ -354,7 +354,7 @@ def rates(
     for point, outcome in outcomes:
         if where := sensitivity.place(point):
             dots[where[0], str(short(point).get(sensitivity.SEED, ""))][where[1]] = outcome
-    arms = list(table)
+    arms, ended = list(table), [outcome for _, outcome in outcomes]
     losses = sensitivity.medians(table)
     best = sensitivity.best_loss(losses)
     lowest = {
@@ -394,7 +394,7 @@ def rates(
                 f"{SEEDS}.",
                 [(COLLAPSED, 0, f"{COLLAPSED} nats")],
             )
-        axes = [Axis(label, zero=field == "lowest")]
+        axes = [Axis(label, zero=True) if field == "lowest" else _axis(label, (each.loss for each in ended))]
         panels.append(
             Panel(
                 title, caption, shown, axes, levels=levels, group=f"rates {folder}", topic=f"rates {folder}", rates=True

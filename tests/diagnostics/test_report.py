@@ -199,7 +199,10 @@ def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
     assert states["arm=sigma,learning_rate=0.01,seed=1"] == "failed"
     assert states["arm=sigma,learning_rate=0.1,seed=1"] == "done"
     page, _ = page_of(tmp_path, folder)
-    assert "2 of its runs have not ended, or failed, and are left out." in page
+    # A run that is not in the record has its place in the sweep from its name, and its state from its files.
+    assert "1 of its runs have not ended, or failed, and are left out." in page
+    (new,) = (run for run in read_all(folder) if run.name == "arm=sigma,learning_rate=0.1,seed=1")
+    assert new.point == {"arm": "sigma", "learning_rate": 0.1, "config.seed": 1}
 
 
 def test_only_fields_that_differ_are_shown(tmp_path):
