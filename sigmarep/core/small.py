@@ -48,7 +48,8 @@ def next_row(row: jax.Array, rows: jax.Array) -> jax.Array:
         parts = parts - product(product(parts, rows.T), rows)
     before, after = (jnp.sqrt(jnp.sum(x * x, axis=1, keepdims=True)) for x in (both, parts))
     own, other = parts / jnp.where(after > 0, after, 1.0)
-    return jnp.where(after[0] <= DEPENDENT * before[0], other, own)
+    chosen: jax.Array = jnp.where(after[0] <= DEPENDENT * before[0], other, own)
+    return chosen
 
 
 def orthonormal_rows(vectors: jax.Array) -> jax.Array:
@@ -63,10 +64,13 @@ def orthonormal_rows(vectors: jax.Array) -> jax.Array:
       Shape (k, n).
     """
     scaled = vectors / jax.vmap(divisor)(vectors)[:, None]
-    # Rows that are still zero subtract nothing.
-    return lax.fori_loop(
-        0, len(scaled), lambda i, rows: rows.at[i].set(next_row(scaled[i], rows)), jnp.zeros_like(scaled)
-    )
+
+    def placed(i: jax.Array, rows: jax.Array) -> jax.Array:
+        # Rows that are still zero subtract nothing.
+        return rows.at[i].set(next_row(scaled[i], rows))
+
+    rows: jax.Array = lax.fori_loop(0, len(scaled), placed, jnp.zeros_like(scaled))
+    return rows
 
 
 def eigenvectors(matrix: jax.Array) -> jax.Array:
@@ -108,7 +112,8 @@ def eigenvectors(matrix: jax.Array) -> jax.Array:
     matrix, vectors = lax.fori_loop(0, sweeps * len(swaps), rotated, (matrix, identity))
     # Dozens of rotations leave several roundings in the lengths.
     vectors = vectors / jnp.sqrt(jnp.sum(vectors * vectors, axis=0))
-    return vectors[:, jnp.argsort(-jnp.sum(matrix * identity, axis=1))]
+    ordered: jax.Array = vectors[:, jnp.argsort(-jnp.sum(matrix * identity, axis=1))]
+    return ordered
 
 
 def _rounds(size: int) -> np.ndarray:
