@@ -72,6 +72,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "hyperball": PLAIN | {"optimizer.hyperball": True},
     "bounded": PLAIN | {"optimizer.spectral_bound": 0.05},
     "muon": PLAIN | {"optimizer.name": "muon"},
+    # The authors' bound for Adam's directions; after Muon, whose directions are smaller, it changes nothing.
+    "spectra": PLAIN | {"optimizer.spectral_clip": 10.0},
+    "spectral_sphere": PLAIN | {"optimizer.name": "spectral_sphere"},
+    "magnitudes": PLAIN | {"optimizer.magnitude_learning_rate": 1e-3},
 }
 # The arms of the paper's self-supervised comparison; the patch embedding as it was initialised is MoCo v3's remedy.
 SELF_SUPERVISED: dict[str, dict[str, Any]] = {
