@@ -64,7 +64,7 @@ class MultiHeadAttention(nn.Module):
       head_dim: H; D / N if None.
       use_bias: biases in all projections.
       value_scale: factor on the initial value and output kernels (DeepNorm's β).
-      reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.ReparametrizedLayer`.
+      reparam, gamma_init, gamma_trainable, power_vectors, common_std: see `sigmarep.nn.linear.ReparametrizedLayer`.
       kernel_init, bias_init, dtype: as in `flax.linen.Dense`.
     """
 
@@ -136,6 +136,7 @@ class MultiHeadAttention(nn.Module):
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
+    common_std: float = SigmaDenseGeneral.common_std
     kernel_init: Initializer = DEFAULT_KERNEL_INIT
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
@@ -211,6 +212,7 @@ class MultiHeadAttention(nn.Module):
             gamma_init=self.gamma_init,
             gamma_trainable=self.gamma_trainable,
             power_vectors=self.power_vectors,
+            common_std=self.common_std,
             bias_init=self.bias_init,
             dtype=self.dtype,
             name=name,

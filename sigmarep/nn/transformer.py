@@ -92,7 +92,7 @@ class TransformerConfig(AttentionConfig):
     reparam: Reparam = attribute(  # noqa: RUF009
         "none",
         "Reparametrization of the linear layers: sigma, (γ/σ)W with a learned γ; spectral, the same with γ = 1; weight, "
-        "one gain per output.",
+        "one gain per output; scale, αW with a learned α and common_std (WeSaR).",
         choices=REPARAMS,
     )
     gamma_init: str | float = attribute(
@@ -108,6 +108,9 @@ class TransformerConfig(AttentionConfig):
         "Vectors of the power iteration; 4 follow fast training more closely than the paper's 1.",
         at_least=1,
         at_most=2**10,
+    )
+    common_std: float = attribute(
+        4e-5**0.5, "Initial standard deviation of every kernel under scale, whatever the initializer's is.", above=0
     )
     seq_vcr: float = attribute(
         0.0, "Weight of the penalty of sigmarep.nn.seq_vcr on the output of the last block; 0 is off.", at_least=0
@@ -251,6 +254,7 @@ class TransformerConfig(AttentionConfig):
             "gamma_init": self.gamma_init,
             "gamma_trainable": self.gamma_trainable,
             "power_vectors": self.power_vectors,
+            "common_std": self.common_std,
             "dtype": self.dtype,
         }
 
