@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sigmarep import doors, fields
 from sigmarep.core import entropy
 from sigmarep.fields import attribute
-from sigmarep.nn import attention_statistics, key_value_cache
+from sigmarep.nn import attention_statistics, grouped_queries, key_value_cache
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports, flash
 from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, slot_scaled
@@ -75,6 +75,9 @@ class MultiHeadAttention(nn.Module):
         "Projections: separate, with a γ each; fused, one projection with one γ; qk_v, one of queries and keys and one of "
         "values. Attention to a context always projects separately.",
         choices=QKV,
+    )
+    num_kv_heads: int = attribute(
+        0, "Heads of keys and values, each shared by a group of heads of queries; 0: one for each.", at_least=0
     )
     use_bias: bool = True
     dropout: float = attribute(0.0, "Rate of dropout on the attention weights.", at_least=0, below=1)
@@ -169,10 +172,11 @@ class MultiHeadAttention(nn.Module):
         query, key, value = self._project(x, context, cache_length)
         query, key = self._normalize(query, key)
         query, key, value = self._process(query, key, value, positions, context)
-        query, factor = self._scale(query, key, visibility, real)
+        query, factor = self._scale(query, grouped_queries.repeated(key, self.num_heads), visibility, real)
         appending = cache_length and context is None
         if appending:
             key, value, visibility = key_value_cache.append(self, key, value, cache_length)
+        key, value = (grouped_queries.repeated(each, self.num_heads) for each in (key, value))
         recording = self.is_mutable_collection("attention") and not (self.is_initializing() or appending)
         attended, statistics = self._attend(query, key, value, visibility, deterministic, recording)
         if recording:
@@ -183,6 +187,7 @@ class MultiHeadAttention(nn.Module):
     def _check(self, width: int, deterministic: bool) -> None:
         if self.head_dim is None and width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide the width {width}")
+        grouped_queries.check(self.num_heads, self.num_kv_heads, self.qkv)
         for name, declared in fields.of_dataclass(type(self)).items():
             value = getattr(self, name)
             if not callable(value) and (expected := declared.problem(value)):
@@ -225,14 +230,15 @@ class MultiHeadAttention(nn.Module):
     def _project(self, x: jax.Array, context: jax.Array | None, cache_length: int) -> Heads:
         """Queries (B, T, N, H) of x; keys and values (B, S, N, H) of the context, or of x without one."""
         heads = (self.num_heads, self.head_dim or x.shape[-1] // self.num_heads)
+        kv_heads = (self.num_kv_heads or self.num_heads, heads[1])
         cached = key_value_cache.of_context(self) if cache_length and context is not None else None
         if cached is not None:
             query, (key, value) = self._dense(heads, "query", makes=("query",), kernel_init=self.kernel_init)(x), cached
         elif context is not None or self.qkv == "separate":
             source = x if context is None else context
             query = self._dense(heads, "query", makes=("query",), kernel_init=self.kernel_init)(x)
-            key = self._dense(heads, "key", makes=("key",), kernel_init=self.kernel_init)(source)
-            value = self._dense(heads, "value", makes=("value",), kernel_init=self._scaled_init())(source)
+            key = self._dense(kv_heads, "key", makes=("key",), kernel_init=self.kernel_init)(source)
+            value = self._dense(kv_heads, "value", makes=("value",), kernel_init=self._scaled_init())(source)
             if cache_length and context is not None:
                 key_value_cache.store_context(self, key, value)
         elif self.qkv == "qk_v":

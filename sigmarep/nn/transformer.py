@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sigmarep import doors, fields
 from sigmarep.fields import attribute
+from sigmarep.nn import grouped_queries
 from sigmarep.nn.attention import PIECE, AttentionConfig, MultiHeadAttention, create_attention
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, Reparam, SigmaDense
@@ -122,6 +123,9 @@ class TransformerConfig(AttentionConfig):
         choices=ACTIVATIONS,
         **PIECE,
     )
+    mlp_gate: bool = attribute(
+        False, "Multiplies the MLP's activation by a projection of its own; with silu that is SwiGLU (Shazeer, 2020)."
+    )
     dropout: float = attribute(
         0.0, "Rate of dropout after the MLP's activation and, with branch_dropout, on each branch.", at_least=0, below=1
     )
@@ -180,6 +184,7 @@ class TransformerConfig(AttentionConfig):
                 doors.load(word, field=name)
         if self.width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide width = {self.width}")
+        grouped_queries.check(self.num_heads, self.num_kv_heads, self.qkv)
         if self.rotary_base and self.width // self.num_heads % 2:
             raise ValueError(
                 f"num_heads = {self.num_heads}: rotary positions need an even number of features a head, not "
@@ -260,7 +265,10 @@ class TransformerConfig(AttentionConfig):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with the activation and dropout between them."""
+    """Two dense layers with the activation and dropout between them.
+
+    With `mlp_gate` the activation is of a layer `gate` beside the first, `up`, and multiplies it.
+    """
 
     config: TransformerConfig
 
@@ -272,7 +280,11 @@ class Mlp(nn.Module):
             "use_bias": c.use_bias,
         }
         hidden = with_axes(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
-        hidden = c.activate(hidden)
+        if c.mlp_gate:
+            gate = with_axes(SigmaDense(c.mlp_dim, name="gate", **options)(x), "batch", "length", "mlp")
+            hidden = c.activate(gate) * hidden
+        else:
+            hidden = c.activate(hidden)
         rate = c.dropout if c.activation_dropout is None else c.activation_dropout
         hidden = nn.Dropout(rate)(hidden, deterministic=deterministic)
         return SigmaDense(x.shape[-1], name="down", **options)(hidden)
