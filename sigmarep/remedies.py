@@ -46,6 +46,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "spectral": {"model.norm": "post", "model.reparam": "spectral"},
     "weight": {"model.norm": "pre", "model.reparam": "weight"},
     "wesar": PLAIN | {"model.reparam": "scale"},
+    "ngpt": {
+        "model.norm": "sphere",
+        "model.reparam": "none",
+        "model.qk_norm": "unit",
+        "optimizer.unit_kernels": True,
+    },
     # Scale-invariant kernels without a bound on their spectral norm, in the place of σReparam's.
     "weight_post_ln": {"model.norm": "post", "model.reparam": "weight"},
     "qk_norm": PLAIN | {"model.qk_norm": "layer"},

@@ -20,6 +20,7 @@ from sigmarep.nn.axes import with_axes
 from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports, flash
 from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, slot_scaled
 from sigmarep.nn.positions import Rotary
+from sigmarep.nn.sphere import UnitHeads
 from sigmarep.nn.visibility import FULL, RealTokens, Visibility
 
 QKV = ("separate", "fused", "qk_v")
@@ -28,6 +29,7 @@ QK_NORMS: dict[str, Any] = {
     "none": None,
     "layer": functools.partial(nn.LayerNorm, use_bias=False),
     "rms": nn.RMSNorm,
+    "unit": None,
 }
 WEIGHTS = ("softmax", "sigmoid")
 GATES = ("none", "headwise", "elementwise")
@@ -100,8 +102,8 @@ class MultiHeadAttention(nn.Module):
     )
     qk_norm: str | Callable[..., Any] = attribute(
         "none",
-        "Normalization of queries and keys over the features of a head: layer (without bias) or rms. A Python name: a "
-        "Flax module's class, called with dtype and name.",
+        "Normalization of queries and keys over the features of a head: layer (without bias), rms, or unit, nGPT's "
+        "(sigmarep.nn.sphere). A Python name: a Flax module's class, called with dtype and name.",
         choices=QK_NORMS,
         **PIECE,
     )
@@ -182,7 +184,7 @@ class MultiHeadAttention(nn.Module):
         if recording:
             self._record(statistics(), query, key, x, context, real, factor)
         attended = with_axes(self._gated(attended, x), "batch", "length", "heads", "head_dim")
-        return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
+        return self._dense(x.shape[-1], "out", axis=(-2, -1), adds=True, kernel_init=self._scaled_init())(attended)
 
     def _check(self, width: int, deterministic: bool) -> None:
         if self.head_dim is None and width % self.num_heads:
@@ -253,7 +255,7 @@ class MultiHeadAttention(nn.Module):
         return query, key, value
 
     def _normalize(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if self.qk_norm == "none":
+        if self.qk_norm in ("none", "unit"):
             return query, key
         norm = QK_NORMS.get(str(self.qk_norm)) or self._piece("qk_norm")
         query = norm(name="query_norm", dtype=self.dtype)(query)
@@ -274,6 +276,8 @@ class MultiHeadAttention(nn.Module):
             positions = jnp.arange(query.shape[1])[None]
         for process in processes:
             query, key, value = process(query, key, value, positions)
+        if self.qk_norm == "unit":
+            query, key = UnitHeads(name="query_key")(query, key)
         return query, key, value
 
     def _scale(

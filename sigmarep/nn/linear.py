@@ -56,6 +56,7 @@ class ReparametrizedLayer(nn.Module):
         "position" is a table of positions; all others are "hidden". Changes nothing in the layer.
       makes: "query", "key" or "value", in a layer of attention whose output axes are heads and their dimensions; one word
         for each index of the first output axis if there are several.
+      adds: its outputs are added to the residual stream, whose features they are.
     """
 
     reparam: Reparam = "sigma"
@@ -65,6 +66,7 @@ class ReparametrizedLayer(nn.Module):
     common_std: float = 4e-5**0.5
     role: Role = "hidden"
     makes: tuple[str, ...] = ()
+    adds: bool = False
 
     matrix_name: ClassVar[str] = "kernel"
 

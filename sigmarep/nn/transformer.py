@@ -18,6 +18,7 @@ from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, Reparam, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, POINTWISE, BranchScale, BranchScaling
 from sigmarep.nn.seq_vcr import seq_vcr
+from sigmarep.nn.sphere import HiddenScale, SphereStep, unit
 from sigmarep.nn.visibility import FULL, Visibility
 
 # Under a checkpoint the backward pass keeps the activation's input alone, not what its derivative is made of: by the bytes
@@ -29,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "silu": jax.checkpoint(nn.silu),
     "tanh": nn.tanh,
 }
-Norm = Literal["none", "pre", "peri", "post", "deepnorm"]
+Norm = Literal["none", "pre", "peri", "post", "deepnorm", "sphere"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 Remat = Literal["none", "full", "dots"]
 REMATS: dict[Remat, Any] = {
@@ -71,7 +72,8 @@ class TransformerConfig(AttentionConfig):
         "pre",
         "Place of the norms: none; pre, before each branch and after the last block; peri, pre and one more at the end of "
         "each branch (Kim et al., 2025, without their norm of the embedding); post, after each addition; deepnorm, post "
-        "with the residual scaled by α and the initial kernels by β (Wang et al., 2022).",
+        "with the residual scaled by α and the initial kernels by β (Wang et al., 2022); sphere, steps from unit vector to "
+        "unit vector, to go with qk_norm unit and optimizer.unit_kernels (nGPT, sigmarep.nn.sphere).",
         choices=NORMS,
     )
     norm_type: str = attribute(
@@ -279,15 +281,18 @@ class Mlp(nn.Module):
             "kernel_init": c.initializer(c.beta),
             "use_bias": c.use_bias,
         }
-        hidden = with_axes(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
-        if c.mlp_gate:
-            gate = with_axes(SigmaDense(c.mlp_dim, name="gate", **options)(x), "batch", "length", "mlp")
-            hidden = c.activate(gate) * hidden
-        else:
-            hidden = c.activate(hidden)
+
+        def projected(name: str) -> jax.Array:
+            hidden = SigmaDense(c.mlp_dim, name=name, **options)(x)
+            if c.norm == "sphere":
+                hidden = HiddenScale(x.shape[-1], name=f"{name}_scale")(hidden)
+            return with_axes(hidden, "batch", "length", "mlp")
+
+        hidden = projected("up")
+        hidden = c.activate(projected("gate")) * hidden if c.mlp_gate else c.activate(hidden)
         rate = c.dropout if c.activation_dropout is None else c.activation_dropout
         hidden = nn.Dropout(rate)(hidden, deterministic=deterministic)
-        return SigmaDense(x.shape[-1], name="down", **options)(hidden)
+        return SigmaDense(x.shape[-1], name="down", adds=True, **options)(hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -338,7 +343,9 @@ class TransformerBlock(nn.Module):
     def _residual(self, x: jax.Array, name: str, branch: Callable[[jax.Array], jax.Array], **options: Any) -> jax.Array:
         """x and its branch, normalized where `config.norm` says."""
         c = self.config
-        if c.norm == "none":
+        if c.norm == "sphere":
+            x = SphereStep(name=f"{name}_step")(x, self._dropped(branch(x), name, **options))
+        elif c.norm == "none":
             x = x + self._dropped(branch(x), name, **options)
         elif c.norm in ("pre", "peri"):
             norm: Any = c.norm_layer(f"{name}_norm")
@@ -388,7 +395,7 @@ class TransformerStack(nn.Module):
         c = self.config
         rates = jnp.linspace(0.0, c.drop_path, c.depth) if c.depth > 1 else jnp.full(1, c.drop_path)
 
-        x = with_axes(x, "batch", "length", "embed")
+        x = with_axes(unit(x) if c.norm == "sphere" else x, "batch", "length", "embed")
 
         def call_block(block: TransformerBlock, x: jax.Array, rate: jax.Array) -> jax.Array:
             return block(x, rate, visibility=visibility, **options)

@@ -45,7 +45,13 @@ from sigmarep.training import external
 from sigmarep.training.layer_decay import distances
 from sigmarep.training.magnitudes import decouple_magnitudes
 from sigmarep.training.mesh import path_name
-from sigmarep.training.relative_steps import frobenius_norm, hyperball, scale_by_trust_ratio, scale_queries_and_keys
+from sigmarep.training.relative_steps import (
+    frobenius_norm,
+    hyperball,
+    scale_by_trust_ratio,
+    scale_queries_and_keys,
+    unit_kernels,
+)
 from sigmarep.training.spectral_steps import bound_spectral_norm, softly_clip, spectral_sphere
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon", "spectral_sphere")
@@ -127,6 +133,11 @@ FIELDS: dict[str, Any] = {
         False,
         "Keeps the Frobenius norm of every hidden matrix as it is, with steps of learning_rate times that norm "
         "(sigmarep.training.relative_steps.hyperball).",
+    ),
+    "unit_kernels": field(
+        False,
+        "Keeps hidden matrices at unit vectors along the residual stream, as nGPT does "
+        "(sigmarep.training.relative_steps.unit_kernels).",
     ),
     "query_key_rates": field(
         False,
@@ -240,6 +251,8 @@ def create_optimizer(
     sphere: tuple[optax.GradientTransformation, ...] = ()
     if config.hyperball:
         sphere = (hyperball(schedule, layers, matrices),)
+    elif config.unit_kernels:
+        sphere = (unit_kernels(layers, matrices),)
     elif config.name == "spectral_sphere":
         sphere = (spectral_sphere(schedule, matrices),)
     logits = (scale_queries_and_keys(layers),) if config.query_key_rates else ()
@@ -257,6 +270,7 @@ def _check_alone(config: Any) -> None:
     """Refuses two of the fields that set the length of hidden matrices' steps, each of which is the last word on it."""
     own = {
         "hyperball = True": config.hyperball,
+        "unit_kernels = True": config.unit_kernels,
         f"magnitude_learning_rate = {config.magnitude_learning_rate}": config.magnitude_learning_rate,
         "name = 'spectral_sphere'": config.name == "spectral_sphere",
     }
@@ -268,7 +282,7 @@ def _check_alone(config: Any) -> None:
     if chosen and (config.layer_decay != 1 or config.query_key_rates or config.rate_inputs or config.spectral_bound):
         raise BadInput(
             f"config.optimizer.{chosen[0]}: expected no layer_decay, query_key_rates, rate_inputs or spectral_bound beside "
-            "it; its steps are as long as learning_rate says in every matrix"
+            "it; it has the last word on the steps of every matrix"
         )
     if config.spectral_clip and config.name not in CLIPPED:
         raise BadInput(
