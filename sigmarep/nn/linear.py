@@ -50,7 +50,8 @@ class ReparametrizedLayer(nn.Module):
         for the same two reads of the kernel (see `sigmarep.core.spectral`). At most the smaller side of the kernel's
         matrix is used.
       common_std: initial standard deviation of all kernels under "scale". The paper's variance is 4e-5. Each kernel is
-        measured, where the paper takes the deviation that its initializer is meant to have.
+        measured, where the paper takes the deviation that its initializer is meant to have. The paper was read in a
+        summary of its formulas alone.
       role: the layer's place in the model, one of `ROLES`, for those who treat layers by it (`sigmarep.nn.layers`): "input"
         reads what the model is given, "output" makes its predictions, "projector" is left away after pre-training,
         "position" is a table of positions; all others are "hidden". Changes nothing in the layer.
