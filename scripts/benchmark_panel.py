@@ -11,12 +11,15 @@ digits, enlarged.
 import statistics
 import time
 
-from benchmark_step import ROUNDS, STEPS, described, prepare
+from benchmark_step import ROUNDS, STEPS, described, prepare, with_fields
 
 from sigmarep import command
 
-# Norm and reparametrization.
-ARMS = {"pre-LN, plain": ("pre", "none"), "post-LN, σReparam": ("post", "sigma")}
+# Fields of config.model.
+ARMS = {
+    "pre-LN, plain": {"norm": "pre", "reparam": "none"},
+    "post-LN, σReparam": {"norm": "post", "reparam": "sigma"},
+}
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
     now = time.process_time if jax.devices()[0].platform == "cpu" else time.perf_counter
     print(described())
     for name, words in ARMS.items():
-        experiment, state, batch = prepare(*words)
+        experiment, state, batch = prepare(with_fields(**words))
         runner, interval = experiment.runner, experiment.intervals["log"]
         # Compiled before the first round.
         state, output = runner.step(state, batch, panel=True)

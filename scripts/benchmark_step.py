@@ -3,10 +3,12 @@
     python scripts/benchmark_step.py [--width 384] [--depth 4] [--batch_size 32] [--rounds 15]
     python scripts/benchmark_step.py --width 768 --depth 12 --image_size 224 --patch_size 16 --batch_size 256 \
         --dtype bfloat16 --peak_tflops 989 --scan_unroll 12 --steps 8      # ViT-B/16 on an H100 or H200
+    python scripts/benchmark_step.py --width 128 --remedies all            # every arm of sigmarep.remedies
 
 The models alternate in one process, so that a change in the machine's speed affects all of them. Printed are the median
 over rounds, and the median of the ratios within each round. The pictures are the digits, enlarged; their content does not
-affect the time. Model FLOPs are those of the forward pass's matrix products times three.
+affect the time. With --remedies the models are arms of `sigmarep.remedies`, and a Markdown table has each one's ratio to
+plain pre-LN, measured in the same rounds. Model FLOPs are those of the forward pass's matrix products times three.
 """
 
 import statistics
@@ -29,6 +31,9 @@ POWER_VECTORS = flags.DEFINE_integer("power_vectors", 16, "Leaves out models wit
 PEAK = flags.DEFINE_float(
     "peak_tflops", 0.0, "The device's dense peak for --dtype; prints the share of it that is used."
 )
+REMEDIES = flags.DEFINE_list(
+    "remedies", [], "Arms of sigmarep.remedies to time against pre_ln, or all, in place of the models above."
+)
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Number of turns of each model.", lower_bound=2)
 STEPS = flags.DEFINE_integer(
     "steps", 1, "Steps of a turn, queued as in a training, so that an accelerator copies batches while it computes."
@@ -45,8 +50,12 @@ ARMS = {
 }
 
 
-def prepare(norm: str, reparam: str, power_vectors: int = 1):
-    """Builds an experiment and makes one step; returns the experiment, its state and the batch."""
+def prepare(change):
+    """Builds an experiment and makes one step; returns the experiment, its state and the batch.
+
+    Args:
+      change: is called with the configuration, last.
+    """
     import jax
 
     from sigmarep.training.config import default_config, validate
@@ -59,11 +68,11 @@ def prepare(norm: str, reparam: str, power_vectors: int = 1):
     config.optimizer.name = "adam"
     config.data.image_size = IMAGE_SIZE.value
     model = config.model
-    model.norm, model.reparam, model.power_vectors = norm, reparam, power_vectors
     model.patch_size, model.attention_implementation = PATCH_SIZE.value, ATTENTION.value
     model.scan_unroll, model.qkv, model.activation = SCAN_UNROLL.value, QKV.value, ACTIVATION.value
     model.depth, model.width, model.num_heads = DEPTH.value, WIDTH.value, max(WIDTH.value // 64, 1)
     model.mlp_dim = 4 * WIDTH.value
+    change(config)
     experiment = build(validate(config))
     batch = next(experiment.data.train_stream(start=0, process_index=0, process_count=1))
     state, output = experiment.runner.step(experiment.create_state(), batch, panel=False)
@@ -96,11 +105,20 @@ def model_flops() -> float:
     return 3.0 * BATCH_SIZE.value * (DEPTH.value * block + patches)
 
 
-def main() -> None:
+def with_fields(**fields):
+    """What `prepare` is called with to set fields of `config.model`."""
+    return lambda config: config.model.update(fields)
+
+
+def timed(changes) -> dict[str, list[float]]:
+    """Seconds of a step of the models that `changes` makes, by name, once a round.
+
+    Args:
+      changes: by name, what changes the configuration.
+    """
     import jax
 
-    arms = {name: words for name, words in ARMS.items() if words[2] <= POWER_VECTORS.value}
-    runs = {name: prepare(*words) for name, words in arms.items()}
+    runs = {name: prepare(change) for name, change in changes.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS.value):
         for name, (experiment, state, batch) in runs.items():
@@ -110,6 +128,40 @@ def main() -> None:
             jax.block_until_ready((state, output))
             seconds[name].append((time.perf_counter() - start) / STEPS.value)
             runs[name] = (experiment, state, batch)
+    return seconds
+
+
+def ratio(ours: list[float], base: list[float]) -> str:
+    """Median and quartiles of the ratios of rounds."""
+    ratios = [a / b for a, b in zip(ours, base, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
+
+
+def remedies() -> None:
+    """Prints the table of the arms of --remedies."""
+    import functools
+
+    from sigmarep.remedies import ARMS as every
+    from sigmarep.remedies import set_arm
+
+    chosen = list(every) if REMEDIES.value == ["all"] else REMEDIES.value
+    names = ["pre_ln", *(name for name in chosen if name != "pre_ln")]
+    seconds = timed({name: functools.partial(set_arm, name=name) for name in names})
+    print(f"{described()}\n\n| arm | step | against pre_ln |\n|---|---|---|")
+    for name in names:
+        against = ratio(seconds[name], seconds["pre_ln"]) if name != "pre_ln" else ""
+        print(f"| {name} | {1000 * statistics.median(seconds[name]):.1f} ms | {against} |")
+
+
+def main() -> None:
+    if REMEDIES.value:
+        remedies()
+        return
+
+    arms = {name: words for name, words in ARMS.items() if words[2] <= POWER_VECTORS.value}
+    names = ("norm", "reparam", "power_vectors")
+    seconds = timed({name: with_fields(**dict(zip(names, words, strict=True))) for name, words in arms.items()})
     print(described())
     for name, times in seconds.items():
         rate = model_flops() / statistics.median(times) / 1e12
@@ -117,9 +169,7 @@ def main() -> None:
         print(f"{name:31} {1000 * statistics.median(times):9.1f} ms, {rate:.4g} model TFLOP/s{used}")
     for ours in (name for name, words in arms.items() if words[1] == "sigma"):
         for base in (name for name, words in arms.items() if words[1] == "none"):
-            ratios = [a / b for a, b in zip(seconds[ours], seconds[base], strict=True)]
-            low, _, high = statistics.quantiles(ratios, n=4)
-            print(f"{ours} / {base}: {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f})")
+            print(f"{ours} / {base}: {ratio(seconds[ours], seconds[base])}, with quartiles")
 
 
 if __name__ == "__main__":

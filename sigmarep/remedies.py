@@ -45,6 +45,13 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "spectral": {"model.norm": "post", "model.reparam": "spectral"},
     "weight": {"model.norm": "pre", "model.reparam": "weight"},
+    "wesar": PLAIN | {"model.reparam": "scale"},
+    "ngpt": {
+        "model.norm": "sphere",
+        "model.reparam": "none",
+        "model.qk_norm": "unit",
+        "optimizer.unit_kernels": True,
+    },
     # Scale-invariant kernels without a bound on their spectral norm, in the place of σReparam's.
     "weight_post_ln": {"model.norm": "post", "model.reparam": "weight"},
     "qk_norm": PLAIN | {"model.qk_norm": "layer"},
@@ -72,6 +79,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "hyperball": PLAIN | {"optimizer.hyperball": True},
     "bounded": PLAIN | {"optimizer.spectral_bound": 0.05},
     "muon": PLAIN | {"optimizer.name": "muon"},
+    # The authors' bound for Adam's directions; after Muon, whose directions are smaller, it changes nothing.
+    "spectra": PLAIN | {"optimizer.spectral_clip": 10.0},
+    "spectral_sphere": PLAIN | {"optimizer.name": "spectral_sphere"},
+    "magnitudes": PLAIN | {"optimizer.magnitude_learning_rate": 1e-3},
 }
 # The arms of the paper's self-supervised comparison; the patch embedding as it was initialised is MoCo v3's remedy.
 SELF_SUPERVISED: dict[str, dict[str, Any]] = {

@@ -253,6 +253,11 @@ def weight_normalized(kernel: jax.Array, gain: jax.Array, *, dtype: jax.typing.D
     return (matrix * _ratio(gain, norms)).astype(dtype).reshape(kernel.shape)
 
 
+def scaled(kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """The kernel times a number, () or broadcastable to it, in the kernel's type."""
+    return (kernel.astype(jnp.float32) * scale).astype(kernel.dtype)
+
+
 def column_norms(matrix: jax.Array) -> jax.Array:
     """Euclidean norm of each column, shape (outputs,); differentiable even for a column of zeros."""
     square = jnp.sum(matrix.astype(jnp.float32) ** 2, axis=0)

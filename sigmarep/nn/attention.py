@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from sigmarep import doors, fields
 from sigmarep.core import entropy
 from sigmarep.fields import attribute
-from sigmarep.nn import attention_statistics, key_value_cache
+from sigmarep.nn import attention_statistics, grouped_queries, key_value_cache
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports, flash
 from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, slot_scaled
 from sigmarep.nn.positions import Rotary
+from sigmarep.nn.sphere import UnitHeads
 from sigmarep.nn.visibility import FULL, RealTokens, Visibility
 
 QKV = ("separate", "fused", "qk_v")
@@ -28,6 +29,7 @@ QK_NORMS: dict[str, Any] = {
     "none": None,
     "layer": functools.partial(nn.LayerNorm, use_bias=False),
     "rms": nn.RMSNorm,
+    "unit": None,
 }
 WEIGHTS = ("softmax", "sigmoid")
 GATES = ("none", "headwise", "elementwise")
@@ -64,7 +66,7 @@ class MultiHeadAttention(nn.Module):
       head_dim: H; D / N if None.
       use_bias: biases in all projections.
       value_scale: factor on the initial value and output kernels (DeepNorm's β).
-      reparam, gamma_init, gamma_trainable, power_vectors: see `sigmarep.nn.linear.ReparametrizedLayer`.
+      reparam, gamma_init, gamma_trainable, power_vectors, common_std: see `sigmarep.nn.linear.ReparametrizedLayer`.
       kernel_init, bias_init, dtype: as in `flax.linen.Dense`.
     """
 
@@ -75,6 +77,9 @@ class MultiHeadAttention(nn.Module):
         "Projections: separate, with a γ each; fused, one projection with one γ; qk_v, one of queries and keys and one of "
         "values. Attention to a context always projects separately.",
         choices=QKV,
+    )
+    num_kv_heads: int = attribute(
+        0, "Heads of keys and values, each shared by a group of heads of queries; 0: one for each.", at_least=0
     )
     use_bias: bool = True
     dropout: float = attribute(0.0, "Rate of dropout on the attention weights.", at_least=0, below=1)
@@ -97,8 +102,8 @@ class MultiHeadAttention(nn.Module):
     )
     qk_norm: str | Callable[..., Any] = attribute(
         "none",
-        "Normalization of queries and keys over the features of a head: layer (without bias) or rms. A Python name: a "
-        "Flax module's class, called with dtype and name.",
+        "Normalization of queries and keys over the features of a head: layer (without bias), rms, or unit, nGPT's "
+        "(sigmarep.nn.sphere). A Python name: a Flax module's class, called with dtype and name.",
         choices=QK_NORMS,
         **PIECE,
     )
@@ -136,6 +141,7 @@ class MultiHeadAttention(nn.Module):
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
+    common_std: float = SigmaDenseGeneral.common_std
     kernel_init: Initializer = DEFAULT_KERNEL_INIT
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
@@ -168,20 +174,22 @@ class MultiHeadAttention(nn.Module):
         query, key, value = self._project(x, context, cache_length)
         query, key = self._normalize(query, key)
         query, key, value = self._process(query, key, value, positions, context)
-        query, factor = self._scale(query, key, visibility, real)
+        query, factor = self._scale(query, grouped_queries.repeated(key, self.num_heads), visibility, real)
         appending = cache_length and context is None
         if appending:
             key, value, visibility = key_value_cache.append(self, key, value, cache_length)
+        key, value = (grouped_queries.repeated(each, self.num_heads) for each in (key, value))
         recording = self.is_mutable_collection("attention") and not (self.is_initializing() or appending)
         attended, statistics = self._attend(query, key, value, visibility, deterministic, recording)
         if recording:
             self._record(statistics(), query, key, x, context, real, factor)
         attended = with_axes(self._gated(attended, x), "batch", "length", "heads", "head_dim")
-        return self._dense(x.shape[-1], "out", axis=(-2, -1), kernel_init=self._scaled_init())(attended)
+        return self._dense(x.shape[-1], "out", axis=(-2, -1), adds=True, kernel_init=self._scaled_init())(attended)
 
     def _check(self, width: int, deterministic: bool) -> None:
         if self.head_dim is None and width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide the width {width}")
+        grouped_queries.check(self.num_heads, self.num_kv_heads, self.qkv)
         for name, declared in fields.of_dataclass(type(self)).items():
             value = getattr(self, name)
             if not callable(value) and (expected := declared.problem(value)):
@@ -211,6 +219,7 @@ class MultiHeadAttention(nn.Module):
             gamma_init=self.gamma_init,
             gamma_trainable=self.gamma_trainable,
             power_vectors=self.power_vectors,
+            common_std=self.common_std,
             bias_init=self.bias_init,
             dtype=self.dtype,
             name=name,
@@ -223,14 +232,15 @@ class MultiHeadAttention(nn.Module):
     def _project(self, x: jax.Array, context: jax.Array | None, cache_length: int) -> Heads:
         """Queries (B, T, N, H) of x; keys and values (B, S, N, H) of the context, or of x without one."""
         heads = (self.num_heads, self.head_dim or x.shape[-1] // self.num_heads)
+        kv_heads = (self.num_kv_heads or self.num_heads, heads[1])
         cached = key_value_cache.of_context(self) if cache_length and context is not None else None
         if cached is not None:
             query, (key, value) = self._dense(heads, "query", makes=("query",), kernel_init=self.kernel_init)(x), cached
         elif context is not None or self.qkv == "separate":
             source = x if context is None else context
             query = self._dense(heads, "query", makes=("query",), kernel_init=self.kernel_init)(x)
-            key = self._dense(heads, "key", makes=("key",), kernel_init=self.kernel_init)(source)
-            value = self._dense(heads, "value", makes=("value",), kernel_init=self._scaled_init())(source)
+            key = self._dense(kv_heads, "key", makes=("key",), kernel_init=self.kernel_init)(source)
+            value = self._dense(kv_heads, "value", makes=("value",), kernel_init=self._scaled_init())(source)
             if cache_length and context is not None:
                 key_value_cache.store_context(self, key, value)
         elif self.qkv == "qk_v":
@@ -245,7 +255,7 @@ class MultiHeadAttention(nn.Module):
         return query, key, value
 
     def _normalize(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if self.qk_norm == "none":
+        if self.qk_norm in ("none", "unit"):
             return query, key
         norm = QK_NORMS.get(str(self.qk_norm)) or self._piece("qk_norm")
         query = norm(name="query_norm", dtype=self.dtype)(query)
@@ -266,6 +276,8 @@ class MultiHeadAttention(nn.Module):
             positions = jnp.arange(query.shape[1])[None]
         for process in processes:
             query, key, value = process(query, key, value, positions)
+        if self.qk_norm == "unit":
+            query, key = UnitHeads(name="query_key")(query, key)
         return query, key, value
 
     def _scale(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sigmarep.core import entropy, norms
 from sigmarep.nn.fold import fold
+from sigmarep.nn.grouped_queries import repeated
 
 
 class CountedQueries(NamedTuple):
@@ -77,10 +78,11 @@ def query_key_kernels(variables: Mapping[str, Any], *, stored_sigma: bool, use_b
         fused = folded[names[0]]
         pair = [{name: x[:, slot] if name == "kernel" else x[slot] for name, x in fused.items()} for slot in (0, 1)]
     kernels = [jnp.moveaxis(jax.lax.stop_gradient(each["kernel"]), 1, 0) for each in pair]
+    kernels[1] = repeated(kernels[1], len(kernels[0]), axis=0)
     if not use_bias:
         return QueryKeyKernels(kernels, None)
     query_bias, key_bias = (jax.lax.stop_gradient(each["bias"])[:, None] for each in pair)
-    return QueryKeyKernels(kernels, (query_bias, key_bias))
+    return QueryKeyKernels(kernels, (query_bias, repeated(key_bias, len(query_bias), axis=0)))
 
 
 def summary(statistics: entropy.AttentionStatistics, counted: CountedQueries) -> dict[str, jax.Array]:

@@ -14,8 +14,8 @@ def fold(variables: Mapping[str, Any], *, stored_sigma: bool = False, layers: La
     """Parameters of the same model with `reparam="none"` and identical outputs.
 
     Every kernel is replaced by the effective one that evaluation uses (one power step from the stored u), and γ is
-    dropped. Works for σReparam, spectral and weight normalization, for layers stacked by `nn.scan` or `nn.vmap`, and
-    leaves other parameters as they are.
+    dropped. Works for σReparam, spectral and weight normalization and WeSaR, for layers stacked by `nn.scan` or
+    `nn.vmap`, and leaves other parameters as they are.
 
     Args:
       variables: {"params": …, "spectral": …} of a model; "spectral" may be missing.
@@ -41,6 +41,9 @@ def _fold(
     if not isinstance(params, Mapping):
         return params
     for name in ("kernel", "embedding"):
+        if name in params and "kernel_scale" in params:
+            rest = {each: value for each, value in params.items() if each not in (name, "kernel_scale")}
+            return {name: _scaled(params, "/".join((*path, name)), layers), **rest}
         if name in params and ("gamma" in params or "u" in state):
             rest = {each: value for each, value in params.items() if each not in (name, "gamma")}
             kernel, gamma = params[name], params.get("gamma")
@@ -55,6 +58,18 @@ def _fold(
     return {
         name: _fold(value, state.get(name, {}), stored_sigma, layers, (*path, name)) for name, value in params.items()
     }
+
+
+def _scaled(params: Mapping[str, Any], path: str, layers: Layers | None) -> jax.Array:
+    """αW of the layer with the kernel `path`, stacked along its first axes unless `layers` say otherwise."""
+    kernel, scale = params[path.rpartition("/")[2]], params["kernel_scale"]
+    layer = None if layers is None else layers.get(path)
+    first = range(scale.ndim)
+    if layers is not None and layer is not None:
+        kernel = jnp.moveaxis(kernel, layer.stacked, first)
+        scale = jnp.moveaxis(scale, layers.stacked[f"{layer.module}/kernel_scale".lstrip("/")], first)
+    effective = spectral.scaled(kernel, scale.reshape(*scale.shape, *(1,) * (kernel.ndim - scale.ndim)))
+    return effective if layer is None else jnp.moveaxis(effective, first, layer.stacked)
 
 
 def _effective(kernel: jax.Array, gamma: jax.Array | None, state: Mapping[str, Any], stored_sigma: bool) -> jax.Array:

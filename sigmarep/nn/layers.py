@@ -51,7 +51,7 @@ class Axes:
       window: the inputs that a convolution slides over.
       groups: feature groups of a convolution, each with its own part of the outputs.
       table: rows are looked up by number, as in an embedding.
-      role, makes, reparam: see `sigmarep.nn.linear.ReparametrizedLayer`.
+      role, makes, adds, reparam: see `sigmarep.nn.linear.ReparametrizedLayer`.
     """
 
     inputs: tuple[int, ...]
@@ -62,6 +62,7 @@ class Axes:
     table: bool = False
     role: Role = "hidden"
     makes: tuple[str, ...] = ()
+    adds: bool = False
     reparam: Reparam = "none"
 
 
@@ -229,6 +230,7 @@ def _axes(module: nn.Module, name: str, rank: int, args: Any, kwargs: Any) -> Ax
     if name in stated:
         return stated[name]
     role, makes = getattr(module, "role", None), getattr(module, "makes", ())
+    adds: bool = getattr(module, "adds", False) is True
     reparam: Reparam = "none"
     if isinstance(module, ReparametrizedLayer):
         if role not in ROLES:
@@ -239,7 +241,8 @@ def _axes(module: nn.Module, name: str, rank: int, args: Any, kwargs: Any) -> Ax
     axes = _einsum_axes(module, args, kwargs) if isinstance(module, nn.Einsum) else _layer_axes(module, rank)
     if axes is None:
         return None
-    return dataclasses.replace(axes, role=role if role in ROLES else axes.role, makes=tuple(makes), reparam=reparam)
+    role = role if role in ROLES else axes.role
+    return dataclasses.replace(axes, role=role, makes=tuple(makes), adds=adds, reparam=reparam)
 
 
 def _layer_axes(module: Any, rank: int) -> Axes | None:

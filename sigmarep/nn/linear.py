@@ -23,7 +23,7 @@ import numpy as np
 
 from sigmarep.core import norms, spectral
 
-Reparam = Literal["none", "sigma", "spectral", "weight"]
+Reparam = Literal["none", "sigma", "spectral", "weight", "scale"]
 REPARAMS: tuple[Reparam, ...] = get_args(Reparam)
 Role = Literal["hidden", "input", "output", "projector", "position"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -40,26 +40,34 @@ class ReparametrizedLayer(nn.Module):
 
     Attributes:
       reparam: "sigma", Ŵ = (γ/σ)W with a learned γ; "spectral", the same with γ = 1 (spectral normalization);
-        "weight", weight normalization with one gain per output; "none", the plain layer.
+        "weight", weight normalization with one gain per output; "scale", αW with one learned α, named kernel_scale, where W
+        has the standard deviation `common_std` at the start and α is such that αW₀ is what `kernel_init` gives (WeSaR,
+        Nishida et al., 2024, arXiv 2410.05052; γ's fields have no part in it); "none", the plain layer.
       gamma_init: initial γ: a number, "one", or "sigma" for σ(W₀), so that Ŵ₀ = W₀. Under weight normalization "sigma"
         means the norm of each output's weights, so that again Ŵ₀ = W₀.
       gamma_trainable: False freezes γ at its initial value and gives it a zero gradient.
       power_vectors: number of vectors in the power iteration. The paper uses 1; 4 follow fast training far more closely
         for the same two reads of the kernel (see `sigmarep.core.spectral`). At most the smaller side of the kernel's
         matrix is used.
+      common_std: initial standard deviation of all kernels under "scale". The paper's variance is 4e-5. Each kernel is
+        measured, where the paper takes the deviation that its initializer is meant to have. The paper was read in a
+        summary of its formulas alone.
       role: the layer's place in the model, one of `ROLES`, for those who treat layers by it (`sigmarep.nn.layers`): "input"
         reads what the model is given, "output" makes its predictions, "projector" is left away after pre-training,
         "position" is a table of positions; all others are "hidden". Changes nothing in the layer.
       makes: "query", "key" or "value", in a layer of attention whose output axes are heads and their dimensions; one word
         for each index of the first output axis if there are several.
+      adds: its outputs are added to the residual stream, whose features they are.
     """
 
     reparam: Reparam = "sigma"
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
+    common_std: float = 4e-5**0.5
     role: Role = "hidden"
     makes: tuple[str, ...] = ()
+    adds: bool = False
 
     matrix_name: ClassVar[str] = "kernel"
 
@@ -70,8 +78,28 @@ class ReparametrizedLayer(nn.Module):
         """Flax's `param`, except that asking for the kernel returns the effective kernel."""
         if name == self.matrix_name and np.min(self.features) < 1:
             raise ValueError(f"{self._label()}: features = {self.features}: expected at least 1")
+        if name == self.matrix_name and self.reparam == "scale":
+            return self._scaled(init_fn, *init_args, unbox=unbox, **init_kwargs)
         value: Any = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
         return self._effective(value) if name == self.matrix_name else value
+
+    @nn.nowrap
+    def _scaled(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> jax.Array:
+        """αW, whose W starts with the standard deviation `common_std`; a kernel of zeros stays with α = 1."""
+        start = jnp.ones((), jnp.float32)
+
+        def common(*args: Any, **kwargs: Any) -> Any:
+            nonlocal start
+            made = init_fn(*args, **kwargs)
+            kernel = nn.meta.unbox(made)
+            deviation = jnp.sqrt(jnp.mean(kernel.astype(jnp.float32) ** 2))
+            start = jnp.where(deviation > 0, deviation / self.common_std, 1.0)
+            return nn.meta.replace_boxed(made, (kernel / start).astype(kernel.dtype))
+
+        kernel: Any = super().param(self.matrix_name, common, *args, **kwargs)
+        scale: jax.Array = super().param("kernel_scale", lambda _: start)
+        scale = scale if self.gamma_trainable else jax.lax.stop_gradient(scale)
+        return spectral.scaled(kernel, scale)
 
     @nn.nowrap
     def _effective(self, kernel: jax.Array) -> jax.Array:

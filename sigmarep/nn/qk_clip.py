@@ -21,7 +21,8 @@ def qk_clipped(params: Any, attention: Any, layers: Layers, threshold: float) ->
     """Parameters whose heads' largest logits of the last step would have been at most `threshold`.
 
     With S the largest logit of a head and f = min(1, threshold / S), what makes its queries and what makes its keys are
-    both multiplied by √f, biases among them.
+    both multiplied by √f, biases among them. Keys that a group of heads shares have the root of the least f of the group,
+    and each head's queries the rest of its own.
 
     Args:
       params: of a model whose attention states what its projections make, as `sigmarep.nn.MultiHeadAttention` does; these
@@ -35,8 +36,8 @@ def qk_clipped(params: Any, attention: Any, layers: Layers, threshold: float) ->
     factors: dict[str, Any] = {}
     for layer in clipped_layers(layers):
         largest = _max_logit(attention, layer)
-        root = jnp.sqrt(jnp.minimum(1.0, threshold / jnp.maximum(largest, threshold)))
-        factors[layer.module] = (layer, root)
+        factor = jnp.minimum(1.0, threshold / jnp.maximum(largest, threshold))
+        factors[layer.module] = (layer, _share(factor, layer, layers))
 
     def scaled(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
@@ -51,6 +52,17 @@ def qk_clipped(params: Any, attention: Any, layers: Layers, threshold: float) ->
         return x * _over(root, layer, x.shape, stacked, outputs).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(scaled, params)
+
+
+def _share(factor: jax.Array, layer: Layer, layers: Layers) -> jax.Array:
+    """What a layer of queries or keys has of the factors (*stacked, N) on its attention's logits, by its own heads."""
+    siblings = (each for each in layers.values() if each.module.rpartition("/")[0] == layer.module.rpartition("/")[0])
+    keys = next((each for each in siblings if each.makes == ("key",)), layer)
+    heads = keys.shape[keys.outputs[0]] if len(keys.outputs) > 1 and keys.makes == ("key",) else factor.shape[-1]
+    if heads == factor.shape[-1]:
+        return jnp.sqrt(factor)
+    of_keys = jnp.sqrt(jnp.min(factor.reshape(*factor.shape[:-1], heads, -1), axis=-1))
+    return of_keys if layer is keys else factor / jnp.repeat(of_keys, factor.shape[-1] // heads, axis=-1)
 
 
 def _max_logit(attention: Any, layer: Layer) -> jax.Array:

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 
 from sigmarep import doors, fields
 from sigmarep.fields import attribute
+from sigmarep.nn import grouped_queries
 from sigmarep.nn.attention import PIECE, AttentionConfig, MultiHeadAttention, create_attention
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, Reparam, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, POINTWISE, BranchScale, BranchScaling
 from sigmarep.nn.seq_vcr import seq_vcr
+from sigmarep.nn.sphere import HiddenScale, SphereStep, unit
 from sigmarep.nn.visibility import FULL, Visibility
 
 # Under a checkpoint the backward pass keeps the activation's input alone, not what its derivative is made of: by the bytes
@@ -28,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "silu": jax.checkpoint(nn.silu),
     "tanh": nn.tanh,
 }
-Norm = Literal["none", "pre", "peri", "post", "deepnorm"]
+Norm = Literal["none", "pre", "peri", "post", "deepnorm", "sphere"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 Remat = Literal["none", "full", "dots"]
 REMATS: dict[Remat, Any] = {
@@ -70,7 +72,8 @@ class TransformerConfig(AttentionConfig):
         "pre",
         "Place of the norms: none; pre, before each branch and after the last block; peri, pre and one more at the end of "
         "each branch (Kim et al., 2025, without their norm of the embedding); post, after each addition; deepnorm, post "
-        "with the residual scaled by α and the initial kernels by β (Wang et al., 2022).",
+        "with the residual scaled by α and the initial kernels by β (Wang et al., 2022); sphere, steps from unit vector to "
+        "unit vector, to go with qk_norm unit and optimizer.unit_kernels (nGPT, sigmarep.nn.sphere).",
         choices=NORMS,
     )
     norm_type: str = attribute(
@@ -92,7 +95,7 @@ class TransformerConfig(AttentionConfig):
     reparam: Reparam = attribute(  # noqa: RUF009
         "none",
         "Reparametrization of the linear layers: sigma, (γ/σ)W with a learned γ; spectral, the same with γ = 1; weight, "
-        "one gain per output.",
+        "one gain per output; scale, αW with a learned α and common_std (WeSaR).",
         choices=REPARAMS,
     )
     gamma_init: str | float = attribute(
@@ -109,6 +112,9 @@ class TransformerConfig(AttentionConfig):
         at_least=1,
         at_most=2**10,
     )
+    common_std: float = attribute(
+        4e-5**0.5, "Initial standard deviation of every kernel under scale, whatever the initializer's is.", above=0
+    )
     seq_vcr: float = attribute(
         0.0, "Weight of the penalty of sigmarep.nn.seq_vcr on the output of the last block; 0 is off.", at_least=0
     )
@@ -118,6 +124,9 @@ class TransformerConfig(AttentionConfig):
         "Activation of the MLP. A Python name: a function of an array, as jax.nn.elu.",
         choices=ACTIVATIONS,
         **PIECE,
+    )
+    mlp_gate: bool = attribute(
+        False, "Multiplies the MLP's activation by a projection of its own; with silu that is SwiGLU (Shazeer, 2020)."
     )
     dropout: float = attribute(
         0.0, "Rate of dropout after the MLP's activation and, with branch_dropout, on each branch.", at_least=0, below=1
@@ -177,6 +186,7 @@ class TransformerConfig(AttentionConfig):
                 doors.load(word, field=name)
         if self.width % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads}: does not divide width = {self.width}")
+        grouped_queries.check(self.num_heads, self.num_kv_heads, self.qkv)
         if self.rotary_base and self.width // self.num_heads % 2:
             raise ValueError(
                 f"num_heads = {self.num_heads}: rotary positions need an even number of features a head, not "
@@ -251,12 +261,16 @@ class TransformerConfig(AttentionConfig):
             "gamma_init": self.gamma_init,
             "gamma_trainable": self.gamma_trainable,
             "power_vectors": self.power_vectors,
+            "common_std": self.common_std,
             "dtype": self.dtype,
         }
 
 
 class Mlp(nn.Module):
-    """Two dense layers with the activation and dropout between them."""
+    """Two dense layers with the activation and dropout between them.
+
+    With `mlp_gate` the activation is of a layer `gate` beside the first, `up`, and multiplies it.
+    """
 
     config: TransformerConfig
 
@@ -267,11 +281,18 @@ class Mlp(nn.Module):
             "kernel_init": c.initializer(c.beta),
             "use_bias": c.use_bias,
         }
-        hidden = with_axes(SigmaDense(c.mlp_dim, name="up", **options)(x), "batch", "length", "mlp")
-        hidden = c.activate(hidden)
+
+        def projected(name: str) -> jax.Array:
+            hidden = SigmaDense(c.mlp_dim, name=name, **options)(x)
+            if c.norm == "sphere":
+                hidden = HiddenScale(x.shape[-1], name=f"{name}_scale")(hidden)
+            return with_axes(hidden, "batch", "length", "mlp")
+
+        hidden = projected("up")
+        hidden = c.activate(projected("gate")) * hidden if c.mlp_gate else c.activate(hidden)
         rate = c.dropout if c.activation_dropout is None else c.activation_dropout
         hidden = nn.Dropout(rate)(hidden, deterministic=deterministic)
-        return SigmaDense(x.shape[-1], name="down", **options)(hidden)
+        return SigmaDense(x.shape[-1], name="down", adds=True, **options)(hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -322,7 +343,9 @@ class TransformerBlock(nn.Module):
     def _residual(self, x: jax.Array, name: str, branch: Callable[[jax.Array], jax.Array], **options: Any) -> jax.Array:
         """x and its branch, normalized where `config.norm` says."""
         c = self.config
-        if c.norm == "none":
+        if c.norm == "sphere":
+            x = SphereStep(name=f"{name}_step")(x, self._dropped(branch(x), name, **options))
+        elif c.norm == "none":
             x = x + self._dropped(branch(x), name, **options)
         elif c.norm in ("pre", "peri"):
             norm: Any = c.norm_layer(f"{name}_norm")
@@ -372,7 +395,7 @@ class TransformerStack(nn.Module):
         c = self.config
         rates = jnp.linspace(0.0, c.drop_path, c.depth) if c.depth > 1 else jnp.full(1, c.drop_path)
 
-        x = with_axes(x, "batch", "length", "embed")
+        x = with_axes(unit(x) if c.norm == "sphere" else x, "batch", "length", "embed")
 
         def call_block(block: TransformerBlock, x: jax.Array, rate: jax.Array) -> jax.Array:
             return block(x, rate, visibility=visibility, **options)

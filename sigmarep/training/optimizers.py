@@ -15,8 +15,9 @@ What has no trust ratio moves by the raw gradient at the full rate.
 positions and the class token, unless configured otherwise.
 
 A hidden matrix is a kernel that `sigmarep.nn.layers` describes, whose module does not say that it reads the model's input,
-makes its output, projects for pre-training or holds positions (`role`), and that `non_matrices` does not find. Muon and
-`spectral_bound` work on hidden matrices; all other parameters are Muon's Adam's.
+makes its output, projects for pre-training or holds positions (`role`), and that `non_matrices` does not find. Muon,
+`spectral_sphere`, `spectral_bound`, `spectral_clip`, `hyperball` and `magnitude_learning_rate` work on these; under
+the first two all other parameters are Adam's. spectral_sphere decays none but those.
 
 Under σReparam kernels are scale-invariant: a large learning rate makes them grow, and their steps relatively smaller. γ,
 biases, the scales of norms and embeddings are not. `scale_parameters_factor` multiplies the learning rate of
@@ -37,16 +38,25 @@ import optax
 import optax.contrib
 
 from sigmarep import doors
-from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.fields import Free, field
 from sigmarep.nn.layers import Layer, Layers
 from sigmarep.training import external
 from sigmarep.training.layer_decay import distances
+from sigmarep.training.magnitudes import decouple_magnitudes
 from sigmarep.training.mesh import path_name
-from sigmarep.training.relative_steps import frobenius_norm, hyperball, scale_by_trust_ratio, scale_queries_and_keys
+from sigmarep.training.relative_steps import (
+    frobenius_norm,
+    hyperball,
+    scale_by_trust_ratio,
+    scale_queries_and_keys,
+    unit_kernels,
+)
+from sigmarep.training.spectral_steps import bound_spectral_norm, softly_clip, spectral_sphere
 
-OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon")
+OPTIMIZERS = ("adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon", "spectral_sphere")
+# Those whose directions `spectral_clip` may clip.
+CLIPPED = tuple(name for name in OPTIMIZERS if name not in ("lars", "spectral_sphere"))
 FIELDS: dict[str, Any] = {
     "name": field(
         "adamw",
@@ -79,6 +89,12 @@ FIELDS: dict[str, Any] = {
         "Learning rate of all parameters but the hidden matrices, on the same schedule; 0: learning_rate.",
         at_least=0,
     ),
+    "magnitude_learning_rate": field(
+        0.0,
+        "Learning rate, on the same schedule, of the sizes of rows and columns of hidden matrices, which are then learned "
+        "apart from their directions (sigmarep.training.magnitudes); 0: off.",
+        at_least=0,
+    ),
     "layer_decay": field(
         1.0,
         "Factor on the learning rate from each block to the one before it, for fine-tuning: the head and the last norm "
@@ -107,10 +123,21 @@ FIELDS: dict[str, Any] = {
         "Bounds the spectral norm of a hidden matrix's update by this multiple of the matrix's own (AdamW²); 0: off.",
         at_least=0,
     ),
+    "spectral_clip": field(
+        0.0,
+        "Bends the singular values of the directions of hidden matrices below this number, before the learning rate "
+        "(SPECTRA, sigmarep.training.spectral_steps.softly_clip); 0: off.",
+        at_least=0,
+    ),
     "hyperball": field(
         False,
         "Keeps the Frobenius norm of every hidden matrix as it is, with steps of learning_rate times that norm "
         "(sigmarep.training.relative_steps.hyperball).",
+    ),
+    "unit_kernels": field(
+        False,
+        "Keeps hidden matrices at unit vectors along the residual stream, as nGPT does "
+        "(sigmarep.training.relative_steps.unit_kernels).",
     ),
     "query_key_rates": field(
         False,
@@ -134,29 +161,34 @@ class Rates(NamedTuple):
       learning_rate: the peak.
       weight_decay: of the built-in optimizers.
       clip_norm: largest norm of the gradient.
-      non_matrix_factor: `non_matrix_learning_rate` as a multiple of `learning_rate`.
+      non_matrix_factor, magnitude_factor: `non_matrix_learning_rate` and `magnitude_learning_rate` as multiples of
+        `learning_rate`.
     """
 
     learning_rate: Any
     weight_decay: Any = None
     clip_norm: Any = None
     non_matrix_factor: Any = None
+    magnitude_factor: Any = None
 
 
 def read_rates(config: Any) -> Rates:
     """The rates of `config.optimizer`, as numbers."""
-    own = config.non_matrix_learning_rate
+    own, magnitudes = config.non_matrix_learning_rate, config.magnitude_learning_rate
     return Rates(
         config.learning_rate,
         (config.weight_decay or None) if config.name in OPTIMIZERS else None,
         config.clip_norm or None,
         own / config.learning_rate if own else None,
+        magnitudes / config.learning_rate if magnitudes else None,
     )
 
 
 def without_rates(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `config.optimizer` as its program depends on them: of those in `Rates` only that they are set."""
-    switches = {name: bool(fields[name]) for name in ("clip_norm", "non_matrix_learning_rate")}
+    switches = {
+        name: bool(fields[name]) for name in ("clip_norm", "non_matrix_learning_rate", "magnitude_learning_rate")
+    }
     if fields["name"] in OPTIMIZERS:
         switches["weight_decay"] = bool(fields["weight_decay"])
     return {**fields, **switches, "learning_rate": True}
@@ -208,31 +240,72 @@ def create_optimizer(
     Raises:
       BadInput: a regular expression finds no parameter; those of the defaults may, which serve all models.
     """
-    if config.hyperball and (config.layer_decay != 1 or config.query_key_rates or config.rate_inputs):
-        raise BadInput(
-            "config.optimizer.hyperball = True: expected no layer_decay, query_key_rates or rate_inputs beside it; its "
-            "steps are as long as learning_rate says in every matrix"
-        )
+    _check_alone(config)
     for field_name in ("no_decay", "scale_parameters", "non_matrices"):
         _check_matches(field_name, config[field_name], params)
     rates = rates or read_rates(config)
     mask = decay_mask(params, config.no_decay)
     clip = (optax.clip_by_global_norm(rates.clip_norm),) if rates.clip_norm is not None else ()
-    bound = (
-        (bound_spectral_norm(config.spectral_bound, hidden_matrices(config, layers)),) if config.spectral_bound else ()
-    )
-    sphere = (hyperball(schedule, layers, hidden_matrices(config, layers)),) if config.hyperball else ()
+    matrices = hidden_matrices(config, layers)
+    bound = (bound_spectral_norm(config.spectral_bound, matrices),) if config.spectral_bound else ()
+    sphere: tuple[optax.GradientTransformation, ...] = ()
+    if config.hyperball:
+        sphere = (hyperball(schedule, layers, matrices),)
+    elif config.unit_kernels:
+        sphere = (unit_kernels(layers, matrices),)
+    elif config.name == "spectral_sphere":
+        sphere = (spectral_sphere(schedule, matrices),)
     logits = (scale_queries_and_keys(layers),) if config.query_key_rates else ()
     relative = (scale_by_kernel_norm(layers),) if config.relative_gradients else ()
     factors = rate_factors(config, params, layers, rates)
     uniform = all(isinstance(x, float) and x == 1 for x in jax.tree.leaves(factors))
     scaled = () if uniform else (_scaled_by(lambda _: factors),)
-    directions = _directions(config, schedule, mask, params, layers, rates.weight_decay)
+    directions = _directions(config, schedule, mask, params, layers, rates)
+    if config.magnitude_learning_rate:
+        directions = (_decoupled(config, optax.chain(*directions), schedule, matrices, rates),)
     return optax.chain(*clip, *relative, *directions, *bound, *scaled, *logits, *sphere)
 
 
+def _check_alone(config: Any) -> None:
+    """Refuses two of the fields that set the length of hidden matrices' steps, each of which is the last word on it."""
+    own = {
+        "hyperball = True": config.hyperball,
+        "unit_kernels = True": config.unit_kernels,
+        f"magnitude_learning_rate = {config.magnitude_learning_rate}": config.magnitude_learning_rate,
+        "name = 'spectral_sphere'": config.name == "spectral_sphere",
+    }
+    chosen = [name for name, value in own.items() if value]
+    if len(chosen) > 1:
+        raise BadInput(
+            f"config.optimizer.{chosen[0]}: expected no {chosen[1]} beside it; each sets the norm of matrices"
+        )
+    if chosen and (config.layer_decay != 1 or config.query_key_rates or config.rate_inputs or config.spectral_bound):
+        raise BadInput(
+            f"config.optimizer.{chosen[0]}: expected no layer_decay, query_key_rates, rate_inputs or spectral_bound beside "
+            "it; it has the last word on the steps of every matrix"
+        )
+    if config.spectral_clip and config.name not in CLIPPED:
+        raise BadInput(
+            f"config.optimizer.spectral_clip = {config.spectral_clip}: expected a name of {', '.join(CLIPPED)}, not "
+            f"{config.name!r}; it clips directions before the learning rate"
+        )
+
+
+def _decoupled(
+    config: Any,
+    base: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    matrices: Mapping[str, Layer],
+    rates: Rates,
+) -> optax.GradientTransformation:
+    """`base` with magnitudes of their own learning rate, on the schedule of the others."""
+    factor = rates.magnitude_factor
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    return decouple_magnitudes(base, matrices, schedule=lambda step: factor * schedule(step), adam=adam)
+
+
 def _directions(
-    config: Any, schedule: optax.Schedule, mask: Any, params: Any, layers: Layers, weight_decay: Any
+    config: Any, schedule: optax.Schedule, mask: Any, params: Any, layers: Layers, rates: Rates
 ) -> tuple[optax.GradientTransformation, ...]:
     """The built-in optimizer `config.name`: momentum, second moments, weight decay and the learning rate."""
     if config.name not in OPTIMIZERS:
@@ -251,19 +324,27 @@ def _directions(
             f"config.optimizer.arguments: are those of an optimizer of optax, and {config.name!r} is built in; its fields "
             f"are config.optimizer's own, or name it 'optax.{config.name}'"
         )
-    decay = optax.identity() if weight_decay is None else optax.add_decayed_weights(weight_decay, mask)
+    matrices = hidden_matrices(config, layers)
+    if config.name == "spectral_sphere":
+        # The direction of their momentum is all that the sphere takes.
+        mask = jax.tree_util.tree_map_with_path(lambda path, each: each and path_name(path) not in matrices, mask)
+    decay = optax.identity() if rates.weight_decay is None else optax.add_decayed_weights(rates.weight_decay, mask)
     rate = optax.scale_by_learning_rate(schedule)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, nesterov=config.nesterov)
     momentum = optax.trace(config.momentum, nesterov=config.nesterov) if config.momentum else optax.identity()
+    clip: tuple[optax.GradientTransformation, ...] = ()
+    if config.spectral_clip:
+        clip = (softly_clip(config.spectral_clip, matrices, schedule=schedule, peak=rates.learning_rate),)
     chains: dict[str, tuple[optax.GradientTransformation, ...]] = {
-        "adamw": (adam, decay, rate),
-        "adam": (decay, adam, rate),
-        "sgd": (decay, momentum, rate),
+        "adamw": (adam, *clip, decay, rate),
+        "adam": (decay, adam, *clip, rate),
+        "sgd": (decay, momentum, *clip, rate),
         "lars": (decay, optax.masked(scale_by_trust_ratio(layers, config.trust_coefficient), mask), rate, momentum),
-        "lamb": (adam, decay, optax.masked(scale_by_trust_ratio(layers), mask), rate),
-        "adagrad": (decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=config.epsilon), rate),
-        "lion": (optax.scale_by_lion(config.beta1, config.beta2), decay, rate),
-        "muon": (_muon(config, hidden_matrices(config, layers)), decay, rate),
+        "lamb": (adam, *clip, decay, optax.masked(scale_by_trust_ratio(layers), mask), rate),
+        "adagrad": (decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=config.epsilon), *clip, rate),
+        "lion": (optax.scale_by_lion(config.beta1, config.beta2), *clip, decay, rate),
+        "muon": (_muon(config, matrices), *clip, decay, rate),
+        "spectral_sphere": (_momentum_of(matrices, momentum, adam), decay, rate),
     }
     return chains[config.name]
 
@@ -325,66 +406,17 @@ def _scaled_by(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
     )
 
 
-class SpectralBoundState(NamedTuple):
-    """`u`: for every bounded matrix, the leading right singular vectors (layers, outputs) after the last step; a zero for
-    other parameters."""
-
-    u: Any
-
-
-def bound_spectral_norm(
-    ratio: float, matrices: Mapping[str, Layer], *, iterations: int = 4
+def _momentum_of(
+    matrices: Mapping[str, Layer], momentum: optax.GradientTransformation, adam: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Shortens the update ΔW of every one of `matrices` until ‖ΔW‖₂ ≤ ratio · ‖W‖₂ (AdamW², Qi et al., 2025).
+    """Momentum on `matrices`, Adam on everything else."""
 
-    ‖W‖₂ comes from power steps that start where the step before ended. ΔW is another matrix at every step; its power
-    steps start at its largest row. Both norms are found from below. A matrix that is zero has no bound.
+    def kinds(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "momentum" if path_name(path) in matrices else "adam", params
+        )
 
-    Args:
-      matrices: by '/'-joined path of the parameter; `sigmarep.nn.layers.describe` makes them.
-    """
-
-    def stack(x, layer):
-        """A parameter as matrices (layers, inputs, outputs), one where it is not stacked."""
-        matrices = layer.matrices(x)
-        return matrices.reshape(-1, *matrices.shape[-2:])
-
-    def followed(stack, u):
-        step = None
-        for _ in range(iterations):
-            step = jax.vmap(spectral.power_step)(stack, u)
-            u = step.u
-        assert step is not None
-        return u, step.sigma
-
-    def init(params):
-        def vectors(path, x):
-            layer = matrices.get(path_name(path))
-            if layer is None:
-                return jnp.zeros(())
-            layers, _, outputs = jax.eval_shape(lambda: stack(jnp.zeros(x.shape), layer)).shape
-            return jnp.zeros((layers, outputs))
-
-        return SpectralBoundState(jax.tree_util.tree_map_with_path(vectors, params))
-
-    def update(updates, state, params=None):
-        def bounded(path, update, w, u):
-            layer = matrices.get(path_name(path))
-            if layer is None:
-                return update, u
-            change = stack(update, layer).astype(jnp.float32)
-            largest = jnp.argmax(jnp.sum(change**2, axis=2), axis=1)
-            u, norm = followed(stack(w, layer), u)
-            _, of_change = followed(change, jnp.take_along_axis(change, largest[:, None, None], axis=1)[:, 0])
-            too_long = (of_change > ratio * norm) & (norm > 0)
-            factor = jnp.where(too_long, ratio * norm / jnp.where(too_long, of_change, 1.0), 1.0)
-            return layer.restored(change * factor[:, None, None]).astype(update.dtype), u
-
-        pairs = jax.tree_util.tree_map_with_path(bounded, updates, params, state.u)
-        shortened, u = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0, 0)), pairs)
-        return shortened, SpectralBoundState(u)
-
-    return optax.GradientTransformation(init, update)
+    return optax.partition({"momentum": momentum, "adam": adam}, kinds)
 
 
 def _muon(config: Any, matrices: Mapping[str, Layer]) -> optax.GradientTransformation:

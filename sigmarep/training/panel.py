@@ -99,6 +99,9 @@ def _of_layer(layer, stacked, params, gradients, updates, state):
             function = jax.vmap(function)
         gains = jnp.moveaxis(gamma, stacked[f"{layer.module}/gamma".lstrip("/")], range(lead))
         values["norm"] = norm(function(layer.matrices(weights), gains))
+    elif "kernel_scale" in params:
+        scale = jnp.moveaxis(params["kernel_scale"], stacked[f"{layer.module}/kernel_scale".lstrip("/")], range(lead))
+        values["norm"] = jnp.abs(scale) * sigma
     square = squares(weights, layer.stacked)
     total = sum(
         squares(x, stacked[f"{layer.module}/{path_name(path)}".lstrip("/")])

@@ -77,6 +77,32 @@ def hyperball(schedule: optax.Schedule, layers: Layers, matrices: Container[str]
     return optax.GradientTransformation(init, update)
 
 
+def unit_kernels(layers: Layers, matrices: Container[str]) -> optax.GradientTransformation:
+    """Keeps every vector of a matrix along the residual stream at length 1 (nGPT, Loshchilov et al., 2024).
+
+    Of a layer that reads the stream these are the weights of each output, of one that adds to it those of each input. To be
+    put last. The first update makes them so, where the authors normalize before it. A vector that is zero stays.
+
+    Args:
+      layers: of the model; a layer's `adds` tells the two kinds apart.
+      matrices: paths of the parameters; the updates of all others pass unchanged.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def moved(path: tuple[Any, ...], step: jax.Array, w: jax.Array) -> jax.Array:
+            if (name := path_name(path)) not in matrices:
+                return step
+            layer = layers[name]
+            end = w + step
+            along = layer.outputs if layer.adds else layer.inputs
+            length = jnp.sqrt(jnp.sum(end * end, axis=along, keepdims=True))
+            return (end / jnp.where(length > 0, length, 1.0) - w).astype(step.dtype)
+
+        return jax.tree_util.tree_map_with_path(moved, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 class QueryKeyState(NamedTuple):
     """`norms`: for every kernel of queries ‖W_K‖_F at the start, for every one of keys ‖W_Q‖_F; a zero for other
     parameters."""

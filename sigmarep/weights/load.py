@@ -18,7 +18,7 @@ from sigmarep.weights import canonical, files, folding, names
 # Names shown of a list that may be long.
 SHOWN = 8
 # Parameters that follow from the kernels that are loaded.
-DERIVED = "gamma"
+DERIVED = ("gamma", "kernel_scale")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -85,7 +85,7 @@ def fit(
         raise BadInput(f"{files.FIELD} = {path!r}: {error}") from error
     leaves = jax.tree_util.tree_leaves_with_path(layers.variables["params"])
     shapes = {path_name(each): tuple(leaf.shape) for each, leaf in leaves}
-    shapes = {name: shape for name, shape in shapes.items() if name.rpartition("/")[2] != DERIVED}
+    shapes = {name: shape for name, shape in shapes.items() if name.rpartition("/")[2] not in DERIVED}
     return _Fit(layers, shapes, path, _skipped(skip, shapes)).fit(arrays, word)
 
 
@@ -251,6 +251,9 @@ def _reparametrize(params: dict[str, Any], state: dict[str, Any], layer: Layer, 
     module = layer.module.split("/")
     siblings = _at(params, module)
     matrices = layer.matrices(jnp.asarray(kernel, jnp.float32))
+    if layer.reparam == "scale":
+        siblings["kernel_scale"] = jnp.ones_like(siblings["kernel_scale"])
+        return
     if layer.reparam == "weight":
         gamma = jnp.sqrt(jnp.sum(matrices**2, axis=-2))
     else:

@@ -15,8 +15,9 @@ from sigmarep.nn import SigmaDense, SigmaDenseGeneral, TransformerConfig, Transf
 from sigmarep.nn.qk_clip import clipped_layers, qk_clipped
 from sigmarep.training import mesh as meshes
 from sigmarep.training.config import default_config
-from sigmarep.training.optimizers import bound_spectral_norm, create_optimizer, hidden_matrices
+from sigmarep.training.optimizers import create_optimizer, hidden_matrices
 from sigmarep.training.panel import layer_statistics, panel_metrics
+from sigmarep.training.spectral_steps import bound_spectral_norm
 
 KEY = jax.random.key(0)
 WIDTH, HEADS, HEAD_DIM, HIDDEN = 6, 2, 3, 10

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sigmarep.core import spectral
 from sigmarep.nn import SigmaConv, SigmaDense, SigmaDenseGeneral, fold
+from sigmarep.nn.layers import describe
 
 KEY = jax.random.key(0)
 VECTORS = jax.random.normal(jax.random.key(1), (5, 6))
@@ -77,6 +78,50 @@ def test_the_effective_norm_is_gamma_and_the_stored_sigma_exact_at_the_start(our
     np.testing.assert_allclose(variables["spectral"]["sigma"], exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("ours", "flax", "arguments", "x"), PAIRS)
+def test_wesar_starts_as_flaxs_layer_with_kernels_of_one_deviation(ours, flax, arguments, x):
+    expected, plain = flax(**arguments).init_with_output(KEY, x)
+    layer = ours(**arguments, reparam="scale", common_std=0.01)
+    found, variables = layer.init_with_output(KEY, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    kernel, own = (np.asarray(each["params"]["kernel"], np.float64) for each in (variables, plain))
+    np.testing.assert_allclose(np.sqrt(np.mean(kernel**2)), 0.01, rtol=1e-5)
+    scale = np.sqrt(np.mean(own**2)) / 0.01
+    np.testing.assert_allclose(variables["params"]["kernel_scale"], scale, rtol=1e-5)
+    assert set(variables) == {"params"}
+    # Ŵ = αW, and so are the gradients: α·G for W and ⟨G, W⟩ for α.
+    params = variables["params"] | {"kernel_scale": jnp.float32(0.3)}
+    cotangent = jax.random.normal(jax.random.key(7), found.shape)
+    gradients = jax.grad(lambda p: jnp.vdot(layer.apply({"params": p}, x), cotangent))(params)
+    folded = fold({"params": params})
+    np.testing.assert_allclose(folded["kernel"], 0.3 * kernel, rtol=1e-5)
+    g = jax.grad(lambda p: jnp.vdot(flax(**arguments).apply({"params": p}, x), cotangent))(folded)["kernel"]
+    np.testing.assert_allclose(gradients["kernel"], 0.3 * np.asarray(g), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradients["kernel_scale"], np.sum(np.asarray(g) * kernel), rtol=1e-3, atol=1e-5)
+
+
+def test_wesar_leaves_a_kernel_of_zeros_and_can_freeze_its_scale():
+    layer = SigmaDense(3, reparam="scale", kernel_init=nn.initializers.zeros, gamma_trainable=False)
+    params = layer.init(KEY, VECTORS)["params"]
+    np.testing.assert_array_equal(params["kernel"], 0.0)
+    assert float(params["kernel_scale"]) == 1.0
+    params = params | {"kernel": jnp.ones_like(params["kernel"])}
+    gradients = jax.grad(lambda p: jnp.sum(layer.apply({"params": p}, VECTORS)))(params)
+    assert float(gradients["kernel_scale"]) == 0.0
+    assert np.any(gradients["kernel"] != 0)
+
+
+def test_stacked_layers_of_wesar_fold_each_by_its_own_scale():
+    several = nn.vmap(SigmaDense, variable_axes={"params": -1}, split_rngs={"params": True})(4, reparam="scale")
+    x = jax.random.normal(KEY, (3, 2, 5))
+    described = describe(several.init, KEY, x)
+    params = several.init(KEY, x)["params"]
+    folded = fold({"params": params}, layers=described)
+    assert params["kernel"].shape == (5, 4, 3)
+    expected = params["kernel"] * params["kernel_scale"]
+    np.testing.assert_allclose(folded["kernel"], expected, rtol=1e-6)
+
+
 def test_spectral_normalisation_has_no_gamma_and_weight_normalisation_one_an_output():
     assert set(SigmaDense(7, reparam="spectral").init(KEY, VECTORS)["params"]) == {"kernel", "bias"}
     weight = SigmaDenseGeneral((2, 3), reparam="weight").init(KEY, VECTORS)
@@ -99,7 +144,7 @@ def test_a_frozen_gamma_receives_no_gradient():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"reparam": "sgima"}, "reparam = 'sgima': expected one of none, sigma, spectral, weight"),
+        ({"reparam": "sgima"}, "reparam = 'sgima': expected one of none, sigma, spectral, weight, scale"),
         ({"gamma_init": "two"}, "gamma_init = 'two': expected 'one', 'sigma' or a number"),
     ],
 )

@@ -10,8 +10,9 @@ from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.training import durations
 from sigmarep.training.config import default_config, validate
-from sigmarep.training.optimizers import bound_spectral_norm, create_optimizer, decay_mask
+from sigmarep.training.optimizers import create_optimizer, decay_mask
 from sigmarep.training.schedules import create_schedule
+from sigmarep.training.spectral_steps import bound_spectral_norm
 from tests.training.optimizing import RATE, config, described, float32, train, tree
 
 STEPS = 5
@@ -67,7 +68,7 @@ def test_optimizers_equal_their_formulas_with_gamma_and_biases_left_out_of_decay
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
-NAMES = ["adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon"]
+NAMES = ["adamw", "adam", "sgd", "lars", "lamb", "adagrad", "lion", "muon", "spectral_sphere"]
 SHAPES = {
     "attention": {
         "query": {"kernel": (8, 2, 4), "gamma": ()},

@@ -40,7 +40,7 @@ def at(tree, path, scan):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("reparam", ["none", "sigma", "spectral", "weight"])
+@pytest.mark.parametrize("reparam", ["none", "sigma", "spectral", "weight", "scale"])
 @pytest.mark.parametrize("path", ["attention/query", "attention/out", "mlp/up"])
 def test_every_layer_against_numpy(reparam, scan, path):
     params, gradients, updates, state, layers = trees(reparam, scan)

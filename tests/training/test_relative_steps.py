@@ -60,6 +60,32 @@ def test_hyperball_moves_on_the_sphere_of_the_initial_norm_by_the_rate_times_tha
         create_optimizer(made, schedule=lambda _: RATE, params=params, layers=layers)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_unit_kernels_are_unit_vectors_along_the_residual_stream_after_every_step(scan):
+    """Weights of an output that read the stream, weights of an input that add to it (Loshchilov et al., 2024)."""
+    transformer = TransformerConfig(depth=2, width=8, num_heads=2, mlp_dim=6, mlp_gate=True, norm="sphere", scan=scan)
+    layers = describe(TransformerStack(transformer).init, jax.random.key(0), jnp.ones((1, 3, 8)))
+    rng = np.random.default_rng(0)
+    params, gradients = (jax.tree.map(lambda p: rng.normal(size=p.shape), layers.variables["params"]) for _ in range(2))
+    made = config("sgd", weight_decay=0.0, momentum=0.0, unit_kernels=True)
+    optimizer = create_optimizer(made, schedule=lambda _: RATE, params=float32(params), layers=layers)
+    updates, _ = optimizer.update(float32(gradients), optimizer.init(float32(params)), float32(params))
+    found = jax.tree.map(np.add, params, updates)
+    plain = jax.tree.map(lambda w, g: w - RATE * g, params, gradients)
+    lead = int(scan)
+    along = {"query": 0, "key": 0, "value": 0, "up": 0, "gate": 0, "out": 2, "down": 1}
+    for path, end in jax.tree_util.tree_leaves_with_path(plain):
+        names = [entry.key for entry in path]
+        expected = end
+        if names[-1] == "kernel":
+            axis = along[names[-2]] + lead
+            expected = end / np.linalg.norm(end, axis=axis, keepdims=True)
+        actual = found
+        for name in names:
+            actual = actual[name]
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5, err_msg="/".join(names))
+
+
 def test_steps_of_queries_and_keys_are_divided_by_each_others_norm_relative_to_the_start():
     """η_Q ∝ 1/‖W_K‖ and η_K ∝ 1/‖W_Q‖ (Anson and Aitchison, 2025), for every layer of a stack."""
     x = jnp.ones((1, 3, 8))

@@ -24,6 +24,7 @@ LAYOUTS = {
     "sigma, fused, unrolled": {"reparam": "sigma", "qkv": "fused", "scan": False},
     "sigma, qk_v, three vectors": {"reparam": "sigma", "qkv": "qk_v", "power_vectors": 3},
     "weight": {"reparam": "weight"},
+    "scale": {"reparam": "scale"},
 }
 
 
