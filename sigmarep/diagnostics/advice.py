@@ -127,8 +127,9 @@ def _proposal(told: Told, others: Sequence[Told]) -> Proposal | str:
         for each in others
         if changes
         and each.run.rows
-        and not differing(each.run.config, wanted)
-        and all(each.run.config.get(field) == value for field, value in changes.items())
+        and all(field == RATE and _near(*pair) for field, pair in differing(each.run.config, wanted).items())
+        and all(each.run.config.get(field) == value for field, value in changes.items() if field != RATE)
+        and each is not told
     ]
     if not tried:
         return Proposal(name, what, _command(told.run.folder, name, changes) if changes else "")
@@ -143,6 +144,13 @@ def _proposal(told: Told, others: Sequence[Told]) -> Proposal | str:
     what = f"{trained[0].name} with another seed; one seed that trains may be luck"
     seed = max(seeds) + 1
     return Proposal("seed", what, _command(trained[0].folder, f"seed_{seed}", {"seed": seed}))
+
+
+def _near(one: Any, other: Any) -> bool:
+    """True for learning rates so near to one another that a run at one has tried the other."""
+    return all(type(each) in (int, float) and each > 0 for each in (one, other)) and (
+        max(one, other) / min(one, other) < RATE_FACTOR**0.5
+    )
 
 
 def _why_not(told: Told) -> str:
@@ -177,10 +185,13 @@ def _remedy(told: Told) -> Remedy | None:
         what = f"a control without the change on purpose ({change[1]}), to see what the change alone did"
         return Remedy("control", what, control)
     if told.collapsed or facts.cause in ("entropy collapse", "logits") or (facts.rose is not None and told.sharp):
+        # Without norms σReparam is a change of one field; LayerNorm it finds it moves behind the branch.
         fields = {name: value for name, value in SIGMA.items() if name in run.config}
+        if run.config.get("model.norm") == "none":
+            fields.pop("model.norm")
         changed = {name: value for name, value in fields.items() if run.config[name] != value}
         if "model.reparam" in changed:
-            norm = ", with the norm after each branch" if "model.norm" in changed else ""
+            norm = ", with the norm moved behind each branch" if "model.norm" in changed else ""
             return Remedy("sigma", f"σReparam, which bounds the logits{norm}, at the same learning rate", changed)
         return slower
     if facts.diverged is not None or facts.rose is not None:

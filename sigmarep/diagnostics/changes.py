@@ -13,14 +13,18 @@ LOSS, LOWEST = "train/loss", "attention/entropy_min"
 # Verdicts on a run after a change, in words that follow its name.
 UNHARMED, RECOVERED, LOST = "was not set back", "recovered", "did not recover"
 # The definition of these words, for readers.
-DEFINITION = "Recovered: the loss at the end is not above the last one logged before the change"
+DEFINITION = (
+    "Recovered: the loss at the end is not above that just before the change, the mean of up to three logged ones"
+)
+# Losses just before a change that are averaged: one alone is that of a batch.
+BEFORE = 3
 
 
 class Course(NamedTuple):
     """A metric around a change.
 
     Attributes:
-      before: last value logged before it.
+      before: the mean of the last `BEFORE` losses logged before it, or the last entropy.
       worst: the highest loss, or lowest entropy, logged after it, at step `at`.
       end: loss at the end (`curves.at_end`), or the last entropy.
       last: the last step.
@@ -62,14 +66,15 @@ def course(run: Run, name: str, step: int) -> Course | None:
     later = [(at, value) for at, value in points if at > step]
     if not earlier or not later:
         return None
+    before = sum(earlier[-BEFORE:]) / len(earlier[-BEFORE:]) if name == LOSS else earlier[-1]
     at, worst = max(later, key=lambda point: sign * point[1])
-    lasting = itertools.takewhile(lambda point: sign * point[1] <= sign * earlier[-1], reversed(later))
+    lasting = itertools.takewhile(lambda point: sign * point[1] <= sign * before, reversed(later))
     back = min((when for when, _ in lasting), default=None)
     values = [value for _, value in later]
     # The loss at the end is that of all logged losses, of which those before the change are none.
     count = min(curves.tenth(len(points)), len(values))
     end = sum(values[-count:]) / count if name == LOSS else values[-1]
-    return Course(earlier[-1], worst, at, end, later[-1][0], back)
+    return Course(before, worst, at, end, later[-1][0], back)
 
 
 def verdict(run: Run, step: int) -> str | None:
@@ -87,15 +92,16 @@ def aftermath(run: Run, step: int) -> str:
     texts = []
     if loss := course(run, LOSS, step):
         texts.append(
-            f"Its loss was {loss.before:.3g} just before, at most {loss.worst:.3g} after it (at step {loss.at}) and "
+            f"Its loss was {loss.before:.3g} just before, {loss.worst:.3g} at its highest after it (at step {loss.at}) and "
             f"{loss.end:.3g} at the end: the run {_ending(run, loss, verdict(run, step))}."
         )
     if entropy := course(run, LOWEST, step):
         # A layer that has most of its entropy back has recovered it.
         regained = entropy.end >= 0.9 * entropy.before
+        stayed = "" if regained else ": it stayed lower"
         texts.append(
-            f"The lowest entropy of any layer was {entropy.before:.3g} nats just before, at least {entropy.worst:.3g} "
-            f"after it (at step {entropy.at}) and {entropy.end:.3g} at the end{'' if regained else ': it stayed lower'}."
+            f"The lowest entropy of any layer was {entropy.before:.3g} nats just before, {entropy.worst:.3g} at its lowest "
+            f"after it (at step {entropy.at}) and {entropy.end:.3g} at the end{stayed}."
         )
     return " ".join(texts)
 
@@ -124,7 +130,7 @@ def of_members(runs: Sequence[Run], step: int) -> list[str]:
         courses = [each for run in runs if (each := course(run, name, step))]
         if courses:
             ends = [curves.span([getattr(each, field) for each in courses], 3) for field in ("before", "worst", "end")]
-            extreme = "at most" if name == LOSS else "at least"
-            parts.append(f"{label} {ends[0]} just before, {extreme} {ends[1]} after it, {ends[2]} at the end")
+            extreme = "highest" if name == LOSS else "lowest"
+            parts.append(f"{label} {ends[0]} just before, {ends[1]} at its {extreme} after it, {ends[2]} at the end")
     values = f" ({'; '.join(parts)})" if parts else ""
     return [f"after the change on purpose {', '.join(words)}{values}"]

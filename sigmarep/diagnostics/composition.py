@@ -90,8 +90,8 @@ def arm(run: Run) -> str:
 def select(judged: Sequence[Judged], most: int) -> list[int]:
     """Indices of the runs to draw, at most `most`, in the order of the runs.
 
-    Chosen are first the best run of each arm, then the run with the lowest entropy of each arm, then diverged runs, then
-    the others.
+    Chosen are first the best run of all, the one whose attention collapsed furthest and one that diverged, then the best
+    run of each arm, the run with the lowest entropy of each arm, and the others.
     """
     logged = [i for i, each in enumerate(judged) if each.run.rows]
     arms: dict[str, list[int]] = {}
@@ -102,9 +102,16 @@ def select(judged: Sequence[Judged], most: int) -> list[int]:
         each = judged[i].facts.lowest
         return each[0] if each else float("inf")
 
-    order = [min(members, key=lambda i: judged[i].outcome.loss) for members in arms.values()]
+    def loss(i):
+        return judged[i].outcome.loss
+
+    collapsed = [i for i in logged if judged[i].facts.fell]
+    diverged = [i for i in logged if judged[i].run.state == "diverged"]
+    order = [min(logged, key=loss)] if logged else []
+    order += ([min(collapsed, key=lowest)] if collapsed else []) + diverged[:1]
+    order += [min(members, key=loss) for members in arms.values()]
     order += [min(members, key=lowest) for members in arms.values()]
-    order += [i for i in logged if judged[i].run.state == "diverged"] + logged
+    order += diverged + logged
     return sorted(list(dict.fromkeys(order))[:most])
 
 
@@ -170,17 +177,22 @@ def _sweeps(judged: Sequence[Judged]) -> tuple[list[Sweep], list[str]]:
 def _sweep_findings(sweep: Sweep) -> list[Sentence]:
     name = os.path.basename(os.path.abspath(sweep.folder))
     best = sensitivity.best_loss(sensitivity.medians(sweep.table))
-    texts = []
-    for row in sensitivity.findings(sweep.table):
+    if not math.isfinite(best):
+        return [Sentence(f"{name}: every arm diverged at every learning rate.", f"rates {sweep.folder}")]
+    rows = sorted(sensitivity.findings(sweep.table), key=lambda row: row["loss"])
+    share = f"{sensitivity.WITHIN:.0%}"
+    texts = [
+        f"{name}: the lowest loss at the end, as the median of seeds, is {best:.4g}, of {rows[0]['arm']} at learning rate "
+        f"{rows[0]['rate']:g}."
+    ]
+    for row in rows:
         split = [f"{rate:g}" for rate in row["split"]]
-        near = f" At {story.listed(split)} some seeds train by that measure and some do not." if split else ""
+        near = f" At {story.listed(split)} single seeds are on the other side of that." if split else ""
+        lowest = f"{row['loss']:.4g}, at {row['rate']:g}" if math.isfinite(row["loss"]) else "none: it diverged"
         texts.append(
-            f"{name}: {row['arm']} trains at {_rates(row['range'], sweep.table[row['arm']])}.{near} Its lowest loss at the "
-            f"end is {row['loss']:.4g}, at {row['rate']:g}."
+            f"{row['arm']} is within {share} of it at {_rates(row['range'], sweep.table[row['arm']])}.{near} Its own "
+            f"lowest is {lowest}."
         )
-    if texts and math.isfinite(best):
-        share = f"within {sensitivity.WITHIN:.0%} of the lowest of all, {best:.4g}"
-        texts[0] += f" (An arm trains at a rate whose loss at the end, the median of its seeds, is {share}.)"
     return [Sentence(text, f"rates {sweep.folder}") for text in texts]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 # Number of logged points in the running median that decides whether a loss rose.
 WINDOW = 5
 # The loss rose if that median exceeds its lowest value by this many median differences of successive losses, and by this
-# share of the first loss.
+# share of the first loss; or by the first loss itself, whatever the differences are.
 JUMPS = 3.0
 SHARE = 0.02
 # OLMo 2's spike score.
@@ -54,6 +54,7 @@ def rise(steps: Sequence[int], losses: Sequence[float]) -> int | None:
     finite = [loss for loss in losses if loss < math.inf]
     jumps = [abs(b - a) for a, b in itertools.pairwise(finite)]
     margin = max(JUMPS * statistics.median(jumps) if jumps else 0.0, SHARE * abs(losses[0]))
+    margin = min(margin, abs(losses[0])) if losses[0] else margin
     lowest = losses[0]
     for end in range(WINDOW, len(losses) + 1):
         window = losses[end - WINDOW : end]

@@ -78,6 +78,8 @@ class Facts(NamedTuple):
     def earliest(self) -> str:
         """The layers that fell earliest, in words: several where they fell at one logged step; "" for none."""
         layers = [layer for layer, step in self.fell if step == self.fell[0][1]]
+        if len(layers) == self.layers > MOST_NAMED:
+            return f"all {self.layers} layers"
         more = len(layers) - MOST_NAMED
         return ", ".join(layers[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 

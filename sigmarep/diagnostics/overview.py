@@ -23,6 +23,8 @@ MEANINGS = {
     ("model.norm", "post"): "LayerNorm after each branch",
     ("model.norm", "none"): "no LayerNorm",
     ("model.reparam", "none"): "plain kernels",
+    ("model.reparam", "weight"): "weight normalization: a learned gain for each output",
+    ("model.reparam", "spectral"): "spectral normalization: kernels of spectral norm 1",
     ("model.reparam", "sigma"): "σReparam: kernels divided by their spectral norm, times a learned γ",
 }
 
@@ -56,10 +58,12 @@ def _fallen(members: Sequence[Told]) -> list[str]:
         return ["no attention entropy recorded"]
     lowest = span([each.facts.lowest[0] for each in recorded if each.facts.lowest], 3)
     if not fallen:
-        words = f"no layer collapsed, lowest entropy {lowest} nats"
+        lost = any(each.facts.diverged is not None for each in members)
+        words = f"no layer {'was logged as ' if lost else ''}collapsed, lowest entropy {lowest} nats"
         value, layer, step = min(each.facts.lowest for each in recorded if each.facts.lowest)
         if value < NEAR:
-            words = f"no layer collapsed, but {layer} came near: {value:.3g} nats at step {step}, against {COLLAPSED}"
+            near = f"{layer} came near: {value:.3g} nats at step {step}, against {COLLAPSED}"
+            words = f"no layer {'was logged as ' if lost else ''}collapsed, but {near}"
         return [words, *_rose(members)]
     earliest: dict[str, list[Told]] = {}
     for each in fallen:
@@ -72,7 +76,7 @@ def _fallen(members: Sequence[Told]) -> list[str]:
     if len(earliest) > MOST_LAYERS:
         first, those = max(earliest.items(), key=lambda item: len(item[1]))
         steps = span([each.facts.fell[0][1] for each in those])
-        layers = [f"{first}, by step {steps}, in {len(those)} of these, others in the rest"]
+        layers = [f"{first}, by step {steps}, in {len(those)} of these, and others elsewhere"]
     count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
     where = f"earliest to fall: {listed(layers)}"
     return [f"{count} collapsed{_at_rates(members, fallen)}", where, f"lowest entropy {lowest} nats"]
@@ -122,14 +126,16 @@ def overview(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sen
     processes = collections.Counter(PROCESS_WORDS[each.run.process] for each in told if each.run.process)
     if processes:
         counts = ", ".join(f"{count} {words}" for words, count in processes.most_common())
-        texts.append(Sentence(f"Of the unfinished: {counts}. The command that began a run goes on with it."))
+        texts.append(Sentence(f"Unfinished: {counts}. The command that began a run continues it."))
     diverged = [(each.facts.diverged, each.run.name) for each in told if each.facts.diverged is not None]
     if diverged:
         step, name = min(diverged)
+        ties = sum(at == step for at, _ in diverged) - 1
+        also = f" and {ties} more" if ties else ""
         causes = collections.Counter(each.facts.cause for each in told if each.facts.cause is not None)
         words = f" Causes: {', '.join(f'{count} {cause}' for cause, count in causes.most_common())}." if causes else ""
         count = f"{len(diverged)} run{'' if len(diverged) == 1 else 's'}"
-        texts.append(Sentence(f"{count} diverged, {name} earliest, at step {step}.{words}", "all losses"))
+        texts.append(Sentence(f"{count} diverged, the earliest at step {step}: {name}{also}.{words}", "all losses"))
     texts += _changed(told)
     if len(arm) > MOST_ARMS:
         return texts + _entropies_of_many(told)
@@ -181,15 +187,24 @@ def _contents(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Se
             values[field] = firsts
     if not 0 < len(values) <= MOST_DIFFERENCES:
         return []
-    texts = []
     # A list says little in a sentence; the table of fields that differ has it.
     lists = [field for field, column in values.items() if any(isinstance(value, list) for value in column)]
     for field in lists:
-        values[field] = [f"{len(value)} names" if isinstance(value, list) else value for value in values[field]]
-    for i, name in enumerate(configs):
-        fields = [f"{field} {_meaning(field, column[i])}" for field, column in values.items()]
-        texts.append(f"{name} has {listed(fields)}")
-    return [Sentence(f"The arms differ in {listed(list(values))}: {'; '.join(texts)}.")]
+        every = dict.fromkeys(str(item) for value in values[field] if isinstance(value, list) for item in value)
+        values[field] = [_without(value, every) if isinstance(value, list) else value for value in values[field]]
+    texts = []
+    for field, column in values.items():
+        by_value: dict[str, list[str]] = {}
+        for name, value in zip(configs, column, strict=True):
+            by_value.setdefault(_meaning(field, value), []).append(name)
+        texts.append(f"{field} is {'; '.join(f'{value} in {listed(names)}' for value, names in by_value.items())}")
+    return [Sentence(f"What the arms differ in: {'. '.join(texts)}.")]
+
+
+def _without(items: Sequence[Any], every: Mapping[str, None]) -> str:
+    """A list in words, by what it lacks of all that any arm's has."""
+    lacking = [item for item in every if item not in map(str, items)]
+    return f"without {listed(lacking)}" if lacking else f"with all {len(every)}"
 
 
 def _meaning(field: str, value: Any) -> str:

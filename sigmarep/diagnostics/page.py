@@ -22,6 +22,8 @@ RUN_IT = (
     '<p class="quiet">Commands run in the folder that has scripts/train.py. To see what comes of one, make this report '
     "again and name the folder after its --workdir too.</p>"
 )
+# A loss at the end that is the mean of fewer logged ones is pointed out.
+FEW_LOSSES = 3
 # Content of the page in order of use; the library's license goes wherever its code goes.
 STYLES = ("vendor/uplot/uPlot.min.css", "assets/page.css")
 LICENSE = "vendor/uplot/LICENSE"
@@ -152,9 +154,9 @@ def body(content: Content) -> Body:
             parts.append("<h2>Run by run</h2>")
         if len(details) < len(runs):
             parts.append(
-                f'<p class="quiet">{len(details)} of {len(runs)} runs are drawn: of each arm the one with the lowest loss '
-                "at the end and the one with the lowest entropy, then those that diverged. For others give their folders "
-                "to scripts/report.py, or a larger --plots.</p>"
+                f'<p class="quiet">{len(details)} of {len(runs)} runs are drawn: the one with the lowest loss at the end, '
+                "one that collapsed, one that diverged, then the best of each arm, as many as there is room for. For "
+                "others give their folders to scripts/report.py, or a larger --plots.</p>"
             )
     for detail in details:
         parts += _keyed(f"run {detail.run.folder}", _detail(detail, figures, shared, alone=len(runs) == 1))
@@ -283,20 +285,33 @@ def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
     share = f"{sensitivity.WITHIN:.0%}"
     seeds = sorted({len(each) for by_rate in sweep.table.values() for each in by_rate.values()})
     words = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    missing = f" {sweep.missing} of its runs have not ended, or failed, and are left out." if sweep.missing else ""
+    missing = f" Left out are {sweep.missing} runs that have not ended, or failed." if sweep.missing else ""
+    tried = {tuple(rates) for rates in sweep.table.values()}
+    apart = " Arms were tried at different rates, so their sensitivities do not compare." if len(tried) > 1 else ""
+    averaged = [
+        each.averaged for by_rate in sweep.table.values() for each_rate in by_rate.values() for each in each_rate
+    ]
+    least = min(filter(None, averaged), default=FEW_LOSSES)
+    mean = f"the mean of {least}" if least > 1 else "a single one"
+    few = (
+        f"Few losses were logged: the one at the end is {mean}, so small differences are those of batches. Evaluations "
+        "tell more."
+        if least < FEW_LOSSES
+        else ""
+    )
     return [
         f"<h2>Learning rates: {escaped(sweep.folder)}</h2>",
         "<p>The loss at the end is the mean of the last tenth of the logged training losses, and of these the median over "
-        f"seeds ({words} per rate). An arm trains at a rate where it is within {share} of the lowest of any arm. "
-        "Sensitivity is the mean over rates of the loss at the end, capped at the one logged at the start, minus the arm's "
-        f"lowest (Wortsman et al., 2023); lower is better.{missing}</p>",
+        f"seeds ({words} per rate). Sensitivity is the mean over rates of the loss at the end, capped at the one logged at "
+        f"the start, minus the arm's lowest (Wortsman et al., 2023); lower is better.{apart}{missing}</p>",
+        *([f'<p class="note">{few}</p>'] if few else []),
         *figures.place(sweep.figures),
         tables.table(
             (
                 *("arm", "lowest loss at the end, median of seeds", "at rate"),
-                *(f"trains (within {share} of the lowest of all) at", "some seeds train, some do not, at"),
+                *(f"within {share} of the lowest of all at", "single seeds on the other side at"),
                 f"within {share} of its own lowest at",
-                *("sensitivity (lower is better)", "lowest entropy where it trains", "lowest entropy of all rates"),
+                *("sensitivity (lower is better)", f"lowest entropy within {share}", "lowest entropy of all rates"),
             ),
             rows,
             "Arms of the sweep",

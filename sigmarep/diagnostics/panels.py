@@ -101,10 +101,10 @@ def _loss(run: Run, facts: Facts) -> list[Panel]:
     axes = [_axis("training loss", losses.values())]
     caption = "The run in one picture."
     if lowest:
-        shown.append(Line("lowest entropy of any layer", "lowest entropy of any layer", lowest, dash=1, axis=1))
+        shown.append(Line("lowest entropy of any layer", "lowest entropy of any layer", lowest, dash=2, axis=1))
         axes.append(Axis("entropy, nats", zero=True))
         caption = (
-            "Training loss (left), and attention entropy of the layer with the lowest (right, dashed); ▼ a layer fell "
+            "Training loss (left), and attention entropy of the layer with the lowest (right, dotted); ▼ a layer fell "
             f"below {COLLAPSED} nats."
         )
     marks = [(step, f"{layer} fell", "fell") for layer, step in facts.fell]
@@ -258,7 +258,7 @@ def _sharpness(run: Run) -> list[Panel]:
 
 
 def _pace(run: Run) -> list[Panel]:
-    rates = {"Learning rate": ["train/learning_rate"]}
+    rates = {"Gradient norm": ["train/gradient_norm"], "Learning rate": ["train/learning_rate"]}
     rates["Throughput"] = [name for name in run.names if name.startswith("train/") and name.endswith("_per_second")]
     panels = []
     for title, names in rates.items():
@@ -269,7 +269,10 @@ def _pace(run: Run) -> list[Panel]:
         label = (
             title.lower() if title in names or len(names) != 1 else names[0].removeprefix("train/").replace("_", " ")
         )
-        panels.append(Panel(title, "As logged.", shown, [Axis(label, zero=True)], topic=names[0] if names else ""))
+        axis = Axis(label, zero=True)
+        if title == "Gradient norm":
+            axis = _axis(label, run.series(names[0]).values)
+        panels.append(Panel(title, "As logged.", shown, [axis], topic=names[0] if names else ""))
     return panels
 
 
@@ -340,6 +343,11 @@ def _shades(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _is_known(outcome: sensitivity.RunOutcome) -> bool:
+    """False for a run whose entropy was last logged before it diverged, and says nothing of the time after."""
+    return math.isfinite(outcome.lowest) and (math.isfinite(outcome.loss) or outcome.lowest < COLLAPSED)
+
+
 def _style(place: int, count: int) -> tuple[tuple[str, float], int]:
     if count > MOST_ARMS:
         return ("plain", 0), 0
@@ -361,12 +369,14 @@ def rates(
         arm: {
             rate: statistics.median(finite)
             for rate, outcomes in by_rate.items()
-            if (finite := [each.lowest for each in outcomes if math.isfinite(each.lowest)])
+            if (finite := [each.lowest for each in outcomes if _is_known(each)])
         }
         for arm, by_rate in table.items()
     }
+    # A median that diverged is no point of a line.
+    ends = {arm: {rate: x for rate, x in each.items() if math.isfinite(x)} for arm, each in losses.items()}
     kinds = (
-        ("Training loss at the end", "loss at the end", "loss", losses),
+        ("Training loss at the end", "loss at the end", "loss", ends),
         ("Lowest entropy of the run", "entropy, nats", "lowest", lowest),
     )
     panels = []
@@ -379,19 +389,24 @@ def rates(
             Line(
                 f"{arm}, seed {seed}",
                 arm,
-                {rate: getattr(outcome, field) for rate, outcome in sorted(by_rate.items())},
+                {
+                    rate: getattr(outcome, field)
+                    for rate, outcome in sorted(by_rate.items())
+                    if field == "loss" or _is_known(outcome)
+                },
                 ("kind", arms.index(arm) % COLORS),
                 dots=True,
             )
             for (arm, seed), by_rate in dots.items()
         ]
         if field == "loss":
-            caption = f"{SEEDS}; crosses at the top diverged. An arm trains where its line is below the dashed one."
+            within_words = f"within {sensitivity.WITHIN:.0%} of the lowest median"
+            caption = f"{SEEDS}; crosses at the top diverged. Below the dashed line a loss is {within_words}."
             within = (1 + sensitivity.WITHIN) * best
-            levels = [(within, 0, "trains below")] if math.isfinite(within) else []
+            levels = [(within, 0, f"within {sensitivity.WITHIN:.0%}")] if math.isfinite(within) else []
         else:
             caption, levels = (
-                f"{SEEDS}.",
+                f"{SEEDS}. Runs that diverged before a layer fell are left out.",
                 [(COLLAPSED, 0, f"{COLLAPSED} nats")],
             )
         axes = [Axis(label, zero=True) if field == "lowest" else _axis(label, (each.loss for each in ended))]

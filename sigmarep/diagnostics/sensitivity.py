@@ -23,11 +23,13 @@ class RunOutcome(NamedTuple):
       lowest: lowest attention entropy of any layer in nats, over the steps at which it and the loss are finite; NaN
         without one.
       start: the first logged loss; NaN if there is none.
+      averaged: the number of losses of which `loss` is the mean; 0 where that is not known.
     """
 
     loss: float
     lowest: float
     start: float = math.nan
+    averaged: int = 0
 
 
 class Range(NamedTuple):
@@ -87,7 +89,8 @@ def outcome(rows: Sequence[Mapping[str, Any]], *, diverged: bool) -> RunOutcome:
     """Computes the outcome of a run from its rows of metrics."""
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     loss = math.inf if diverged else curves.at_end(losses)
-    return RunOutcome(loss, lowest_entropy(rows), losses[0] if losses else math.nan)
+    start, averaged = (losses[0], curves.tenth(len(losses))) if losses else (math.nan, 0)
+    return RunOutcome(loss, lowest_entropy(rows), start, averaged)
 
 
 def medians(table: Table) -> dict[str, dict[float, float]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.diagnostics.changes import intervention
+from sigmarep.diagnostics.curves import span
 from sigmarep.diagnostics.findings import SHARPNESS, Facts, Sentence
 from sigmarep.diagnostics.names import kind_and_stack
 from sigmarep.diagnostics.runs import Run
@@ -58,27 +59,44 @@ def before(run: Run, facts: Facts) -> list[Sentence]:
     if not begins or begins[-1] == fallen:
         return []
     start = begins[-1]
+    # What came before a change on purpose is not mixed with what came of it.
+    changed = intervention(run)
+    since = changed[0] if changed and start < changed[0] < fallen else None
+    start = start if since is None else max((step for step, _ in earlier if step <= since), default=start)
     names = {f"attention/max_logit/{layer}": f"the largest logit of {layer}"}
     names |= {
         name: f"σ of {name.removeprefix('spectral/sigma/')}"
         for name in run.names
         if name.startswith(f"spectral/sigma/{layer}/") and kind_and_stack(name)[0] in ("query", "key", "qkv")
     }
-    names |= {"train/gradient_norm": "the gradient norm"} | {name: "sharpness" for name in SHARPNESS}
+    names |= {"train/gradient_norm": "the gradient norm"}
+    names |= {name: f"{'preconditioned ' if 'pre' in name else ''}sharpness" for name in SHARPNESS}
     grown = []
     for name, words in names.items():
         ends = (_at(run, name, start), _at(run, name, fallen))
         if ends[0] is not None and ends[1] is not None and ends[1] >= GREW * ends[0] > 0:
-            grown.append((ends[1] / ends[0], words, f"from {ends[0]:.3g} to {ends[1]:.3g}", name))
+            change = f"from {ends[0]:.3g} to {ends[1]:.3g}{_in_others(run, name, layer, fallen)}"
+            grown.append((ends[1] / ends[0], words, change, name))
     grown.sort(reverse=True)
     told = [
         f"{words} {'' if i else 'grew '}{ends}" for i, (_, words, ends, _) in enumerate(grown[:MOST_NAMED])
     ]  # "a grew from 1 to 9, b from 2 to 8"
     what = listed(told) or f"none of the recorded logits, norms and gradients grew by a factor of {GREW:g}"
-    text = f"Before that, between steps {start} and {fallen}, {what}."
+    after = f", after the change on purpose at step {since}" if since is not None else ""
+    text = f"Before that, between steps {start} and {fallen}{after}, {what}."
     named = [name for *_, name in grown[:MOST_NAMED]]
     topics = [prefix for name in named for prefix in TOPICS if name.startswith(prefix)]
     return [Sentence(text, next(iter(topics), None), more=tuple(topics[1:])), *_rate(run, fallen)]
+
+
+def _in_others(run: Run, name: str, layer: str, step: int) -> str:
+    """The same metric in the other layers at a step, in words: it tells whether this layer stood out."""
+    start, _, end = name.partition(layer)
+    if not start or start == name:
+        return ""
+    others = [each for each in run.names if each.startswith(start) and each.endswith(end) and each != name]
+    values = [value for each in others if (value := _at(run, each, step)) is not None]
+    return f" (elsewhere {span(values, 3)})" if values else ""
 
 
 def _rate(run: Run, step: int) -> list[Sentence]:

@@ -102,7 +102,7 @@ def of_runs(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
                 escaped(f"{each.earliest} at step {each.fell[0][1]}") if each.fell else "",
                 _step(each.rose),
                 _step(each.diverged) + (f", {escaped(each.cause)}" if each.cause else ""),
-                "" if math.isnan(each.spikes) else f"{each.spikes:.2g}%",
+                "" if math.isnan(each.spikes) else f"{each.spikes:.3g}%",
             ]
         )
     return table(header, rows, "All runs")

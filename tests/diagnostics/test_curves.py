@@ -73,3 +73,8 @@ def test_values_that_are_no_numbers_are_spikes_and_constants_are_not():
     assert curves.spike_score([1.0] * 40) == 0
     assert math.isnan(curves.spike_score([1.0] * 20))
     assert math.isnan(curves.spike_score([]))
+
+
+def test_a_loss_of_twice_its_start_rose_however_wild_it_is():
+    losses = [2.3, 307.0, 657.0, 101.0, 720.0, 180.0, 160.0, 34.0, 94.0]
+    assert curves.rise(range(1, 10), losses) == 2

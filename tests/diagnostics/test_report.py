@@ -66,11 +66,9 @@ def test_sharpness_interventions_and_negative_gammas_are_spoken_of(tmp_path):
     assert "Sharpness was above its threshold at 3 of 10 measurements, earliest at step 8." in said
     assert (
         "After step 4 the run was changed on purpose: attention temperature times 0.1, which makes attention "
-        "sharper. Its loss was 1 just before, at most 1 after it (at step 5) and 1 at the end: the run was not set "
-        "back, no "
-        "loss after it was higher. The lowest entropy of any layer was 2 nats just before, at least 2 after it (at "
-        "step 5) and "
-        "2 at the end." in said
+        "sharper. Its loss was 1 just before, 1 at its highest after it (at step 5) and 1 at the end: the run was not set "
+        "back, no loss after it was higher. The lowest entropy of any layer was 2 nats just before, 2 at its lowest after "
+        "it (at step 5) and 2 at the end." in said
     )
     assert "γ became negative in 1 layers, head among them." in said
 
@@ -148,12 +146,11 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     )
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
     assert (
-        "sweep: pre_ln trains at learning rate 0.001 alone. Its lowest loss at the end is 1.005, at 0.001. (An arm "
-        "trains at a "
-        "rate whose loss at the end, the median of its seeds, is within 10% of the lowest of all, 1.005.)" in page
+        "sweep: the lowest loss at the end, as the median of seeds, is 1.005, of pre_ln at learning rate 0.001." in page
     )
+    assert "pre_ln is within 10% of it at learning rate 0.001 alone. Its own lowest is 1.005, at 0.001." in page
     assert (
-        "sweep: sigma trains at learning rates 0.001 to 0.1 (a factor of 100; 0.001 is "
+        "sigma is within 10% of it at learning rates 0.001 to 0.1 (a factor of 100; 0.001 is "
         "the lowest tried; 0.1 is the highest tried)" in page
     )
     # The last two: its lowest entropy at 0.001, and at any rate.
@@ -183,8 +180,8 @@ def test_runs_are_judged_by_one_loss_which_the_tables_name(tmp_path):
         r'<tr><th scope="row">(\w[\d.]+)</th>.*?<td class="number">([\d.]+)</td>', page.split("<h2>Runs")[1]
     )
     assert dict(rows) == {"a0.1": "2", "a1.0": "2", "b0.1": "2.5", "b1.0": "2.5"}
-    assert "a trains at learning rates 0.1 to 1 (a factor of 10" in page
-    assert "b trains at no learning rate. Its lowest loss at the end is 2.5" in page
+    assert "a is within 10% of it at learning rates 0.1 to 1 (a factor of 10" in page
+    assert "b is within 10% of it at no learning rate. Its own lowest is 2.5" in page
 
 
 def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
@@ -200,7 +197,9 @@ def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
     assert states["arm=sigma,learning_rate=0.1,seed=1"] == "done"
     page, _ = page_of(tmp_path, folder)
     # A run that is not in the record has its place in the sweep from its name, and its state from its files.
-    assert "1 of its runs have not ended, or failed, and are left out." in page
+    assert "Left out are 1 runs that have not ended, or failed." in page
+    # Two of its losses make the one at the end.
+    assert "Few losses were logged: the one at the end is the mean of 2, so small differences" in page
     (new,) = (run for run in read_all(folder) if run.name == "arm=sigma,learning_rate=0.1,seed=1")
     assert new.point == {"arm": "sigma", "learning_rate": 0.1, "config.seed": 1}
 
@@ -340,7 +339,8 @@ def test_a_nan_is_no_entropy_and_the_cause_of_a_divergence_is_told(tmp_path):
     ]
     page, _ = page_of(tmp_path, tmp_path / "runs")
     assert (
-        "3 runs diverged, collapsed earliest, at step 2. Causes: 1 logits, 1 entropy collapse, 1 learning rate." in page
+        "3 runs diverged, the earliest at step 2: collapsed and 1 more. Causes: 1 logits, 1 entropy collapse, 1 learning "
+        "rate." in page
     )
     assert page.count("<td>diverged</td>") == 3
     assert "3, logits" in page

@@ -37,7 +37,7 @@ def test_what_grew_before_the_first_layer_fell(tmp_path):
     before = next(each for each in sentences if each.text.startswith("Before that"))
     # The values of the others are of no account for block 1's attention; those at step 335 are the last before its fall.
     assert before.text == (
-        "Before that, between steps 335 and 340, σ of encoder/block_1/attention/query grew from 2 to 7."
+        "Before that, between steps 335 and 340, σ of encoder/block_1/attention/query grew from 2 to 7 (elsewhere 99)."
     )
     assert before.topic == "spectral/sigma/"
     assert "The learning rate was then 0.02, its highest." in [each.text for each in sentences]
@@ -47,7 +47,7 @@ def test_the_advice_is_a_command_for_a_new_folder(tmp_path):
     folder = plain_run(tmp_path / "it's a run", collapsing())
     told = story_of(folder)[-1]
     assert told.text == (
-        "To try next: σReparam, which bounds the logits, with the norm after each branch, at the same learning rate."
+        "To try next: σReparam, which bounds the logits, with the norm moved behind each branch, at the same learning rate."
     )
     words = shlex.split(told.command)
     assert words == [
@@ -127,16 +127,17 @@ def test_a_change_on_purpose_is_told_of_first(tmp_path):
     )
     assert (
         "After it, up to the last step, arm=sigma was not set back and arm=pre_ln did not recover. Recovered: the "
-        "loss at the "
-        "end is not above the last one logged before the change." in page
+        "loss at the end is not above that just before the change, the mean of up to three logged ones." in page
     )
-    assert "model.norm pre (LayerNorm before each branch) and model.reparam none (plain kernels)" in page
     assert (
-        "after the change on purpose it did not recover (loss 1 just before, at most 2 after it, 2 at the end; lowest "
-        "entropy "
-        "2 just before, at least 0.3 after it, 0.3 at the end)" in page
+        "What the arms differ in: model.norm is pre (LayerNorm before each branch) in arm=pre_ln; post (LayerNorm after "
+        "each branch) in arm=sigma. model.reparam is none (plain kernels) in arm=pre_ln; sigma (σReparam" in page
     )
-    assert "at most 2 after it (at step 65) and 2 at the end: the run did not recover by step 120, the last." in page
+    assert (
+        "after the change on purpose it did not recover (loss 1 just before, 2 at its highest after it, 2 at the end; "
+        "lowest entropy 2 just before, 0.3 at its lowest after it, 0.3 at the end)" in page
+    )
+    assert "2 at its highest after it (at step 65) and 2 at the end: the run did not recover by step 120, the" in page
     assert "It had no lasting rise of its loss after the same change on purpose." in page
     control = next(each for each in commands(page) if "intervention" in " ".join(each[4:5]))
     assert control == [
@@ -185,12 +186,44 @@ def test_a_run_that_recovers_says_when_and_to_which_loss(tmp_path):
     run_folder(tmp_path / "a", rows, total=120, config={"intervention": {"at_steps": 60, "learning_rate_factor": 5.0}})
     sentence = next(each for each in told(*read(tmp_path / "a")) if "on purpose" in each)
     assert sentence == (
-        "After step 60 the run was changed on purpose: learning rate times 5. Its loss was 1 just before, at most 3 "
-        "after it "
-        "(at step 65) and 0.8 at the end: the run recovered, for good from step 75 on. "
-        "The lowest entropy of any layer was 2 nats just "
-        "before, at least 1 after it (at step 65) and 1 at the end: it stayed lower."
+        "After step 60 the run was changed on purpose: learning rate times 5. Its loss was 1 just before, 3 at its highest "
+        "after it (at step 65) and 0.8 at the end: the run recovered, for good from step 75 on. The lowest entropy of any "
+        "layer was 2 nats just before, 1 at its lowest after it (at step 65) and 1 at the end: it stayed lower."
     )
+
+
+def test_what_grew_is_told_apart_from_what_came_before_a_change_on_purpose(tmp_path):
+    rows = [row(step, 1.0, 2.0 if step <= 60 else 1.0 if step < 90 else 0.05) for step in range(5, 125, 5)]
+    for each in rows:
+        each["attention/max_logit/encoder/block_0"] = 4.0 * each["step"] if each["step"] <= 60 else 2000.0
+        each["attention/max_logit/encoder/block_1"] = 3.0
+    config = {"intervention": {"at_steps": 60, "attention_temperature": 0.1}}
+    # Entropy leaves its highest value at once, as it does where it falls slowly from the start on.
+    rows[0]["attention/entropy/encoder/block_0"] = 2.5
+    folder = run_folder(tmp_path / "a", rows, total=120, config=config)
+    before = next(each.text for each in story_of(folder) if each.text.startswith("Before that"))
+    assert before == (
+        "Before that, between steps 60 and 90, after the change on purpose at step 60, the largest logit of "
+        "encoder/block_0 grew from 240 to 2e+03 (elsewhere 3)."
+    )
+
+
+def test_advice_looks_at_neighboring_rates_and_changes_one_field_without_norms(tmp_path):
+    steady = [row(step, 5.0 / step, 2.0) for step in range(5, 505, 5)]
+    plain_run(tmp_path / "runs/a", steady, learning_rate=0.316)
+    plain_run(tmp_path / "runs/b", collapsing(), learning_rate=1.0)
+    assert story_of(tmp_path / "runs")[-1].text == (
+        "What would be tried next, a learning rate 3 times higher, has been, and its attention collapsed: b."
+    )
+    folder = plain_run(tmp_path / "bare", collapsing())
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["norm"] = "none"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert shlex.split(story_of(folder)[-1].command)[4:] == [
+        "--config.model.reparam=sigma",
+        "--workdir",
+        f"{folder}-sigma",
+    ]
 
 
 def test_the_nearest_run_that_trained_is_compared(tmp_path):

@@ -399,12 +399,12 @@ class Lines extends Plot {
     const names = [...this.entries.keys()];
     return (names.indexOf(line.legend) - (names.length - 1) / 2) * Math.min(9, 50 / names.length);
   }
-  /* The range of an arm's seeds at every rate. */
+  /* The range of an arm's seeds at every rate, but those that diverged. */
   bands(u, ctx) {
     for (const name of this.entries.keys()) {
       const members = this.panel.lines.map((_, i) => i).filter((i) => this.panel.lines[i].dots && this.panel.lines[i].legend === name && this.visible(i));
       const ends = this.x.flatMap((x, k) => {
-        const values = members.map((i) => this.data[i][k]).filter((value) => value !== undefined && value !== null);
+        const values = members.filter((i) => this.raw[i][k] !== Infinity).map((i) => this.data[i][k]).filter((value) => value !== undefined && value !== null);
         return values.length ? [[u.valToPos(x, "x", true), ...[Math.min(...values), largest(values)].map((y) => u.valToPos(y, "y0", true))]] : [];
       });
       if (!ends.length) continue;
