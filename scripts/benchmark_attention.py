@@ -140,7 +140,7 @@ def measure(tokens: int, implementations: list[str]) -> None:
         with jax.default_matmul_precision("highest"):
             slopes = functions["attention, xla"](*wide)
         errors = [
-            float(abs(np.asarray(a, np.float32) - np.asarray(b)).max() / abs(np.asarray(b)).max())
+            float(np.max(abs(np.asarray(a, np.float32) - np.asarray(b))) / np.max(abs(np.asarray(b))))
             for a, b in zip(compiled["attention, flash"](*ordinary), slopes, strict=True)
         ]
         print("  gradients of flash, largest error over largest value: " + ", ".join(f"{each:.1e}" for each in errors))

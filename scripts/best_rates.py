@@ -1,8 +1,9 @@
 """Prints the held-out figure of every arm at every learning rate of a sweep, all seeds, and each arm's best rate.
 
-    python scripts/best_rates.py --workdir runs/depth --metric eval/test/loss
+    python scripts/best_rates.py --workdir runs/depth --metric eval/test/loss [--plot depth.svg]
 
-For the sweeps of configs/stability/claim_a.py and depth.py, whose definitions are in docs/experiments.md.
+For the sweeps of configs/stability/claim_a.py and depth.py, whose definitions are in docs/experiments.md. A plot needs
+matplotlib: pip install "sigmarep[report]".
 """
 
 from absl import flags
@@ -13,13 +14,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
 METRIC = flags.DEFINE_string(
     "metric", "eval/test/loss", "Metric of the last evaluation; more is better of an accuracy or BLEU, else less."
 )
+PLOT = flags.DEFINE_string("plot", None, "File to draw a plot into: png, svg or pdf.")
 
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
-    from sigmarep.diagnostics import best_rates
+    from sigmarep.diagnostics import best_rates, plots
 
-    print("\n\n".join(best_rates.tables(best_rates.read_figures(workdir, METRIC.value), METRIC.value)))
+    figures = best_rates.read_figures(workdir, METRIC.value)
+    print("\n\n".join(best_rates.tables(figures, METRIC.value)))
+    if PLOT.value:
+        plots.save(lambda: best_rates.draw(figures, METRIC.value), PLOT.value)
+        print(f"\nplot: {PLOT.value}")
 
 
 if __name__ == "__main__":

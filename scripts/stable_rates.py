@@ -10,30 +10,20 @@ of ln(rate) against ln(width), fitted to each seed. A plot needs matplotlib: pip
 from absl import flags
 
 from sigmarep import command
-from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
 METRIC = flags.DEFINE_string("metric", "eval/test/loss", "Metric of the last evaluation, the lower the better.")
 PLOT = flags.DEFINE_string("plot", None, "File to draw a plot into: png, svg or pdf.")
-KINDS = ("png", "svg", "pdf")
 
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
-    kind = (PLOT.value or "").rpartition(".")[2].lower()
-    if PLOT.value and kind not in KINDS:
-        raise BadInput(f"--plot {PLOT.value}: expected a name that ends in one of {', '.join(KINDS)}")
     from sigmarep.diagnostics import plots, stable_rates
 
     ladder, start = stable_rates.read_ladder(workdir, METRIC.value)
     print("\n\n".join(stable_rates.tables(ladder, start)))
     if PLOT.value:
-        picture = plots.rendered(stable_rates.draw(ladder, start), kind)
-        try:
-            with open(PLOT.value, "wb") as file:
-                file.write(picture)
-        except OSError as error:
-            raise BadInput(f"--plot {PLOT.value}: cannot be written ({error.strerror})") from error
+        plots.save(lambda: stable_rates.draw(ladder, start), PLOT.value)
         print(f"\nplot: {PLOT.value}")
 
 

@@ -11,26 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sigmarep.core.small import divisor, next_row, unit
+
 # Smaller sides up to this have a Gram matrix that is cheaper to square than the matrix is to read dozens of times.
 GRAM_SIDE = 128
 # Steps of Lanczos iteration for the start of a layer: enough for large random matrices, whose singular values are dense.
 START_ITERATIONS = 48
 # With (1 − δ)^(2^17) left of it, a vector whose singular value is smaller by a share δ costs the norm less than 3e-6.
 START_SQUARINGS = 17
-
-
-def divisor(x: jax.Array) -> jax.Array:
-    """The largest magnitude in `x`, shape (); 1 for zeros. What is divided by it has squares without overflow."""
-    largest = jnp.max(jnp.abs(x))
-    return jnp.where(largest > 0, largest, 1.0)
-
-
-def unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x/‖x‖ and ‖x‖ without overflow or underflow of the squares; a zero vector stays zero."""
-    scale = divisor(x)
-    x = x / scale
-    norm = jnp.sqrt(jnp.sum(x * x))
-    return x / jnp.where(norm > 0, norm, 1.0), norm * scale
 
 
 @functools.partial(jax.jit, static_argnames="vectors")
@@ -64,30 +52,12 @@ def leading_vectors(matrix: jax.Array, vectors: int = 1) -> tuple[jax.Array, jax
     for i in range(vectors):
         y = _leading_vector(gram, squarings=START_SQUARINGS)[:, 0]
         row = y if candidates is None else product(y, candidates)
-        rows = jnp.concatenate([rows, _next_row(row, rows)[None]])
+        rows = jnp.concatenate([rows, next_row(row, rows)[None]])
         if i + 1 < vectors:
             y, _ = unit(y)
             gram = gram - product(y, product(gram, y)) * y[:, None] * y
     image = product(matrix, rows[0])
     return rows, jnp.sqrt(jnp.sum(image * image)) * scale
-
-
-def _next_row(row: jax.Array, rows: jax.Array) -> jax.Array:
-    """The unit vector along the part of `row` that is orthogonal to the orthonormal `rows`, any such vector if none is."""
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
-    def remainder(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        for _ in range(2 if len(rows) else 0):
-            x = x - product(product(rows, x), rows)
-        norm = jnp.sqrt(jnp.sum(x * x))
-        return x / jnp.where(norm > 0, norm, 1.0), norm
-
-    # The axis that the rows cover least has such a part, of a square of at least 1 − rows/outputs.
-    axis = jnp.argmin(jnp.sum(rows * rows, axis=0)) if len(rows) else 0
-    other, _ = remainder(jnp.where(jnp.arange(row.size) == axis, 1.0, 0.0))
-    own, left = remainder(row)
-    least = 1e-5 * jnp.sqrt(jnp.sum(row * row)) if len(rows) else 0.0
-    return jnp.where(left > least, own, other)
 
 
 @jax.jit

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sigmarep.core.norms import divisor, unit
+from sigmarep.core.small import divisor, eigenvectors, orthonormal_rows, unit
 
 # Spectral norms up to this count as zero: the reciprocal would overflow float32.
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -141,18 +141,16 @@ def _block_step(kernel: jax.Array, block: jax.Array) -> PowerStep:
         return jnp.tensordot(left, kernel, axes=both, precision=lax.Precision.HIGHEST, out_sharding=whole)
 
     over_outputs = block.reshape(vectors, *kernel.shape[inputs:])
-    image = lax.stop_gradient(contracted(over_outputs, range(inputs, kernel.ndim))).reshape(vectors, -1).T
-    # QR gives columns that W maps to zero some direction orthogonal to the others; it never divides by a norm.
-    left, _ = jnp.linalg.qr(image / divisor(image))
-    rows = contracted(left.T.reshape(vectors, *kernel.shape[:inputs]), range(inputs)).reshape(vectors, outputs)
+    image = lax.stop_gradient(contracted(over_outputs, range(inputs, kernel.ndim))).reshape(vectors, -1)
+    # Columns that W maps to zero get some direction orthogonal to the others; nothing is divided by a norm of zero.
+    left = orthonormal_rows(image)
+    rows = contracted(left.reshape(vectors, *kernel.shape[:inputs]), range(inputs)).reshape(vectors, outputs)
     fixed = lax.stop_gradient(rows)
     scaled = fixed / divisor(fixed)
-    _, rotation = jnp.linalg.eigh(product(scaled, scaled.T))
-    # eigh returns eigenvalues in ascending order.
-    rotation = rotation[:, ::-1]
+    rotation = eigenvectors(product(scaled, scaled.T))
     units = jax.vmap(lambda row: unit(row)[0])(product(rotation.T, fixed))
     sigma = product(product(rotation[:, 0], rows), units[0])
-    return PowerStep(v=product(left, rotation[:, 0]), u=units[0], sigma=sigma, basis=units[1:])
+    return PowerStep(v=product(rotation[:, 0], left), u=units[0], sigma=sigma, basis=units[1:])
 
 
 def spectral_norm(matrix: jax.Array) -> jax.Array:

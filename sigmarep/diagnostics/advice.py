@@ -4,7 +4,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sigmarep.diagnostics.changes import LOSS, intervention
 from sigmarep.diagnostics.files import number
@@ -19,15 +19,40 @@ PAIR = ("model.norm", "model.reparam")
 FACTORS = ("attention_temperature", "learning_rate_factor")
 # A learning rate is changed by this factor.
 RATE_FACTOR = 3.0
-# What `_remedy` names, in words.
+# Kinds of advice, that which tells most first, as words for what has been tried.
 WORDS = {
-    "sigma": "σReparam",
-    "slower": f"a learning rate {RATE_FACTOR:g} times lower",
-    "faster": f"a learning rate {RATE_FACTOR:g} times higher",
+    "sigma": "the arm sigma (σReparam and post-LN)",
+    "seed": "another seed",
     "clipped": "clipped gradients",
-    "longer": "a longer run",
+    "slower": f"a learning rate {RATE_FACTOR:g} times lower",
     "control": "a control without the change on purpose",
+    "longer": "a longer run",
+    "faster": f"a learning rate {RATE_FACTOR:g} times higher",
 }
+# So many pieces of advice are given on several runs together.
+MOST_ADVICE = 3
+
+
+class Remedy(NamedTuple):
+    """A change that speaks for itself.
+
+    Attributes:
+      kind: of `WORDS`; "" for a remedy that is no change of settings.
+      what: the change and the reason for it, in words.
+      changes: values of the fields to change.
+    """
+
+    kind: str
+    what: str
+    changes: dict[str, Any]
+
+
+class Proposal(NamedTuple):
+    """What to try next, as `Remedy` has it, and the command that does; "" without one."""
+
+    kind: str
+    what: str
+    command: str
 
 
 def next_step(told: Told, others: Sequence[Told]) -> list[Sentence]:
@@ -36,7 +61,27 @@ def next_step(told: Told, others: Sequence[Told]) -> list[Sentence]:
     Where one of the others has tried it, the command repeats that one with another seed.
     """
     going_on = unfinished(told) if told.run.state == "unfinished" else []
-    return [*going_on, *_change(told, others)]
+    proposal = _proposal(told, others)
+    if isinstance(proposal, Proposal):
+        return [*going_on, Sentence(f"To try next: {proposal.what}.", command=proposal.command)]
+    return [*going_on, *([Sentence(proposal)] if proposal else [])]
+
+
+def ranked(told: Sequence[Told]) -> list[Sentence]:
+    """Advice on several runs together, that which tells most first: `separate`, then one command of each kind."""
+    sentences = separate(told)
+    kinds: dict[str, list[tuple[Told, Proposal]]] = {}
+    for each in told:
+        proposal = _proposal(each, told)
+        if isinstance(proposal, Proposal) and proposal.command:
+            kinds.setdefault(proposal.kind, []).append((each, proposal))
+    for kind in sorted(kinds, key=list(WORDS).index):
+        members = kinds[kind]
+        run, proposal = members[0][0].run, members[0][1]
+        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        text = f"For {run.name}{more}: {proposal.what}."
+        sentences.append(Sentence(text, command=proposal.command))
+    return sentences[:MOST_ADVICE]
 
 
 def unfinished(told: Told) -> list[Sentence]:
@@ -70,11 +115,12 @@ def unfinished(told: Told) -> list[Sentence]:
     return [Sentence(f"{so_far}{advice}{', or by this one' if command else ''}.", "loss", command)]
 
 
-def _change(told: Told, others: Sequence[Told]) -> list[Sentence]:
-    """See `next_step`."""
-    why, name, changes = _remedy(told)
-    if not why:
-        return [Sentence(reason)] if (reason := _why_not(told)) else []
+def _proposal(told: Told, others: Sequence[Told]) -> Proposal | str:
+    """What to try next on one run; a sentence that says why nothing is proposed, "" where another one does."""
+    remedy = _remedy(told)
+    if remedy is None:
+        return _why_not(told)
+    name, what, changes = remedy
     wanted = {**told.run.config, **changes}
     tried = [
         each
@@ -85,18 +131,18 @@ def _change(told: Told, others: Sequence[Told]) -> list[Sentence]:
         and all(each.run.config.get(field) == value for field, value in changes.items())
     ]
     if not tried:
-        return [Sentence(why, command=_command(told.run.folder, name, changes) if changes else "")]
+        return Proposal(name, what, _command(told.run.folder, name, changes) if changes else "")
     names = listed([each.run.name for each in tried[:MOST_NAMED]]) + (", …" if len(tried) > MOST_NAMED else "")
     trained = [each.run for each in tried if each.trained]
     if not trained:
-        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {_failed(tried)}: {names}.")]
+        return f"What would be tried next, {WORDS[name]}, has been, and {_failed(tried)}: {names}."
     seeds = [seed for each in tried if type(seed := each.run.config.get("seed")) is int]
     if len(trained) > 1 or not seeds:
         agree = f"trained in {len(trained)} of {len(tried)} runs"
-        return [Sentence(f"What would be tried next, {WORDS[name]}, has been, and {agree}: {names}.")]
-    why = f"To try next: {trained[0].name} with another seed; one seed that trains may be luck."
+        return f"What would be tried next, {WORDS[name]}, has been, and {agree}: {names}."
+    what = f"{trained[0].name} with another seed; one seed that trains may be luck"
     seed = max(seeds) + 1
-    return [Sentence(why, command=_command(trained[0].folder, f"seed_{seed}", {"seed": seed}))]
+    return Proposal("seed", what, _command(trained[0].folder, f"seed_{seed}", {"seed": seed}))
 
 
 def _why_not(told: Told) -> str:
@@ -117,42 +163,37 @@ def _failed(tried: Sequence[Told]) -> str:
     return "it did not train without a collapse or a rise of the loss"
 
 
-def _remedy(told: Told) -> tuple[str, str, dict[str, Any]]:
-    """The reason for a change, a word for it, and the fields to change; "" where nothing is known to help."""
+def _remedy(told: Told) -> Remedy | None:
+    """The change that most speaks for itself; None where nothing is known to help."""
     run, facts = told.run, told.facts
     rate, total = number(run.config.get(RATE)), number(run.config.get("total_steps"))
-    slower = {RATE: float(f"{rate / RATE_FACTOR:.2g}")} if rate else {}
+    slower = Remedy("slower", WORDS["slower"], {RATE: float(f"{rate / RATE_FACTOR:.2g}")}) if rate else None
     if run.state in ("bad input", "failed", "unreadable"):
-        return "", "", {}
+        return None
     if facts.cause == "data":
-        return "To try next: look at the batch of that step; no setting mends values that are not finite.", "", {}
+        return Remedy("", "look at the batch of that step; no setting mends values that are not finite", {})
     if (change := intervention(run)) and facts.cause is None and not facts.short:
         control = {f"intervention.{field}": 1.0 for field in FACTORS if run.config.get(f"intervention.{field}") != 1}
-        why = f"To try next: a control without the change on purpose ({change[1]}), to see what the change alone did."
-        return why, "control", control
+        what = f"a control without the change on purpose ({change[1]}), to see what the change alone did"
+        return Remedy("control", what, control)
     if told.collapsed or facts.cause in ("entropy collapse", "logits") or (facts.rose is not None and told.sharp):
         fields = {name: value for name, value in SIGMA.items() if name in run.config}
         changed = {name: value for name, value in fields.items() if run.config[name] != value}
         if "model.reparam" in changed:
-            return "To try next: σReparam, which bounds the logits, at the same learning rate.", "sigma", changed
-        if slower:
-            return f"To try next: a learning rate {RATE_FACTOR:g} times lower.", "slower", slower
-    elif facts.diverged is not None or facts.rose is not None:
+            norm = ", with the norm after each branch" if "model.norm" in changed else ""
+            return Remedy("sigma", f"σReparam, which bounds the logits{norm}, at the same learning rate", changed)
+        return slower
+    if facts.diverged is not None or facts.rose is not None:
         if facts.cause == "gradient" and run.config.get("optimizer.clip_norm") == 0.0:
-            return "To try next: gradients clipped to a norm of 1.", "clipped", {"optimizer.clip_norm": 1.0}
-        if slower:
-            return f"To try next: a learning rate {RATE_FACTOR:g} times lower.", "slower", slower
-    elif facts.short and run.state == "done" and total:
+            return Remedy("clipped", "gradients clipped to a norm of 1", {"optimizer.clip_norm": 1.0})
+        return slower
+    if facts.short and run.state == "done" and total:
         longer = {"total_steps": int(max(100 * total, 100))}
-        return f"To try next: a longer run; {run.last_step} steps tell little.", "longer", longer
-    elif run.state == "done" and rate and not facts.short:
+        return Remedy("longer", f"a longer run; {run.last_step} steps tell little", longer)
+    if run.state == "done" and rate and not facts.short:
         faster = {RATE: float(f"{rate * RATE_FACTOR:.2g}")}
-        return (
-            f"To try next: a learning rate {RATE_FACTOR:g} times higher, to see how far off the edge is.",
-            "faster",
-            faster,
-        )
-    return "", "", {}
+        return Remedy("faster", f"{WORDS['faster']}, to see how far off the edge is", faster)
+    return None
 
 
 def separate(told: Sequence[Told]) -> list[Sentence]:
@@ -176,13 +217,15 @@ def separate(told: Sequence[Told]) -> list[Sentence]:
         mix = {each: wanted[each] for each in PAIR}
         name = next((name for name, arm in ARMS.items() if arm == mix), None)
         if name and all(differing(each.run.config, wanted) for each in told):
-            words = f"{name}, which has {field} {mix[field]} as the latter and {other} {mix[other]} as the former"
+            words = (
+                f"{name}, with {field} {mix[field]} as in {other_run.name} and {other} {mix[other]} as in {run.name}"
+            )
             proposed.append((words, _command(run.folder, name, {field: mix[field]})))
     begin = (
-        f"{run.name} and {other_run.name} differ in {listed(PAIR)} at once: they do not tell which of the two did it. "
+        f"{run.name} and {other_run.name} differ in {listed(PAIR)} at once: which of the two did it, they do not tell. "
     )
     return [
-        Sentence(f"{'To try as well' if i else f'{begin}To try next, to tell them apart'}: {words}.", command=command)
+        Sentence(f"{'As well' if i else f'{begin}To tell them apart'}: {words}.", command=command)
         for i, (words, command) in enumerate(proposed)
     ]
 

@@ -6,7 +6,9 @@ The best rate of an arm is that of the best median over seeds; a run that diverg
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from sigmarep.diagnostics import plots
 from sigmarep.errors import BadInput
 from sigmarep.sweeps import finished_runs, short
 
@@ -79,6 +81,29 @@ def tables(figures: Figures, metric: str) -> list[str]:
             rows.append(f"| {arm} | {chosen} | {' | '.join(cells)} |")
         texts.append("\n".join(rows))
     return texts
+
+
+def draw(figures: Figures, metric: str) -> Any:
+    """Draws the figure of every arm against the learning rate, a panel for each setting: all seeds, range, median.
+
+    A cross at the edge is a run that diverged.
+    """
+    figure, axes = plots.new_figure([2.2] * len(figures), plots.WIDTHS["double"])
+    for panel, (setting, by_arm) in zip(axes, figures.items(), strict=True):
+        finite = [each for by_rate in by_arm.values() for seeds in by_rate.values() for each in seeds if each == each]
+        edge = 0.0 if _higher(metric) else 1.1 * max(finite, default=1.0)
+        for i, (arm, by_rate) in enumerate(by_arm.items()):
+            color, dash = (kinds[i % len(kinds)] for kinds in (plots.PALETTE, plots.DASHES))
+            shift = 1.04 ** (i - (len(by_arm) - 1) / 2)
+            shown = {rate: [edge if each != each else each for each in by_rate[rate]] for rate in sorted(by_rate)}
+            plots.draw_seeds(panel, shown, shift=shift, lost=edge, label=plots.plain(arm), color=color, linestyle=dash)
+        panel.set(ylabel=plots.plain(f"{metric.removeprefix('eval/')}, {setting}".rstrip(", ")), xscale="log")
+        plots.add_legend(panel, len(by_arm))
+    rates = sorted({rate for by_arm in figures.values() for by_rate in by_arm.values() for rate in by_rate})
+    axes[-1].set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes[-1].minorticks_off()
+    axes[-1].set(xlabel="learning rate")
+    return figure
 
 
 def _higher(metric: str) -> bool:

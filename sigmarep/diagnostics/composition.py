@@ -132,8 +132,8 @@ def compose(judged: Sequence[Judged], drawn: Mapping[int, Drawn], notes: Sequenc
         findings=[
             *(overview.overview(told, arms) if several else []),
             *(sentence for sweep in sweeps for sentence in _sweep_findings(sweep)),
-            *(advice.separate(told) if several else []),
         ],
+        advice=advice.ranked(told) if several else [],
         notes=[*notes, *damage, *failures, *undrawn],
         sweeps=sweeps,
         together=together or [],
@@ -170,11 +170,14 @@ def _sweeps(judged: Sequence[Judged]) -> tuple[list[Sweep], list[str]]:
 def _sweep_findings(sweep: Sweep) -> list[Sentence]:
     name = os.path.basename(os.path.abspath(sweep.folder))
     best = sensitivity.best_loss(sensitivity.medians(sweep.table))
-    texts = [
-        f"{name}: {row['arm']} trains at {_rates(row['range'], sweep.table[row['arm']])}. Its lowest loss at the end is "
-        f"{row['loss']:.4g}, at {row['rate']:g}."
-        for row in sensitivity.findings(sweep.table)
-    ]
+    texts = []
+    for row in sensitivity.findings(sweep.table):
+        split = [f"{rate:g}" for rate in row["split"]]
+        near = f" At {story.listed(split)} some seeds train by that measure and some do not." if split else ""
+        texts.append(
+            f"{name}: {row['arm']} trains at {_rates(row['range'], sweep.table[row['arm']])}.{near} Its lowest loss at the "
+            f"end is {row['loss']:.4g}, at {row['rate']:g}."
+        )
     if texts and math.isfinite(best):
         share = f"within {sensitivity.WITHIN:.0%} of the lowest of all, {best:.4g}"
         texts[0] += f" (An arm trains at a rate whose loss at the end, the median of its seeds, is {share}.)"

@@ -74,6 +74,13 @@ class Facts(NamedTuple):
     spikes: float
     gradient_spikes: float
 
+    @property
+    def earliest(self) -> str:
+        """The layers that fell earliest, in words: several where they fell at one logged step; "" for none."""
+        layers = [layer for layer, step in self.fell if step == self.fell[0][1]]
+        more = len(layers) - MOST_NAMED
+        return ", ".join(layers[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
 
 def facts(run: Run) -> Facts:
     """See `Facts`."""
@@ -125,11 +132,14 @@ def sentences(run: Run, known: Facts, before: Sequence[Sentence] = ()) -> list[S
         words = f"The earliest attention statistics that were not finite are those of {layer} at step {step}."
         texts.append(Sentence(words, "entropy"))
     optional = {
-        "loss": (_intervention(run), _spikes(known)),
+        "loss": (_intervention(run),),
         **{name: (_sharpness(run, name, limit),) for name, limit in SHARPNESS.items()},
         "spectral/gamma/": (_negative_gammas(run),),
     }
-    return texts + [Sentence(text, topic) for topic, each in optional.items() for text in each if text]
+    texts += [Sentence(text, topic) for topic, each in optional.items() for text in each if text]
+    # The topic of a metric without a plot leads nowhere.
+    spikes = _spikes(known)
+    return [*texts, Sentence(spikes, "loss", more=("train/gradient_norm",))] if spikes else texts
 
 
 def _intervention(run: Run) -> str | None:
@@ -194,9 +204,6 @@ def _entropy(run: Run, facts: Facts) -> str:
         )
     since = facts.fell[0][1]
     together = [layer for layer, step in facts.fell if step == since]
-    earliest = ", ".join(together[:MOST_NAMED]) + (
-        f" and {len(together) - MOST_NAMED} more" if len(together) > MOST_NAMED else ""
-    )
     above = [at for at, entropy in zip(*run.series(ENTROPY + together[0]), strict=True) if at < since and entropy > 0]
     still = f" (still above it at step {above[-1]})" if above else ""
     if facts.rose is None:
@@ -210,9 +217,11 @@ def _entropy(run: Run, facts: Facts) -> str:
         when = f", {steps} steps {'before' if since < facts.rose else 'after'} the loss rose"
     others = len(facts.fell) - len(together)
     also = f" {others} more of {facts.layers} layers followed." if others else ""
+    if len(together) > 1:
+        also = f" Which of these was earlier, the logged steps do not tell.{also}"
     return (
-        f"{earliest} fell below {COLLAPSED} nats at step {since}{still}{when}.{also} The lowest was {value:.3g} nats in "
-        f"{layer} at step {step}."
+        f"{facts.earliest} fell below {COLLAPSED} nats at step {since}{still}{when}.{also} The lowest was "
+        f"{value:.3g} nats in {layer} at step {step}."
     )
 
 

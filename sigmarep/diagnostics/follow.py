@@ -144,7 +144,7 @@ class Follower:
             if i not in chosen:
                 each.narrow()
         drawn = {i: following[i].draw(len(chosen)) for i in chosen}
-        content = compose(judged, drawn, notes) if judged else Content([], [], [], list(notes), [], [], [])
+        content = compose(judged, drawn, notes) if judged else Content([], [], [], [], list(notes), [], [], [])
         self.body = page.body(content)
         before = self._changed
         self._changed = {}

@@ -11,6 +11,8 @@ from sigmarep.diagnostics.findings import NEAR, Sentence
 from sigmarep.diagnostics.story import ASIDE, MOST_DIFFERENCES, MOST_NAMED, RATE, Told, listed, shown
 from sigmarep.training.diagnosis import COLLAPSED
 
+# More layers than these, each the earliest to fall in some run of an arm, are not told one by one.
+MOST_LAYERS = 2
 # More arms are spoken of together.
 MOST_ARMS = 12
 # Of the process of an unfinished run (`Run.process`).
@@ -61,14 +63,18 @@ def _fallen(members: Sequence[Told]) -> list[str]:
         return [words, *_rose(members)]
     earliest: dict[str, list[Told]] = {}
     for each in fallen:
-        earliest.setdefault(each.facts.fell[0][0], []).append(each)
+        earliest.setdefault(each.facts.earliest, []).append(each)
     layers = [
         f"{layer}, by step {span([each.facts.fell[0][1] for each in those])}"
         + (_at_rates(members, those) if len(earliest) > 1 else "")
         for layer, those in earliest.items()
     ]
+    if len(earliest) > MOST_LAYERS:
+        first, those = max(earliest.items(), key=lambda item: len(item[1]))
+        steps = span([each.facts.fell[0][1] for each in those])
+        layers = [f"{first}, by step {steps}, in {len(those)} of these, others in the rest"]
     count = f"{len(fallen)} of {len(members)} runs" if len(members) > 1 else "attention"
-    where = f"the layer that fell earliest was {listed(layers)}"
+    where = f"earliest to fall: {listed(layers)}"
     return [f"{count} collapsed{_at_rates(members, fallen)}", where, f"lowest entropy {lowest} nats"]
 
 
@@ -108,6 +114,11 @@ def overview(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Sen
     """
     states = collections.Counter(each.run.state for each in told)
     texts = [Sentence(f"{len(told)} runs: {', '.join(f'{count} {state}' for state, count in states.most_common())}.")]
+    revisions = collections.Counter(str(each.run.environment.get("git_revision") or "unknown") for each in told)
+    if len(revisions) > 1:
+        shares = ", ".join(f"{revision[:12]} ({count})" for revision, count in revisions.most_common(MOST_NAMED))
+        more = ", …" if len(revisions) > MOST_NAMED else ""
+        texts.append(Sentence(f"They were made by {len(revisions)} revisions of the code: {shares}{more}."))
     processes = collections.Counter(PROCESS_WORDS[each.run.process] for each in told if each.run.process)
     if processes:
         counts = ", ".join(f"{count} {words}" for words, count in processes.most_common())
@@ -171,6 +182,10 @@ def _contents(told: Sequence[Told], arm: Mapping[str, Sequence[int]]) -> list[Se
     if not 0 < len(values) <= MOST_DIFFERENCES:
         return []
     texts = []
+    # A list says little in a sentence; the table of fields that differ has it.
+    lists = [field for field, column in values.items() if any(isinstance(value, list) for value in column)]
+    for field in lists:
+        values[field] = [f"{len(value)} names" if isinstance(value, list) else value for value in values[field]]
     for i, name in enumerate(configs):
         fields = [f"{field} {_meaning(field, column[i])}" for field, column in values.items()]
         texts.append(f"{name} has {listed(fields)}")
@@ -187,7 +202,7 @@ def _entropies_of_many(told: Sequence[Told]) -> list[Sentence]:
     recorded = [each for each in told if each.facts.lowest]
     fallen = [each for each in recorded if each.collapsed]
     if fallen:
-        firsts = collections.Counter(each.facts.fell[0][0] for each in fallen)
+        firsts = collections.Counter(each.facts.earliest for each in fallen)
         layer, count = firsts.most_common(1)[0]
         before = sum(each.facts.rose is not None and each.facts.fell[0][1] < each.facts.rose for each in fallen)
         never = sum(each.facts.rose is None for each in fallen)

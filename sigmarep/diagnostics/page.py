@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from sigmarep.diagnostics import sensitivity, tables
+from sigmarep.diagnostics import sensitivity, story, tables
 from sigmarep.diagnostics.figures import Figure
 from sigmarep.diagnostics.findings import Facts, Sentence
 from sigmarep.diagnostics.glossary import WORDS
 from sigmarep.diagnostics.runs import Run
 from sigmarep.diagnostics.tables import escaped
 
-# Stands below each command.
+# Stands below the commands of a list.
 RUN_IT = (
-    '<span class="quiet">Run it in the folder that has scripts/train.py. To see what comes of it, make this report again '
-    "and name the folder after --workdir too.</span>"
+    '<p class="quiet">Commands run in the folder that has scripts/train.py. To see what comes of one, make this report '
+    "again and name the folder after its --workdir too.</p>"
 )
 # Content of the page in order of use; the library's license goes wherever its code goes.
 STYLES = ("vendor/uplot/uPlot.min.css", "assets/page.css")
@@ -68,7 +68,7 @@ class _Figures:
 
     def place(self, figures: Sequence[Figure]) -> list[str]:
         """HTML of places for the plots; the script draws into them."""
-        return ['<div class="pictures">', *map(self._figure, figures), "</div>"] if figures else []
+        return ['<div class="pictures" data-key="pictures">', *map(self._figure, figures), "</div>"] if figures else []
 
     def _figure(self, figure: Figure) -> str:
         number = len(self.placed)
@@ -87,6 +87,7 @@ class Content(NamedTuple):
       runs: all runs, with at least the metrics shown in tables.
       facts: facts of each run.
       findings: findings about all runs together; none for one run, whose own stand in their place.
+      advice: what to try next, the most telling first; none for one run.
       notes: problems with the folders, in words.
       sweeps: the sweeps that the runs are part of.
       together: plots of all runs; none for one run.
@@ -96,6 +97,7 @@ class Content(NamedTuple):
     runs: list[Run]
     facts: list[Facts]
     findings: list[Sentence]
+    advice: list[Sentence]
     notes: list[str]
     sweeps: list[Sweep]
     together: list[Figure]
@@ -119,7 +121,7 @@ def render(content: Content) -> str:
 
 def body(content: Content) -> Body:
     """Renders the text of the page."""
-    runs, facts, findings, notes, sweeps, together, details = content
+    runs, facts, findings, advice, notes, sweeps, together, details = content
     title = f"Training stability: {runs[0].name if len(runs) == 1 else _group(runs)}"
     figures = _Figures()
     shared = _topics(
@@ -130,18 +132,22 @@ def body(content: Content) -> Body:
         f'<p class="quiet">Made on {time.strftime("%Y-%m-%d at %H:%M")}. Entropies are in nats, steps are updates, '
         "of which only those that were logged are known.</p>",
         *[f'<p class="note">{escaped(note)}</p>' for note in notes],
-        "<h2>Findings</h2>",
-        _told(findings, shared) if findings else "",
     ]
-    if len(runs) > 1:
-        parts.append(_words())
-    if len(runs) > 1 and together:
-        parts += ["<h2>All runs</h2>", *figures.place(together)]
+    if len(runs) == 1:
+        parts.append("<h2>Findings</h2>")
+    else:
+        told = [_told(findings, shared)] if findings else []
+        parts += _keyed("findings", ["<h2>Findings</h2>", *told, _words()])
+        if together:
+            parts += _keyed("together", ["<h2>All runs</h2>", *figures.place(together)])
     for sweep in sweeps:
-        parts += _sweep(sweep, figures)
+        parts += _keyed(f"rates {sweep.folder}", _sweep(sweep, figures))
+    if advice:
+        parts += _keyed("advice", ["<h2>To try next</h2>", _told(advice, shared, ordered=True)])
     if len(runs) > 1:
-        parts += ["<h2>Runs</h2>", f'<p class="quiet">{tables.LOSS_WORDS}</p>', tables.of_runs(runs, facts)]
-        parts += tables.of_differences(runs)
+        quiet = f'<p class="quiet">{tables.LOSS_WORDS}</p>'
+        parts += _keyed("runs", ["<h2>Runs</h2>", quiet, tables.of_runs(runs, facts)])
+        parts += _keyed("differences", tables.of_differences(runs))
         if details:
             parts.append("<h2>Run by run</h2>")
         if len(details) < len(runs):
@@ -151,8 +157,13 @@ def body(content: Content) -> Body:
                 "to scripts/report.py, or a larger --plots.</p>"
             )
     for detail in details:
-        parts += _detail(detail, figures, shared, alone=len(runs) == 1)
+        parts += _keyed(f"run {detail.run.folder}", _detail(detail, figures, shared, alone=len(runs) == 1))
     return Body(title, "\n".join(parts), figures.placed)
+
+
+def _keyed(key: str, parts: Sequence[str]) -> list[str]:
+    """A section of the page, which a live page knows again by its key."""
+    return [f'<section data-key="{escaped(key)}">', *parts, "</section>"]
 
 
 def _group(runs: Sequence[Run]) -> str:
@@ -220,17 +231,17 @@ def _topics(figures: Sequence[Figure], first: int) -> dict[str, tuple[int, str]]
     return topics
 
 
-def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]]) -> str:
+def _told(sentences: Sequence[Sentence], topics: Mapping[str, tuple[int, str]], *, ordered: bool = False) -> str:
     """The sentences as a list, each with a link to the plot that shows it and the command that it recommends."""
+    kind = "ol" if ordered else "ul"
     items = []
     for text, topic, command, more in sentences:
         shown = dict.fromkeys(topics[each] for each in (topic, *more) if each and each in topics)
         links = "".join(f' <a href="#plot-{number}">{escaped(title)}</a>' for number, title in shown if title)
-        code = (
-            f'<p class="hint"></p><pre tabindex="0"><code>{_wrapped(command)}</code></pre>{RUN_IT}' if command else ""
-        )
+        code = f'<p class="hint"></p><pre tabindex="0"><code>{_wrapped(command)}</code></pre>' if command else ""
         items.append(f"<li>{escaped(text)}{links}{code}</li>")
-    return f"<ul>{''.join(items)}</ul>"
+    run_it = RUN_IT if any(each.command for each in sentences) else ""
+    return f'<div data-key="told"><{kind}>{"".join(items)}</{kind}>{run_it}</div>'
 
 
 def _wrapped(command: str) -> str:
@@ -262,6 +273,7 @@ def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
                 tables.loss(row["loss"]),
                 f"{row['rate']:g}",
                 sensitivity.in_words(row["range"], rates),
+                story.listed([f"{rate:g}" for rate in row["split"]]),
                 sensitivity.in_words(row["own"], rates),
                 tables.number(row["sensitivity"], 3),
                 tables.number(row["entropy"], 3),
@@ -282,7 +294,8 @@ def _sweep(sweep: Sweep, figures: _Figures) -> list[str]:
         tables.table(
             (
                 *("arm", "lowest loss at the end, median of seeds", "at rate"),
-                *(f"trains (within {share} of the lowest of all) at", f"within {share} of its own lowest at"),
+                *(f"trains (within {share} of the lowest of all) at", "some seeds train, some do not, at"),
+                f"within {share} of its own lowest at",
                 *("sensitivity (lower is better)", "lowest entropy where it trains", "lowest entropy of all rates"),
             ),
             rows,

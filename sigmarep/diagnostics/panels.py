@@ -96,11 +96,12 @@ def _events(run: Run, facts: Facts) -> list[tuple[int, str, str]]:
 
 def _loss(run: Run, facts: Facts) -> list[Panel]:
     losses, lowest = by_step(run, LOSS), by_step(run, LOWEST)
-    shown = [Line("training loss", "training loss", losses, ("kind", 0))]
+    # Neutral: the colors of this plot's neighbors are arms.
+    shown = [Line("training loss", "training loss", losses)]
     axes = [_axis("training loss", losses.values())]
     caption = "The run in one picture."
     if lowest:
-        shown.append(Line("lowest entropy of any layer", "lowest entropy of any layer", lowest, ("kind", 1), 1, axis=1))
+        shown.append(Line("lowest entropy of any layer", "lowest entropy of any layer", lowest, dash=1, axis=1))
         axes.append(Axis("entropy, nats", zero=True))
         caption = (
             "Training loss (left), and attention entropy of the layer with the lowest (right, dashed); ▼ a layer fell "
@@ -247,8 +248,8 @@ def _sharpness(run: Run) -> list[Panel]:
     for name, limit in SHARPNESS.items():
         if values := by_step(run, name):
             threshold = by_step(run, limit)
-            shown = [Line("measured", "measured", values, ("kind", 0))]
-            shown += [Line("threshold", "threshold", threshold, ("kind", 1), 1)] if threshold else []
+            shown = [Line("measured", "measured", values)]
+            shown += [Line("threshold", "threshold", threshold, dash=1)] if threshold else []
             label = "largest eigenvalue of the " + ("preconditioned Hessian" if "precond" in name else "Hessian")
             axis = _axis("sharpness", [*values.values(), *threshold.values()])
             caption = "Above its threshold (dashed) a step no longer descends."
@@ -353,7 +354,7 @@ def rates(
     for point, outcome in outcomes:
         if where := sensitivity.place(point):
             dots[where[0], str(short(point).get(sensitivity.SEED, ""))][where[1]] = outcome
-    arms = list(table)
+    arms, ended = list(table), [outcome for _, outcome in outcomes]
     losses = sensitivity.medians(table)
     best = sensitivity.best_loss(losses)
     lowest = {
@@ -393,7 +394,7 @@ def rates(
                 f"{SEEDS}.",
                 [(COLLAPSED, 0, f"{COLLAPSED} nats")],
             )
-        axes = [Axis(label, zero=field == "lowest")]
+        axes = [Axis(label, zero=True) if field == "lowest" else _axis(label, (each.loss for each in ended))]
         panels.append(
             Panel(
                 title, caption, shown, axes, levels=levels, group=f"rates {folder}", topic=f"rates {folder}", rates=True

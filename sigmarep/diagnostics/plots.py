@@ -20,6 +20,7 @@ from sigmarep.training import diagnosis
 # The palette of Okabe and Ito without yellow, which is faint on white, and three more colors.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f", "#882255", "#6b8e23")
 DASHES = ("-", "--", ":")
+KINDS = ("png", "svg", "pdf")
 # Inches: a column of a page with two, and the text of a page with one.
 WIDTHS = {"single": 3.3, "double": 6.9}
 # Inches left of the axes, and right of them.
@@ -41,6 +42,23 @@ def rendered(figure: Any, kind: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=DPI)
     return buffer.getvalue()
+
+
+def save(draw: Callable[[], Any], path: str) -> None:
+    """Draws a figure into the file of a flag --plot.
+
+    Raises:
+      BadInput: the name ends in no known kind of picture, matplotlib is missing, or the file cannot be written.
+    """
+    kind = path.rpartition(".")[2].lower()
+    if kind not in KINDS:
+        raise BadInput(f"--plot {path}: expected a name that ends in one of {', '.join(KINDS)}")
+    picture = rendered(draw(), kind)
+    try:
+        with open(path, "wb") as file:
+            file.write(picture)
+    except OSError as error:
+        raise BadInput(f"--plot {path}: cannot be written ({error.strerror})") from error
 
 
 def plain(text: str) -> str:
@@ -353,7 +371,7 @@ def draw_seeds(
     color: str,
     linestyle: str,
 ) -> None:
-    """Draws all seeds of an arm as dots, their range as a band and their median as a line; crosses where one is `lost`."""
+    """Draws all seeds of an arm as dots, their range as a band, their median as a line; crosses where a seed is `lost`."""
     known = {rate: values for rate, values in by_rate.items() if values}
     if not known:
         return
@@ -365,7 +383,7 @@ def draw_seeds(
     axes.plot(rates, middle, color=color, linestyle=linestyle, linewidth=1.2, label=label)
     points = [(rate * shift, value) for rate, values in known.items() for value in values]
     for marker, size, drawn in (
-        ("o", 2.5, [point for point in points if point[1] < lost]),
-        ("x", 4, [point for point in points if point[1] >= lost]),
+        ("o", 2.5, [point for point in points if point[1] != lost]),
+        ("x", 4, [point for point in points if point[1] == lost]),
     ):
         axes.plot([x for x, _ in drawn], [y for _, y in drawn], marker, color=color, markersize=size)

@@ -1,5 +1,6 @@
 """Reading of runs from disk, finished or not: a single run, a sweep, or a folder of runs."""
 
+import ast
 import dataclasses
 import os
 import time
@@ -170,7 +171,24 @@ def _folders(folder: str, notes: list[str]) -> Folders:
         notes.append(f"{folder}: {left_out} entries of {RECORD} are no runs in that folder, and are left out.")
     recorded: Folders = {os.path.join(folder, name): (folder, entry) for name, entry in usable.items()}
     # Runs that have not ended are not in the record yet.
-    return recorded | {each: (folder, {}) for each in inside if each not in recorded}
+    new = {each: (folder, _unrecorded(os.path.basename(each), usable)) for each in inside if each not in recorded}
+    return recorded | new
+
+
+def _unrecorded(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run that has not ended: its point, read from its folder's name like those of the others."""
+    point = next((each for entry in record.values() if isinstance(each := entry.get("point"), dict)), {})
+    pairs = [part.partition("=") for part in name.split(",")]
+    if not point or [key for key, _, _ in pairs] != [key.rsplit(".", 1)[-1] for key in point]:
+        return {}
+    return {"point": {key: _value(text) for key, (_, _, text) in zip(point, pairs, strict=True)}}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def _inside(folder: str, notes: list[str]) -> list[str]:

@@ -140,8 +140,9 @@ def findings(table: Table) -> list[dict[str, Any]]:
 
     Returns:
       For each arm its name `arm`; its best median `loss`, reached at `rate`; `range`, its `trained_range` relative to the
-      best loss of any arm, and `own`, relative to its own best loss; its `sensitivity`; and `entropy`, the lowest entropy
-      of its runs in `range`, NaN if there are none.
+      best loss of any arm, and `own`, relative to its own best loss; `split`, the rates at which some seeds are within
+      `WITHIN` of the best of any arm and others are not; its `sensitivity`; and `entropy`, the lowest entropy of its runs
+      in `range`, NaN if there are none.
     """
     losses = medians(table)
     best = best_loss(losses)
@@ -162,6 +163,11 @@ def findings(table: Table) -> list[dict[str, Any]]:
                 "rate": rate,
                 "range": trained,
                 "own": trained_range(by_rate, by_rate[rate]),
+                "split": [
+                    rate
+                    for rate, outcomes in table[arm].items()
+                    if len({each.loss <= (1 + WITHIN) * best for each in outcomes}) > 1
+                ],
                 "sensitivity": sensitivity(table[arm]),
                 "entropy": min(filter(math.isfinite, inside), default=math.nan),
             }

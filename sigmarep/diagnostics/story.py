@@ -141,6 +141,8 @@ def _compared(told: Told, other: Told, fields: Mapping[str, tuple[Any, Any]], wh
     """A sentence on the settings that another run has in place of this one's, and on its results."""
     changes = listed([f"{name} {shown(new)} instead of {shown(old)}" for name, (old, new) in fields.items()])
     words = f"Compare {other.run.name} ({why}): it has {changes}. It {_spared(told, other)}."
+    if len(fields) > 1:
+        words += " These settings changed together: which of them did it, the two runs do not tell."
     return f"{words} {_result(other, told)}".strip()
 
 

@@ -99,7 +99,7 @@ def of_runs(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
                 escaped(f"{each.final[0]} {each.final[1]:.4g}") if each.final else "",
                 "" if each.loss is None else loss(each.loss),
                 _lowest(*each.lowest) if each.lowest else "",
-                escaped("{} at step {}".format(*each.fell[0])) if each.fell else "",
+                escaped(f"{each.earliest} at step {each.fell[0][1]}") if each.fell else "",
                 _step(each.rose),
                 _step(each.diverged) + (f", {escaped(each.cause)}" if each.cause else ""),
                 "" if math.isnan(each.spikes) else f"{each.spikes:.2g}%",
@@ -109,16 +109,9 @@ def of_runs(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
 
 
 def of_differences(runs: Sequence[Run]) -> list[str]:
-    """Fields in which the configurations differ, and revisions of the code if there are several."""
+    """Fields in which the configurations differ."""
     fields = differences(runs)
     parts = ["<h2>What differs between the configurations</h2>"]
-    revisions = Counter(str(run.environment.get("git_revision") or "unknown")[:12] for run in runs)
-    if len(revisions) > 1:
-        made_by = ", ".join(f"{revision} ({_runs(count)})" for revision, count in revisions.most_common(FEW_FIELDS))
-        more = ", …" if len(revisions) > FEW_FIELDS else ""
-        parts.append(
-            f'<p class="note">The runs were made by different revisions of the code: {escaped(made_by)}{more}.</p>'
-        )
     if not fields:
         return [*parts, "<p>Nothing: all runs have the same configuration.</p>"]
     if len(runs) <= MOST_COLUMNS:

@@ -46,6 +46,17 @@ def test_no_kernel_is_gathered_for_sigma(mesh, options):
     assert gathered(*mesh, "sigma", **options) == gathered(*mesh, "none", qkv=options.get("qkv", "fused"))
 
 
+@pytest.mark.parametrize("panel", [False, True])
+def test_a_step_with_four_power_vectors_calls_no_lapack(panel):
+    config = small(data=8)
+    config.model.power_vectors = 4
+    experiment = build_program(validate(config))
+    batch = experiment.task.abstract_batches()[-1]
+    text = experiment.runner.lower(experiment.abstract_state, batch, panel=panel).as_text()
+    # The only calls are those that place arrays on the mesh.
+    assert {name for name in re.findall(r"custom_call @(\w+)", text) if name != "Sharding"} == set()
+
+
 def whole_batches(rules, monkeypatch, **mesh):
     """Arrays in a step on eight devices that hold every token of the whole batch: 16 pictures of 65 tokens."""
     monkeypatch.setattr(meshes, "ACTIVATION_RULES", rules)

@@ -59,3 +59,19 @@ def test_a_sweep_without_rates_and_a_metric_that_no_run_has_are_refused(tmp_path
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     with pytest.raises(BadInput, match="its run 0 has no learning_rate"):
         best_rates.read_figures(workdir, LOSS)
+
+
+def test_the_plot_has_every_seed_and_a_cross_for_a_diverged_one(tmp_path):
+    runs = [
+        *of_arm("sigma", {0.1: [0.7, 0.72, 0.69], 1.0: [0.9, None, 0.71]}, optimizer="sgd"),
+        *of_arm("sigma", {10.0: [0.5]}, optimizer="lars"),
+    ]
+    figure = best_rates.draw(best_rates.read_figures(written(tmp_path, ACCURACY, runs), ACCURACY), ACCURACY)
+    first, second = figure.axes
+    drawn = {line.get_marker(): sorted(map(float, line.get_ydata())) for line in first.lines}
+    assert drawn["o"] == [0.69, 0.7, 0.71, 0.72, 0.9]
+    assert drawn["x"] == [0.0]
+    assert (first.get_ylabel(), second.get_ylabel()) == (
+        "test/accuracy, optimizer=sgd",
+        "test/accuracy, optimizer=lars",
+    )

@@ -143,8 +143,8 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     assert "12 runs: 10 done, 2 diverged." in page
     assert "sigma: no layer collapsed, lowest entropy 2 nats." in page
     assert (
-        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1); the layer that fell earliest was encoder/block_0, "
-        "by step 1; lowest entropy 0.01 to 2 nats; 2 of 6 runs diverged (at learning rate 0.1) at step 21." in page
+        "pre_ln: 4 of 6 runs collapsed (at learning rates 0.01 and 0.1); earliest to fall: encoder/block_0, by "
+        "step 1; lowest entropy 0.01 to 2 nats; 2 of 6 runs diverged (at learning rate 0.1) at step 21." in page
     )
     # The median of two seeds is 1.005. At 0.01 pre_ln's loss is still 3, at 0.1 it is cut to that of the start: 3.
     assert (
@@ -158,7 +158,7 @@ def test_a_sweeps_ranges_and_sensitivities(tmp_path):
     )
     # The last two: its lowest entropy at 0.001, and at any rate.
     numbers = "".join(f'<td class="number">{number}</td>' for number in ("1.33", "2", "0.01"))
-    assert f"<td>0.001 alone</td><td>0.001 alone</td>{numbers}" in page
+    assert f"<td>0.001 alone</td><td>–</td><td>0.001 alone</td>{numbers}" in page
     assert pictures[:2] == ["all.png", "sweep-rates.png"]
     assert len({name.rsplit("-", 1)[0] for name in pictures[2:]}) == 3
     assert "3 of 12 runs are drawn" in page
@@ -199,7 +199,10 @@ def test_a_sweep_that_is_going_on_shows_what_it_has(tmp_path):
     assert states["arm=sigma,learning_rate=0.01,seed=1"] == "failed"
     assert states["arm=sigma,learning_rate=0.1,seed=1"] == "done"
     page, _ = page_of(tmp_path, folder)
-    assert "2 of its runs have not ended, or failed, and are left out." in page
+    # A run that is not in the record has its place in the sweep from its name, and its state from its files.
+    assert "1 of its runs have not ended, or failed, and are left out." in page
+    (new,) = (run for run in read_all(folder) if run.name == "arm=sigma,learning_rate=0.1,seed=1")
+    assert new.point == {"arm": "sigma", "learning_rate": 0.1, "config.seed": 1}
 
 
 def test_only_fields_that_differ_are_shown(tmp_path):

@@ -49,6 +49,8 @@ def test_a_sweeps_outcomes_are_those_of_its_runs(tmp_path):
     assert table["a"][0.1][0].lowest == pytest.approx(1 / 20)
     assert sensitivity.medians(table) == {"a": {0.01: 4.0, 0.1: 2.0}, "b": {0.01: pytest.approx(2.1), 0.1: math.inf}}
     first, second = sensitivity.findings(table)
+    # The best median is 2, so a run trains below 2.2: at 0.1 the seeds of a, with 1, 2 and 3, differ in that.
+    assert first["split"] == [0.1]
     assert (first["rate"], first["range"]) == (0.1, (0.1, 0.1, 1.0))
     assert (second["rate"], second["range"]) == (0.01, (0.01, 0.01, 1.0))
 

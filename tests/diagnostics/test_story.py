@@ -46,7 +46,9 @@ def test_what_grew_before_the_first_layer_fell(tmp_path):
 def test_the_advice_is_a_command_for_a_new_folder(tmp_path):
     folder = plain_run(tmp_path / "it's a run", collapsing())
     told = story_of(folder)[-1]
-    assert told.text == "To try next: σReparam, which bounds the logits, at the same learning rate."
+    assert told.text == (
+        "To try next: σReparam, which bounds the logits, with the norm after each branch, at the same learning rate."
+    )
     words = shlex.split(told.command)
     assert words == [
         *("python", "scripts/train.py", "--config", f"{folder}/config.json", "--config.model.norm=post"),
@@ -71,13 +73,14 @@ def test_the_run_that_kept_its_attention_is_named_with_its_differences(tmp_path)
     sentences = story_of(tmp_path / "runs")
     assert sentences[-2].text == (
         "Compare c (nearest of the runs that trained, 2 settings away): it has model.norm post instead of pre and "
-        "model.reparam sigma instead of none. It had no collapse and no lasting rise of its loss. Its lowest entropy is 2 "
-        "nats, its test/accuracy is 0.9 (here 0.5)."
+        "model.reparam sigma instead of none. It had no collapse and no lasting rise of its loss. These settings changed "
+        "together: which of them did it, the two runs do not tell. Its lowest entropy is 2 nats, its test/accuracy is 0.9 "
+        "(here 0.5)."
     )
     assert sentences[-2].topic == "all entropies"
     # What would be tried has been: where only one seed has, what is left is another.
     assert sentences[-1] == (
-        "What would be tried next, σReparam, has been, and trained in 2 of 2 runs: b and c.",
+        "What would be tried next, the arm sigma (σReparam and post-LN), has been, and trained in 2 of 2 runs: b and c.",
         None,
         "",
         (),
@@ -92,7 +95,7 @@ def test_a_remedy_that_failed_is_not_recommended_again(tmp_path):
     for name, arm in (("a", "pre_ln"), ("b", "sigma")):
         plain_run(tmp_path / "runs" / name, collapsing(), arm=arm)
     assert story_of(tmp_path / "runs")[-1].text == (
-        "What would be tried next, σReparam, has been, and its attention collapsed: b."
+        "What would be tried next, the arm sigma (σReparam and post-LN), has been, and its attention collapsed: b."
     )
 
 
@@ -159,8 +162,7 @@ def test_layers_that_fell_first_are_told_of_with_their_rates(tmp_path):
     (tmp_path / "sweep/sweep.json").write_text(json.dumps(record))
     page, _ = page_of(tmp_path, tmp_path / "sweep")
     assert (
-        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1); the layer that fell earliest was "
-        "encoder/block_1, by step "
+        "pre_ln: 2 of 2 runs collapsed (at learning rates 0.1 and 1); earliest to fall: encoder/block_1, by step "
         "20 (at learning rate 0.1) and encoder/block_0, by step 10 (at learning rate 1); lowest entropy 0.05 nats"
         in page
     )
@@ -212,21 +214,55 @@ def test_arms_that_differ_in_norm_and_reparam_are_separated_by_runs(tmp_path):
     fallen = plain_run(tmp_path / "runs/a", collapsing())
     kept = plain_run(tmp_path / "runs/b", steady, arm="sigma")
     page, _ = page_of(tmp_path, tmp_path / "runs", most=0)
-    assert "a and b differ in model.norm and model.reparam at once: they do not tell which of the two did it." in page
+    assert "a and b differ in model.norm and model.reparam at once: which of the two did it, they do not tell." in page
     begin = ["python", "scripts/train.py", "--config", f"{fallen}/config.json"]
+    again = ["python", "scripts/train.py", "--config", f"{kept}/config.json", "--config.seed=1"]
+    again += ["--workdir", f"{kept}-seed_1"]
+    # What tells the two apart comes before what repeats one of them, and a higher rate is left out.
     assert commands(page) == [
         [*begin, "--config.model.norm=post", "--workdir", f"{fallen}-post_ln"],
         [*begin, "--config.model.reparam=sigma", "--workdir", f"{fallen}-sigma_pre_ln"],
+        again,
     ]
+    assert '<h2>To try next</h2>\n<div data-key="told"><ol>' in page
+    assert "<li>For a: b with another seed; one seed that trains may be luck.<" in page
     # One of them made, the other is left; and where both runs trained, or differ in one field, there is nothing to
     # separate.
     shutil.copytree(fallen, tmp_path / "runs/c")
     config = json.loads((tmp_path / "runs/c/config.json").read_text())
     config["model"]["norm"] = "post"
     (tmp_path / "runs/c/config.json").write_text(json.dumps(config))
-    (left,) = commands(page_of(tmp_path, tmp_path / "runs", most=0)[0])
-    assert left[-1] == f"{fallen}-sigma_pre_ln"
-    assert commands(page_of(tmp_path, tmp_path / "runs/c", kept, most=0)[0]) == []
+    left = commands(page_of(tmp_path, tmp_path / "runs", most=0)[0])
+    assert [each[-1] for each in left[:2]] == [f"{fallen}-sigma_pre_ln", again[-1]]
+    others = commands(page_of(tmp_path, tmp_path / "runs/c", kept, most=0)[0])
+    assert others[0] == again
+    assert not any(each[-1].endswith(("-post_ln", "-sigma_pre_ln")) for each in others)
+
+
+def test_layers_that_fell_at_one_step_are_named_together(tmp_path):
+    rows = collapsing()
+    for each in rows:
+        each["attention/entropy/encoder/block_1"] = each["attention/entropy/encoder/block_0"]
+    for name in ("a", "b"):
+        plain_run(tmp_path / "runs" / name, rows)
+    step = next(each["step"] for each in rows if each["attention/entropy/encoder/block_0"] < 0.1)
+    words = told(*read(tmp_path / "runs/a"))
+    assert any(
+        each.startswith(f"encoder/block_0, encoder/block_1 fell below 0.1 nats at step {step}")
+        and "Which of these was earlier, the logged steps do not tell." in each
+        for each in words
+    )
+    page, _ = page_of(tmp_path, tmp_path / "runs")
+    assert f"earliest to fall: encoder/block_0, encoder/block_1, by step {step}" in page
+    assert f"<td>encoder/block_0, encoder/block_1 at step {step}</td>" in page
+
+
+def test_revisions_of_the_code_are_told_of_at_the_top(tmp_path):
+    for name, revision in (("a", "1" * 40), ("b", "2" * 40), ("c", "2" * 40)):
+        folder = plain_run(tmp_path / "runs" / name, [row(1, 1.0)], total=1)
+        (folder / "environment.json").write_text(json.dumps({"git_revision": revision, "total_steps": 1}))
+    page, _ = page_of(tmp_path, tmp_path / "runs")
+    assert f"<li>They were made by 2 revisions of the code: {'2' * 12} (2), {'1' * 12} (1).</li>" in page
 
 
 def test_a_layer_near_to_a_collapse_is_named(tmp_path):

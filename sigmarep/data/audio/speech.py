@@ -259,7 +259,7 @@ class SpeechCorpus:
     def _check_length(self, index: Index, too_long: np.ndarray, split: str) -> None:
         """`too_long` (n,): the seconds of utterances to be evaluated that no bucket holds, else 0."""
         if too_long.any():
-            longest = int(too_long.argmax())
+            longest = int(np.argmax(too_long))
             raise BadInput(
                 f"config.data.buckets = {tuple(self.data.buckets)}: the utterance {_name(index, longest)} of the split "
                 f"{split!r} lasts {too_long[longest]:.1f} s; the last bucket must hold it"

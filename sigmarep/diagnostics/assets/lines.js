@@ -338,8 +338,7 @@ class Lines extends Plot {
       if (!(y >= top && y <= top + height)) continue;
       ctx.strokeStyle = ctx.fillStyle = theme.quiet;
       ctx.setLineDash([6 * scale, 4 * scale]);
-      /* A level of the right axis stays near it. */
-      ctx.beginPath(); ctx.moveTo(level.axis ? left + 0.8 * width : left, y); ctx.lineTo(left + width, y); ctx.stroke();
+      ctx.beginPath(); ctx.moveTo(left, y); ctx.lineTo(left + width, y); ctx.stroke();
       ctx.setLineDash([]);
       ctx.textAlign = "left";
       const words = broken(level.text, level.axis), tall = 12 * scale, x = (u.width - this.margin() + 5) * scale;

@@ -19,7 +19,7 @@ function ask() {
   });
 }
 
-/* Makes the children of a node those of another one; nodes of one kind, and plots of one key, stay what they are. */
+/* Makes the children of a node those of another one; nodes of one kind, and sections and plots of one key, stay what they are. */
 function become(node, model) {
   const kept = new Map([...node.children].filter((each) => each.dataset.key).map((each) => [each.dataset.key, each]));
   let here = node.firstChild;
@@ -27,7 +27,11 @@ function become(node, model) {
     const key = next.dataset && next.dataset.key, known = key && kept.get(key);
     if (known) {
       if (known !== here) node.insertBefore(known, here); else here = here.nextSibling;
-      adopt(known, next);
+      if (known.nodeName === "FIGURE") adopt(known, next);
+      else {
+        attributes(known, next);
+        become(known, next);
+      }
       continue;
     }
     if (!key && here && !(here.dataset && here.dataset.key) && here.nodeName === next.nodeName) {
@@ -77,7 +81,7 @@ function merge(page) {
   version = reached;
   document.title = page.title;
   /* What is looked at stays where it is, whatever becomes longer above it. */
-  const seen = [...document.querySelectorAll("figure, main > :not(.pictures)")].find((each) => each.getBoundingClientRect().bottom > 0);
+  const seen = [...document.querySelectorAll("figure, main > :not(section), section > :not(.pictures)")].find((each) => each.getBoundingClientRect().bottom > 0);
   const place = seen && seen.getBoundingClientRect().top;
   become(document.querySelector("main"), page.querySelector("main"));
   hints();

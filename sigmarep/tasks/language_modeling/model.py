@@ -192,7 +192,7 @@ class LanguageModeling(TaskModel):
         lengths = np.array([len(each) for each in ids])
         if lengths.max() >= max_length:
             raise BadInput(
-                f"prompt {int(lengths.argmax()) + 1}: has {lengths.max()} tokens; expected fewer than "
+                f"prompt {int(np.argmax(lengths)) + 1}: has {lengths.max()} tokens; expected fewer than "
                 f"max_length = {max_length}"
             )
         prompt = np.full((len(ids), lengths.max()), PAD, np.int32)
