@@ -187,7 +187,11 @@ def test_words_are_told_apart_before_a_run_starts():
     assert is_schedule("sgdr_schedule")
     assert not is_schedule("inject_hyperparams")
     for name, word, message in (
-        ("optimizer.name", "adafactr", "muon, an optimizer of optax such as adafactor, or a dotted Python name"),
+        (
+            "optimizer.name",
+            "adafactr",
+            "spectral_sphere, an optimizer of optax such as adafactor, or a dotted Python name",
+        ),
         ("optimizer.schedule", "sgd", "linear, a schedule of optax such as sgdr_schedule, or a dotted Python name"),
         ("task", "image", "speech_recognition, or a dotted Python name"),
         ("callbacks", ("nothing",), "expected a tuple of dotted Python names"),
