@@ -45,8 +45,8 @@ def pack(workdir: str, path: str, metrics: Sequence[str] = METRICS) -> int:
             rows = read_metrics(os.path.join(folder, "metrics.jsonl"))
         except (OSError, ValueError) as error:
             raise BadInput(f"{folder}: cannot be read ({one_line(error)})") from None
-        kept = [{key: value for key, value in row.items() if key.startswith((*metrics, "step"))} for row in rows]
-        run = {"name": name, "entry": entry, "files": files, "rows": [row for row in kept if len(row) > 1]}
+        chosen = [{key: value for key, value in row.items() if key.startswith((*metrics, "step"))} for row in rows]
+        run = {"name": name, "entry": entry, "files": files, "rows": [row for row in chosen if len(row) > 1]}
         lines.append(json.dumps(run, separators=(",", ":")))
     try:
         with open(path, "xb") as file:
