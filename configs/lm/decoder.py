@@ -8,7 +8,7 @@
 Arguments: size (small; full), arm (one of sigmarep.remedies.ARMS: sigma), optimizer (adamw; muon), learning_rate (0.003,
 or 0.0003 at the full size), qk_norm (false; true puts RMSNorm on queries and keys), folder (of texts, for the full size).
 
-The small one reads the reference prose of Python's own help, as quickstart.py does, and takes minutes on two cores. The
+The small one reads the reference prose of Python's own help, as quickstart.py does, half an hour on two busy cores. The
 full one has 24 blocks of width 2,048, 1.2 billion parameters, and reads 26 billion tokens in batches of half a million;
 its sizes and rates are what such models commonly have, no one's recipe. Muon's updates are of the size of Adam's, so that
 one learning rate serves both. Not run yet at the full size.
