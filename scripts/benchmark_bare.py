@@ -9,8 +9,10 @@ and quartiles of the ratios within rounds; tracing is that of a step, with its l
 before.
 """
 
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -25,6 +27,8 @@ PATCH_SIZE = flags.DEFINE_integer("patch_size", 8, "Side of a patch, in pixels."
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Number of turns of each model.", lower_bound=2)
 TRACES = flags.DEFINE_integer("traces", 3, "Times that each model is traced.", lower_bound=1)
 
+# The bare models: True for those with norms.
+BARE = {"pre-LN": True, "without norm": False}
 # Norm, reparametrization, and the bare model that it is compared with.
 OURS = {"pre-LN": ("pre", "none", "bare pre-LN"), "σReparam without norm": ("none", "sigma", "bare without norm")}
 
@@ -145,13 +149,15 @@ def ratio(ours: list[float], base: list[float]) -> str:
 def compare(depth: int) -> None:
     """Prints the comparison at one depth."""
     batch = OurRun(depth).batch
-    makes = {f"bare {name}": lambda norm=norm: BareRun(batch, depth, norm=norm) for name, norm in BARE.items()}
+    makes: dict[str, Callable[[], BareRun | OurRun]] = {}
+    for name, normed in BARE.items():
+        makes[f"bare {name}"] = functools.partial(BareRun, batch, depth, norm=normed)
     bases = {}
     for name, (norm, reparam, base) in OURS.items():
         for form, scan in (("scanned", True), ("unrolled", False)):
             full = f"{name}, {form}"
             fields = {"norm": norm, "reparam": reparam, "scan": scan}
-            makes[full], bases[full] = (lambda fields=fields: OurRun(depth, **fields)), base
+            makes[full], bases[full] = functools.partial(OurRun, depth, **fields), base
 
     traces: dict[str, list[float]] = {name: [] for name in makes}
     for _ in range(TRACES.value):
@@ -173,9 +179,6 @@ def compare(depth: int) -> None:
             else (ratio(seconds[name], seconds[bases[name]]), f"{trace / statistics.median(traces[bases[name]]):.2f}")
         )
         print(f"| {name} | {1000 * step:.1f} ms | {against[0]} | {trace:.2f} s | {against[1]} |", flush=True)
-
-
-BARE = {"pre-LN": True, "without norm": False}
 
 
 def main() -> None:
