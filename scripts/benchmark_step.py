@@ -51,14 +51,12 @@ ARMS = {
 }
 
 
-def prepare(change):
-    """Builds an experiment and makes one step; returns the experiment, its state and the batch.
+def built(change):
+    """Builds an experiment; returns it, its state and a batch.
 
     Args:
       change: is called with the configuration, last.
     """
-    import jax
-
     from sigmarep.training.config import default_config, validate
     from sigmarep.training.experiment import build
 
@@ -76,7 +74,20 @@ def prepare(change):
     change(config)
     experiment = build(validate(config))
     batch = next(experiment.data.train_stream(start=0, process_index=0, process_count=1))
-    state, output = experiment.runner.step(experiment.create_state(), batch, panel=False)
+    return experiment, experiment.create_state(), batch
+
+
+def prepare(change):
+    """As `built`, after one step."""
+    return stepped(built(change))
+
+
+def stepped(run):
+    """An experiment, its state and the batch after one step."""
+    import jax
+
+    experiment, state, batch = run
+    state, output = experiment.runner.step(state, batch, panel=False)
     jax.block_until_ready((state, output))
     return experiment, state, batch
 

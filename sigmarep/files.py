@@ -16,6 +16,11 @@ def shipped(name: str) -> str:
     return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), name)
 
 
+def is_plain_name(name: str) -> bool:
+    """True for the name of a file or folder that leads nowhere but into the folder that it is put in."""
+    return name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name
+
+
 def read_file(path: str) -> bytes:
     """The contents of a regular file.
 

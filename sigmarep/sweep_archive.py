@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sigmarep.errors import BadInput, one_line
-from sigmarep.files import read_json
+from sigmarep.files import is_plain_name, read_json
 from sigmarep.sweep_execution import FINAL, RECORD, note, read_record
 from sigmarep.training.metrics import read_metrics
 
@@ -95,7 +95,7 @@ def _runs(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], list
                 run = json.loads(line)
                 name, entry, files, rows = (run[key] for key in ("name", "entry", "files", "rows"))
                 # An archive may be a stranger's: its names lead nowhere but into the sweep's folder.
-                if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+                if not is_plain_name(name):
                     raise ValueError(f"a run is named {name!r}")
                 if not (isinstance(entry, dict) and entry.get("state") in FINAL and set(files) <= set(FILES)):
                     raise ValueError(f"{name} is no finished run")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sigmarep.diagnostics import files
 from sigmarep.diagnostics.rows import Rows, Series
 from sigmarep.errors import BadInput, one_line
+from sigmarep.files import is_plain_name
 from sigmarep.sweep_execution import RECORD, STOPPED_EARLY
 from sigmarep.training.diagnosis import divergence_reason
 from sigmarep.training.metrics import FILE
@@ -157,14 +158,7 @@ def _folders(folder: str, notes: list[str]) -> Folders:
         return {each: (None, {}) for each in inside}
     record, damage = files.read_object(folder, RECORD)
     # A record may be a stranger's: its names are folders in that of the sweep, and lead nowhere else.
-    usable = {
-        name: entry
-        for name, entry in record.items()
-        if isinstance(entry, dict)
-        and name == os.path.basename(name)
-        and name not in ("", ".", "..")
-        and "\0" not in name
-    }
+    usable = {name: entry for name, entry in record.items() if isinstance(entry, dict) and is_plain_name(name)}
     if damage:
         notes.append(f"{folder}: {damage}.")
     if left_out := len(record) - len(usable):
