@@ -113,6 +113,7 @@ def work(*, task, mesh, parallel, devices, folder, index, count, port, output) -
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
+    processes.give_threads()
     if count > 1:
         processes.join("on", coordinator=f"localhost:{port}", num_processes=count, process_id=index, timeout=120)
     config = small_config(task, folder)

@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
+        # A busy machine may stop a device's thread for longer than the 40 seconds after which XLA ends the process.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         # XLA ends the process at a flag that it does not know: jaxlib 0.11.2 no longer knows this one.
         "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
     ]
@@ -23,6 +25,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Processes that a test starts inherit these two.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+# With eight devices on two cores collectives would wait for each other for ever (`give_threads` of training/processes.py).
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest

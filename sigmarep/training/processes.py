@@ -21,6 +21,8 @@ from sigmarep.errors import BadInput
 # A process that dies ends the others after this many seconds at the latest; on CPU and GPU their next collective fails
 # before that.
 HEARTBEAT_SECONDS = 60
+# Collectives of one device that may be ready together.
+THREADS_A_DEVICE = 4
 MODES = ("auto", "on", "off")
 
 
@@ -46,6 +48,7 @@ def join_by_flags() -> None:
     Raises:
       BadInput: see `join`.
     """
+    give_threads()
     values = flags.FLAGS
     line = join(
         values.distributed,
@@ -56,6 +59,18 @@ def join_by_flags() -> None:
     )
     if line:
         print(line, flush=True)
+
+
+def give_threads() -> None:
+    """Gives XLA a thread for each virtual CPU device; to be called before anything touches a device.
+
+    XLA runs what a device has ready on a pool of one thread a core, and a collective keeps its thread while it waits. With
+    more devices than cores the collectives of some devices can wait in all threads for those of others; after 40 seconds
+    XLA ends the process. XLA reads the variable NPROC, where it is set, as the number of cores.
+    """
+    devices = jax.config.jax_num_cpu_devices
+    if devices > (os.cpu_count() or 1):
+        os.environ.setdefault("NPROC", str(THREADS_A_DEVICE * devices))
 
 
 def _number(value: int | None, variable: str) -> int | None:

@@ -63,6 +63,19 @@ def free_port():
         return free.getsockname()[1]
 
 
+def test_more_devices_than_cores_get_a_thread_for_every_collective(monkeypatch):
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    processes.give_threads()
+    assert "NPROC" not in os.environ
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    processes.give_threads()
+    assert int(os.environ["NPROC"]) >= 2 * 8
+    monkeypatch.setenv("NPROC", "3")
+    processes.give_threads()
+    assert os.environ["NPROC"] == "3"
+
+
 def test_alone_there_is_nothing_to_join(monkeypatch):
     for name in ("TPU_WORKER_HOSTNAMES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
