@@ -17,8 +17,27 @@ from sigmarep.training.callbacks import Callback, Run
 
 MODES = ("auto", "plain", "off")
 SECONDS_BETWEEN_PLAIN_LINES = 5.0
+# Where nothing else is shown: below five seconds even on a machine whose cores are all busy.
+SECONDS_BETWEEN_SIGNS = 4.0
 # Steps over which the speed is averaged.
 WINDOW = 50
+
+
+class _Shown:
+    """The time of the last line that this process has shown."""
+
+    def __init__(self):
+        self.time = time.perf_counter()
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+        self.note()
+
+    def note(self) -> None:
+        self.time = time.perf_counter()
+
+
+_SHOWN = _Shown()
 
 
 class Clock:
@@ -122,7 +141,7 @@ class Progress(Callback):
             self._live.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"))
         elif self._mode != "off" and (now - self._last_line >= SECONDS_BETWEEN_PLAIN_LINES or step == self._total):
             self._last_line = now
-            print(line, flush=True)
+            _SHOWN.line(line)
 
     def waiting(self, text: str) -> contextlib.AbstractContextManager[None]:
         """Says `text`, and for how long by now, while its block takes longer than a few seconds."""
@@ -136,7 +155,7 @@ class Progress(Callback):
         if self._live is not None:
             self._live.console.print(rich.text.Text(text))
         elif self._mode != "off":
-            print(text, flush=True)
+            _SHOWN.line(text)
 
     def close(self) -> None:
         if self._live is not None:
@@ -147,23 +166,30 @@ def announce(text: str, *, mode: str) -> None:
     """Shows a line before there is a run, in the first process alone; see `Progress` for `mode`."""
     if mode != "off" and jax.process_index() == 0:
         terminal.escape_unencodable()
-        print(text, flush=True)
+        _SHOWN.line(text)
 
 
 def waiting(text: str, *, mode: str) -> contextlib.AbstractContextManager[None]:
-    """Says `text`, and for how long by now, every few seconds of its block, in the first process alone."""
+    """Says `text`, and for how long by now, after every few seconds without a line, in the first process alone."""
     if mode == "off" or jax.process_index() > 0:
         return contextlib.nullcontext()
-    return _repeated(text, lambda line: print(line, flush=True), seconds=SECONDS_BETWEEN_PLAIN_LINES)
+    return _repeated(text, lambda line: print(line, flush=True), seconds=SECONDS_BETWEEN_SIGNS)
 
 
 @contextlib.contextmanager
 def _repeated(text: str, say: Callable[[str], None], *, seconds: float) -> Iterator[None]:
     start, ended = time.perf_counter(), threading.Event()
 
+    def remaining() -> float:
+        # Counted from the last line, whoever showed it: blocks that follow each other are not silent for twice the time.
+        # The first second of a block may be all of it.
+        return max(_SHOWN.time + seconds, start + 1.0) - time.perf_counter()
+
     def repeat():
-        while not ended.wait(seconds):
-            say(f"{text}, {_duration(time.perf_counter() - start)}")
+        while not ended.wait(max(remaining(), 0.0)):
+            if remaining() <= 0:
+                say(f"{text}, {_duration(time.perf_counter() - start)}")
+                _SHOWN.note()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

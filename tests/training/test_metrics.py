@@ -13,7 +13,7 @@ from sigmarep.errors import BadInput
 from sigmarep.training import metrics
 from sigmarep.training.metrics import MetricWriter, read_metrics
 from sigmarep.training.panel import panel_metrics
-from sigmarep.training.progress import Clock, Progress
+from sigmarep.training.progress import Clock, Progress, waiting
 
 
 def write(folder, steps, resume_step=0):
@@ -109,6 +109,19 @@ def test_the_clock_tells_activities_apart_and_leaves_them_out_of_the_speed():
     resumed.load_state_dict(json.loads(json.dumps(clock.state_dict())))
     assert resumed.state_dict() == clock.state_dict()
     assert resumed.state_dict()["evaluating"] > resumed.state_dict()["training"]
+
+
+def test_blocks_that_follow_each_other_are_not_silent_for_twice_the_time(capsys, monkeypatch):
+    monkeypatch.setattr("sigmarep.training.progress.SECONDS_BETWEEN_SIGNS", 1.5)
+    Progress(10, mode="plain").message("begins")
+    with waiting("first", mode="plain"):
+        time.sleep(1.2)
+    with waiting("second", mode="plain"):
+        # Said after 1.5 - 1.2 seconds or, as a block's first second may be all of it, one.
+        time.sleep(1.3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "begins"
+    assert [line.split(",")[0] for line in lines[1:]] in (["second"], ["first", "second"])
 
 
 def test_plain_progress_is_sparse_and_names_the_time_left(capsys):
