@@ -34,6 +34,7 @@ SAME_FUNCTION: dict[str, dict[str, tuple[Any, ...]]] = {
     "big_vision": {"norm": ("pre",), "qk_norm": ("none",), "branch_scale": ("none",), "activation": ("gelu_tanh",)},
 }
 COMMON: dict[str, tuple[Any, ...]] = {
+    "token_mixing": ("attention",),
     "norm_type": ("layer",),
     "attention_weights": ("softmax",),
     "attention_temperature": (1.0,),

@@ -62,6 +62,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "gated": PLAIN | {"model.attention_gate": "elementwise"},
     "target_entropy": PLAIN | {"model.entropy_target": 0.8},
     "seq_vcr": PLAIN | {"model.seq_vcr": 0.1},
+    # For models without attention to a context.
+    "consensus": PLAIN | {"model.token_mixing": "consensus"},
     "deepnorm": {"model.norm": "deepnorm", "model.reparam": "none"},
     "layer_scale": PLAIN | {"model.branch_scale": "layer_scale"},
     "rezero": PLAIN | {"model.branch_scale": "rezero"},

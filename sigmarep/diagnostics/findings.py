@@ -14,6 +14,7 @@ from sigmarep.training.diagnosis import COLLAPSED, ENTROPY, diagnose, is_evidenc
 
 # A layer that comes so near to a collapse has no fall of its own, and is named.
 NEAR = 2 * COLLAPSED
+NOT_DEFINED = "attention entropy is not defined for layers without attention weights"
 # Layers that fell at one step are named up to this number.
 MOST_NAMED = 3
 SHARPNESS = {
@@ -195,7 +196,7 @@ def outcome(run: Run, known: Facts) -> str:
 
 def _entropy(run: Run, facts: Facts) -> str:
     if facts.lowest is None:
-        return "No attention entropy was recorded."
+        return "No attention entropy was recorded." if run.attends else f"A{NOT_DEFINED[1:]}."
     value, layer, step = facts.lowest
     if not facts.fell:
         if value < NEAR:

@@ -7,7 +7,7 @@ from typing import Any
 from sigmarep.diagnostics import changes, sensitivity
 from sigmarep.diagnostics.changes import LOSS, intervention
 from sigmarep.diagnostics.curves import span
-from sigmarep.diagnostics.findings import NEAR, Sentence
+from sigmarep.diagnostics.findings import NEAR, NOT_DEFINED, Sentence
 from sigmarep.diagnostics.story import ASIDE, MOST_DIFFERENCES, MOST_NAMED, RATE, Told, listed, shown
 from sigmarep.training.diagnosis import COLLAPSED
 
@@ -55,7 +55,7 @@ def _fallen(members: Sequence[Told]) -> list[str]:
     recorded = [each for each in members if each.facts.lowest]
     fallen = [each for each in recorded if each.collapsed]
     if not recorded:
-        return ["no attention entropy recorded"]
+        return ["no attention entropy recorded" if any(each.run.attends for each in members) else NOT_DEFINED]
     lowest = span([each.facts.lowest[0] for each in recorded if each.facts.lowest], 3)
     if not fallen:
         lost = any(each.facts.diverged is not None for each in members)

@@ -59,6 +59,11 @@ class Run:
     damage: list[str]
     process: str | None = None
 
+    @property
+    def attends(self) -> bool:
+        """False if the layers that mix tokens have no attention weights, so that their entropy is not defined."""
+        return self.config.get("model.token_mixing", "attention") == "attention"
+
     def series(self, name: str) -> Series:
         """Steps and values of one metric; empty if it was not logged."""
         return self.rows.series(name)

@@ -98,7 +98,7 @@ def of_runs(runs: Sequence[Run], facts: Sequence[Facts]) -> str:
                 steps,
                 escaped(f"{each.final[0]} {each.final[1]:.4g}") if each.final else "",
                 "" if each.loss is None else loss(each.loss),
-                _lowest(*each.lowest) if each.lowest else "",
+                _lowest(*each.lowest) if each.lowest else "" if run.attends else "not defined",
                 escaped(f"{each.earliest} at step {each.fell[0][1]}") if each.fell else "",
                 _step(each.rose),
                 _step(each.diverged) + (f", {escaped(each.cause)}" if each.cause else ""),

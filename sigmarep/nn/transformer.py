@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from sigmarep import doors, fields
 from sigmarep.fields import attribute
-from sigmarep.nn import grouped_queries
-from sigmarep.nn.attention import PIECE, AttentionConfig, MultiHeadAttention, create_attention
+from sigmarep.nn import consensus, grouped_queries
+from sigmarep.nn.attention import PIECE, AttentionConfig, create_attention
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.linear import REPARAMS, Reparam, SigmaDense
 from sigmarep.nn.norms import BRANCH_SCALES, NORM_TYPES, POINTWISE, BranchScale, BranchScaling
@@ -68,6 +68,12 @@ class TransformerConfig(AttentionConfig):
     width: int = _required("Features of a token, D.", at_most=2**20)
     num_heads: int = _required("Attention heads; a divisor of the width.", at_most=2**20)
     mlp_dim: int = _required("Hidden units of the MLP.", at_most=2**24)
+    token_mixing: str = attribute(
+        "attention",
+        "The layer by which tokens see each other: attention, or consensus (sigmarep.nn.consensus), which has no attention "
+        "weights, takes none of their fields and cannot attend to a context.",
+        choices=consensus.TOKEN_MIXINGS,
+    )
     norm: Norm = attribute(  # noqa: RUF009
         "pre",
         "Place of the norms: none; pre, before each branch and after the last block; peri, pre and one more at the end of "
@@ -192,6 +198,8 @@ class TransformerConfig(AttentionConfig):
                 f"num_heads = {self.num_heads}: rotary positions need an even number of features a head, not "
                 f"{self.width // self.num_heads}"
             )
+        if self.token_mixing == "consensus":
+            consensus.check(self)
 
     @property
     def alpha(self) -> float:
@@ -242,9 +250,10 @@ class TransformerConfig(AttentionConfig):
         )
         return function(x)
 
-    def attention(self, name: str) -> MultiHeadAttention:
-        """The attention layer of a block."""
-        return create_attention(
+    def attention(self, name: str) -> nn.Module:
+        """The attention layer of a block, or the one that `token_mixing` puts in its place."""
+        create = consensus.create_consensus if self.token_mixing == "consensus" else create_attention
+        return create(
             self,
             self.num_heads,
             use_bias=self.use_bias,

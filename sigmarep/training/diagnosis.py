@@ -266,7 +266,8 @@ def _cause(facts: Diagnosis, healthy: _Step | None, broken: _Step) -> tuple[str,
     if (healthy is not None and healthy.collapsed) or (gradient_alone and broken.collapsed):
         return "entropy collapse", collapse_in_words(facts)
     if gradient_alone:
-        measured = f"the loss and the attention of its step were finite ({broken.measured()})"
+        finite = "the loss and the attention of its step were" if broken.entropies else "the loss of its step was"
+        measured = f"{finite} finite ({broken.measured()})"
         return "gradient", f"the gradient's norm was {broken.gradient} {at}; {measured}"
     if healthy is None:
         return "unknown", f"what broke first is not known: {before}"

@@ -15,6 +15,8 @@ Of attention, by layer:
     attention/logit_variance/<layer>     over the keys that a query sees, mean over queries and heads
     attention/qk_norm/<layer>            ‖W_q W_kᵀ‖₂ of the largest head
 
+Layers without attention weights (`config.model.token_mixing`) have none of these.
+
 Of every layer that `sigmarep.nn.layers` describes, by its path:
 
     spectral/sigma/<path>                σ(W), raw: the stored one, or by `norm_from_below` if there is none

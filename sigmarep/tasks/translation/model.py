@@ -18,7 +18,7 @@ from sigmarep.errors import BadInput
 from sigmarep.fields import field
 from sigmarep.models import decoding
 from sigmarep.models.seq2seq import Seq2Seq, deepnorm_constants
-from sigmarep.nn import fold
+from sigmarep.nn import consensus, fold
 from sigmarep.tasks.protocol import Files, LossOutput, TaskModel
 from sigmarep.tasks.transformer_config import TEXT_POSITIONS, create_transformer, transformer_fields
 
@@ -93,6 +93,8 @@ def create_module(config: ml_collections.ConfigDict, vocabulary_size: int) -> Se
         raise BadInput(
             f"config.model.depth = {fields.depth}, decoder_depth = {fields.decoder_depth}: expected at least 1"
         )
+    if fields.token_mixing == "consensus":
+        raise BadInput(f"config.model.{consensus.NO_CONTEXT}")
     constants = deepnorm_constants(*depths.values()) if fields.norm == "deepnorm" else {"encoder": {}, "decoder": {}}
     stacks = {
         name: create_transformer(config, depth=depth, rotary_base=ROTARY_BASE if rotary else 0.0, **constants[name])
