@@ -30,7 +30,8 @@ class AttentionStatistics(NamedTuple):
 
     A query that sees no key has entropy and variance 0, and max_logit −inf. One with a NaN among its logits has NaN
     throughout. A logit of +inf has max_logit +inf, variance NaN, and entropy NaN, as its softmax has; under sigmoid
-    weights, where its weight is 1, the entropy is exact. A logit of −inf is a weight of 0, unless all are.
+    weights, where its weight is 1, the entropy is exact. A logit of −inf is a weight of 0, unless all are: then the softmax
+    is NaN, and so are entropy and variance.
 
     Attributes:
       entropy: in nats.
@@ -245,13 +246,18 @@ def _sums(logits: jax.Array, scores: jax.Array, visible: jax.Array | None) -> Su
 
     def below(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The maximum of x, and how far x is below it."""
-        most = jnp.max(only_visible(x, -jnp.inf), axis=-1)
-        # Where no key is visible any finite reference will do.
-        return most, only_visible(x - jnp.where(jnp.isfinite(most), most, 0.0)[..., None], 0.0)
+        most = jnp.max(only_visible(x, -jnp.inf), axis=-1, keepdims=True)
+        if visible is not None:
+            # Where no key is visible any finite reference will do.
+            return most[..., 0], only_visible(x - jnp.where(jnp.isfinite(most), most, 0.0), 0.0)
+        # These are the softmax's own differences. TPUs' compiler takes them, and all their sums, in the kernel of the
+        # product that makes x, as long as the maximum itself is no result: it is the x that no difference is below.
+        relative = x - most
+        return jnp.max(jnp.where(relative < 0, -jnp.inf, x), axis=-1), relative
 
     (top, relative), (largest, differences) = below(scores), below(logits)
-    relative = not_far_below(relative)
     weights = only_visible(jnp.exp(relative), 0.0)
+    relative = not_far_below(relative)
     return Sums(
         top=top,
         total=jnp.sum(weights, axis=-1),

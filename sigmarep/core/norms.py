@@ -6,6 +6,7 @@ for threads of the pool that it runs in, so that concurrent calls can deadlock o
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,40 @@ def leading_vectors(matrix: jax.Array, vectors: int = 1) -> tuple[jax.Array, jax
     return rows, jnp.sqrt(jnp.sum(image * image)) * scale
 
 
+class Gram(NamedTuple):
+    """XᵀX of matrices X (..., d, n).
+
+    Attributes:
+      matrix: (..., n, n), XᵀX / scale².
+      scale: (...), the largest magnitude in X; 1 for zeros.
+    """
+
+    matrix: jax.Array
+    scale: jax.Array
+
+
 @jax.jit
-def product_norm(first: jax.Array, second: jax.Array, rows: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """Computes ‖A Bᵀ‖₂ of two tall matrices without forming the product.
+def gram(x: jax.Array, row: jax.Array | None = None) -> Gram:
+    """Computes Gram matrices in float32.
+
+    Args:
+      x: X, shape (..., d, n).
+      row: shape (..., 1, n), an extra row of X. The result then has a first axis of two: without the row and with it.
+    """
+    x = x.astype(jnp.float32)
+    parts = [x] if row is None else [x, row.astype(jnp.float32)]
+    scale = functools.reduce(jnp.maximum, (_over_matrix(jnp.max, jnp.abs(part)) for part in parts))
+    scale = jnp.where(scale > 0, scale, 1.0)
+    parts = [part / scale for part in parts]
+    each = [jnp.einsum("...dn,...dm->...nm", part, part, precision=lax.Precision.HIGHEST) for part in parts]
+    if row is None:
+        return Gram(each[0], scale[..., 0, 0])
+    return Gram(jnp.stack([each[0], each[0] + each[1]]), jnp.stack([scale[..., 0, 0]] * 2))
+
+
+@jax.jit
+def product_norm(left: Gram, right: Gram) -> jax.Array:
+    """Computes ‖A Bᵀ‖₂ of two tall matrices from their Gram matrices.
 
     ‖A Bᵀ‖₂² is the largest eigenvalue of C = (AᵀA)(BᵀB). Squaring C twelve times isolates its leading eigenvector y, and
     B y is the leading right singular vector of A Bᵀ. The norm of its image is accurate to second order in the remaining
@@ -70,42 +102,24 @@ def product_norm(first: jax.Array, second: jax.Array, rows: tuple[jax.Array, jax
     6e-8 (‖A‖₂‖B‖₂ / ‖A Bᵀ‖₂)².
 
     Args:
-      first, second: A and B, shape (..., d, n).
-      rows: shape (..., 1, n) each, an extra row for A and one for B (the biases that belong to the weights).
+      left, right: of A and of B, shapes (..., n, n).
 
     Returns:
-      Shape (...); with `rows`, shape (2, ...): first without the extra rows, then with them.
+      Shape (...).
     """
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
-    def scaled(x: jax.Array, row: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
-        x = x.astype(jnp.float32)
-        parts = [x] if row is None else [x, row.astype(jnp.float32)]
-        scale = functools.reduce(jnp.maximum, (_over_matrix(jnp.max, jnp.abs(part)) for part in parts))
-        scale = jnp.where(scale > 0, scale, 1.0)
-        return [part / scale for part in parts], scale
+    def square(gram: jax.Array, vector: jax.Array) -> jax.Array:
+        """‖X x‖² from XᵀX."""
+        return jnp.sum(vector * product(gram, vector), axis=(-2, -1))
 
-    def grams(parts: list[jax.Array]) -> jax.Array:
-        """Gram matrices without the extra row and with it."""
-        each = [jnp.einsum("...dn,...dm->...nm", part, part, precision=lax.Precision.HIGHEST) for part in parts]
-        return jnp.stack([sum(each[: i + 1]) for i in range(len(each))])
-
-    def lengths(parts: list[jax.Array], vectors: jax.Array) -> jax.Array:
-        """Norms of the vectors' images without the extra row and with it, (k, ...), from one read of the matrix."""
-        vectors = jnp.moveaxis(vectors[..., 0], 0, -1)
-        squares = jnp.moveaxis(jnp.sum(product(parts[0], vectors) ** 2, axis=-2), -1, 0)
-        if len(parts) > 1:
-            squares = squares.at[1].add(jnp.sum(product(parts[1], vectors)[..., 1] ** 2, axis=-1))
-        return jnp.sqrt(squares)
-
-    row, other_row = (None, None) if rows is None else rows
-    (left, scale), (right, other_scale) = scaled(first, row), scaled(second, other_row)
     # Gram matrices are scaled to norm 1: a row far larger than the matrix would make the squares overflow float32.
-    gram, size = _unit_frobenius(grams(right))
-    y = _leading_vector(product(_unit_frobenius(grams(left))[0], gram))
-    above, below = lengths(left, product(gram, y)) * size[..., 0, 0], lengths(right, y)
-    norms = above / jnp.where(below > 0, below, 1.0) * (scale * other_scale)[..., 0, 0]
-    return norms[0] if rows is None else norms
+    (first, size), (second, other_size) = _unit_frobenius(left.matrix), _unit_frobenius(right.matrix)
+    y = _leading_vector(product(first, second))
+    above, below = square(first, product(second, y)), square(second, y)
+    # Rounding may leave less than nothing of a product of zero.
+    ratio = jnp.where(above < 0, 0.0, above) / jnp.where(below > 0, below, 1.0)
+    return jnp.sqrt(ratio * size[..., 0, 0]) * jnp.sqrt(other_size[..., 0, 0]) * (left.scale * right.scale)
 
 
 def _leading_vector(matrix: jax.Array, *, squarings: int = 12) -> jax.Array:
@@ -140,12 +154,11 @@ def sequence_norm(x: jax.Array, column: jax.Array | None = None) -> jax.Array:
     if column is not None:
         column = column.astype(jnp.float32)
         gram = gram + column[..., :, None] * column[..., None, :]
-    # The iteration sees (X Xᵀ)², which squares every ratio between singular values once more: fewer steps suffice.
-    return jnp.sqrt(norm_from_below(gram, iterations=6))
+    return jnp.sqrt(norm_from_below(gram, symmetric=True))
 
 
-@functools.partial(jax.jit, static_argnames="iterations")
-def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("iterations", "symmetric"))
+def norm_from_below(matrix: jax.Array, *, iterations: int = 8, symmetric: bool = False) -> jax.Array:
     """Estimates ‖A‖₂ from below by Lanczos iteration on AᵀA (Golub and Kahan, 1965), without a product of matrices.
 
     The estimate is exact if the first singular values are well separated, as in sequences of tokens, or if the rank is at
@@ -154,19 +167,21 @@ def norm_from_below(matrix: jax.Array, *, iterations: int = 8) -> jax.Array:
 
     Args:
       matrix: shape (..., m, n).
+      symmetric: A = Aᵀ has no eigenvalues below zero. Lanczos iteration is on A itself then, which it reads
+        iterations + 1 times; of a Gram matrix XᵀX that is as many steps as on X.
 
     Returns:
       Shape (...).
     """
-    basis, images, scale = _krylov(matrix, iterations)
+    basis, images, scale = _krylov(matrix, iterations, symmetric)
     product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     y = _leading_vector(product("...in,...jn->...ij", images, images))
     norm, length = (jnp.sqrt(jnp.sum(product("...ki,...kn->...n", y, x) ** 2, axis=-1)) for x in (images, basis))
     return norm / jnp.where(length > 0, length, 1.0) * scale
 
 
-def _krylov(matrix: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Orthonormal rows that span a Krylov space of AᵀA, and their images under A.
+def _krylov(matrix: jax.Array, iterations: int, symmetric: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orthonormal rows that span a Krylov space of AᵀA, or of a symmetric A, and their images under A.
 
     Args:
       matrix: A, shape (..., m, n).
@@ -204,7 +219,7 @@ def _krylov(matrix: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array, j
     def step(i: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         basis, images, row = carry
         basis, image = placed(basis, i, row), image_of(row)
-        new = row_of(image)
+        new = image if symmetric else row_of(image)
         _, before = unit_row(new, 0.0)
         # Twice, because rounding leaves some of the basis in the vector the first time.
         for _ in range(2):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sigmarep.core import entropy, norms
+from sigmarep.nn.axes import shared_among_devices
 from sigmarep.nn.fold import fold
 from sigmarep.nn.grouped_queries import repeated
 
@@ -51,8 +52,12 @@ class QueryKeyKernels(NamedTuple):
 
     def norms(self) -> tuple[jax.Array, jax.Array]:
         """‖W_q W_kᵀ‖₂ of every head, (N,), without the biases and with them as a row of each kernel."""
-        products = norms.product_norm(*self.kernels, self.biases)
-        return (products, products) if self.biases is None else products
+        rows = (None, None) if self.biases is None else self.biases
+        grams = [norms.gram(kernel, row) for kernel, row in zip(self.kernels, rows, strict=True)]
+        # Heads are independent, and so are both norms of one.
+        flat = [norms.Gram(each.matrix.reshape(-1, *each.matrix.shape[-2:]), each.scale.reshape(-1)) for each in grams]
+        products = shared_among_devices(norms.product_norm, *flat).reshape(-1, len(self.kernels[0]))
+        return products[0], products[-1]
 
 
 def query_key_kernels(variables: Mapping[str, Any], *, stored_sigma: bool, use_bias: bool) -> QueryKeyKernels:

@@ -268,7 +268,7 @@ def _program(
         init = layers.initialize if loaded is None else functools.partial(_begun, task, layers, loaded)
         return create_state(init, optimizer_of(rates)[0], seed=seed, ema=config.ema_decay > 0)
 
-    def make_step(*, axis_name):
+    def make_step(*, axis_name, placed=None):
         def step(state, batch, panel, rates):
             own = make_train_step(
                 task,
@@ -278,6 +278,7 @@ def _program(
                 ema_decay=config.ema_decay,
                 qk_clip=config.optimizer.qk_clip,
                 axis_name=axis_name,
+                placed=placed,
             )
             return own(state, batch, panel)
 

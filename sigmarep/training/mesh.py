@@ -53,6 +53,9 @@ Rule = tuple[re.Pattern[str], tuple[str | None, ...]]
 # Mesh axes of the dimensions of activations, by the names of `sigmarep.nn.axes`; the others are whole.
 ACTIVATION_RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("mlp", "tensor"))
 
+# Arrays of fewer elements are read sooner than the devices have agreed on a sum.
+SMALL = 2**14
+
 
 def create_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh`; one axis may be −1 and takes the devices the others leave.
@@ -172,6 +175,28 @@ def state_shardings(abstract_state: Any, mesh: Mesh, layers: Mapping[str, Layer]
         return NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh, layers, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+def spread_over_data(x: jax.Array, placed: NamedSharding) -> jax.Array:
+    """`x` with one of its dimensions divided among the devices of the data axis too, each of which has all of it already.
+
+    Sums over the result read a part of the array on each device. Small arrays, and those with no dimension that divides
+    by the number of devices, are returned as they are.
+
+    Args:
+      placed: where x lies, by which the program that computes it stays as it is.
+    """
+    mesh = placed.mesh
+    if x.size < SMALL:
+        return x
+    spec: list[Any] = [*placed.spec, *(None,) * (x.ndim - len(placed.spec))]
+    for dimension, axes in enumerate(spec):
+        both = (*(axes if isinstance(axes, tuple) else (axes,) if axes else ()), "data")
+        if "data" not in both[:-1] and x.shape[dimension] % math.prod(mesh.shape[a] for a in both) == 0:
+            spec[dimension] = both
+            x = jax.lax.with_sharding_constraint(x, placed)
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return x
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

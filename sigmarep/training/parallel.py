@@ -80,7 +80,7 @@ class JitRunner(Runner):
         self.shardings = shardings
         self._batch = meshes.batch_sharding(mesh)
         self.inputs: tuple[Any, ...] = ()
-        step = make_step(axis_name=None)
+        step = make_step(axis_name=None, placed=shardings.params if mesh.shape["data"] > 1 else None)
         self._step = jax.jit(
             step,
             static_argnums=2,
@@ -203,7 +203,7 @@ def create_runner(
     """The runner of `config.parallel` over the mesh of `config.mesh`.
 
     Args:
-      make_step: `make_step(axis_name=…)` returns the training step.
+      make_step: `make_step(axis_name=…, placed=…)` returns the training step.
       abstract_state: shapes of the state.
       layers: of the model.
       batch_rows: rows that a global batch may have.

@@ -13,6 +13,7 @@ from sigmarep.core.entropy import largest
 from sigmarep.nn.layers import Layers
 from sigmarep.nn.qk_clip import qk_clipped
 from sigmarep.tasks.protocol import LossOutput, TaskModel
+from sigmarep.training.mesh import spread_over_data
 from sigmarep.training.panel import layer_statistics
 
 
@@ -85,6 +86,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     qk_clip: float = 0.0,
     axis_name: str | None = None,
+    placed: Any = None,
 ) -> Callable[..., tuple[TrainState, StepOutput]]:
     """Returns `step(state, batch, panel=False) -> (state, StepOutput)`.
 
@@ -97,10 +99,15 @@ def make_train_step(
       ema_decay: of the averaged weights.
       qk_clip: the threshold of `sigmarep.nn.qk_clip`, off at 0.
       axis_name: of the devices under pmap; None under jit, where sums over the batch are global already.
+      placed: shardings of the parameters, by which the devices share the panel's reading of them; None if each reads all.
     """
 
     def summed(tree):
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+    def shared(tree):
+        """Parameters or what is like them, of which each device reads its part for the panel."""
+        return tree if placed is None else jax.tree.map(spread_over_data, tree, placed)
 
     def gradients(state: TrainState, batch, rng, attention: bool) -> tuple[Any, LossOutput]:
         def loss_sum(params):
@@ -143,7 +150,7 @@ def make_train_step(
         grads, output = accumulated(state, batch, rng, panel or qk_clip > 0)
         grads, loss, metrics = summed((grads, output.loss, output.metrics))
         weight = jnp.maximum(loss[1], 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        total, grads = grads, jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         attention = output.attention
@@ -165,11 +172,13 @@ def make_train_step(
         recorded = {}
         if panel:
             spectral = output.model_state.get("spectral", {})
+            # Parts of the sum are divided: for parts of the quotient the whole of it would be written.
+            parts = (shared(state.params), jax.tree.map(lambda g: g / weight, shared(total)), shared(updates))
             recorded = {
                 "attention": attention,
                 "spectral": spectral,
                 "gamma": _gammas(state.params),
-                "layers": layer_statistics(state.params, grads, updates, spectral, layers),
+                "layers": layer_statistics(*parts, spectral, layers),
                 "nonfinite": summed(_nonfinite(batch)),
             }
         new_state = dataclasses.replace(

@@ -225,6 +225,15 @@ def test_logits_that_are_not_finite_are_those_of_numpy(value, sigmoid):
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
+def test_infinite_logits_without_a_mask_are_those_of_numpy(sigmoid):
+    logits = np.random.default_rng(0).normal(size=(1, 1, 4, 7)).astype(np.float32)
+    logits[0, 0, 1, 3], logits[0, 0, 2, 3], logits[0, 0, 3, 2:4] = np.inf, -np.inf, (-np.inf, np.inf)
+    expected = in_float64(logits, np.ones(logits.shape, bool), sigmoid)
+    for ours, theirs in zip(entropy.statistics_of_logits(jnp.asarray(logits), sigmoid=sigmoid), expected, strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
 def test_a_nan_stays_in_compiled_programs_of_any_size(sigmoid):
     for shape in ((1, 1, 2, 3), (64, 4, 17, 17)):
         logits = np.zeros(shape, np.float32)

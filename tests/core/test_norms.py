@@ -83,8 +83,15 @@ def test_product_norm_equals_the_svd_of_the_product():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 3, 20, 4)).astype(np.float32)
     expected = [np.linalg.norm(a.astype(np.float64) @ b.T, 2) for a, b in zip(first, second, strict=True)]
-    np.testing.assert_allclose(norms.product_norm(first, second), expected, rtol=1e-5)
-    assert np.all(norms.product_norm(0 * first, second) == 0)
+    np.testing.assert_allclose(norms.product_norm(norms.gram(first), norms.gram(second)), expected, rtol=1e-5)
+    assert np.all(norms.product_norm(norms.gram(0 * first), norms.gram(second)) == 0)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_product_norm_of_tiny_and_huge_matrices(scale):
+    first, second = np.random.default_rng(0).normal(size=(2, 20, 4)).astype(np.float32)
+    found = norms.product_norm(norms.gram(scale * first), norms.gram(scale * second))
+    np.testing.assert_allclose(found / scale**2, np.linalg.norm(first.astype(np.float64) @ second.T, 2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -100,7 +107,7 @@ def test_product_norm_with_one_more_row_equals_the_svd_of_the_product(seed):
         pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in pairs]
         expected = np.asarray([np.linalg.norm(a @ np.swapaxes(b, 1, 2), 2, axis=(1, 2)) for a, b in pairs])
         factors = np.asarray([np.linalg.norm(a, 2, axis=(1, 2)) * np.linalg.norm(b, 2, axis=(1, 2)) for a, b in pairs])
-        found = norms.product_norm(left, right, tuple(rows))
+        found = norms.product_norm(norms.gram(left, rows[0]), norms.gram(right, rows[1]))
         # Two rows that count alone may be nearly orthogonal: their inner product is then small beside what is rounded.
         rounding = 6e-8 * (factors / np.where(expected > 0, expected, 1.0)) ** 2
         assert np.all(abs(found - expected) <= (2e-6 + rounding) * expected)

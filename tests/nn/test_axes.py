@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from sigmarep.nn.axes import with_axes
+from sigmarep.nn.axes import shared_among_devices, with_axes
 
 RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"))
 NAMES = ("batch", "length", "heads")
@@ -44,3 +45,15 @@ def test_without_rules_or_a_mesh_nothing_happens(mesh):
         assert with_axes(x, *NAMES) is x
     with jax.set_mesh(mesh):
         assert with_axes(x, *NAMES) is x
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_values_shared_among_devices_are_those_of_one(count, mesh):
+    x = jnp.arange(2.0 * count).reshape(count, 2)
+
+    def sums(x, scale):
+        return jnp.sum(x, axis=1) * scale
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        shared = jax.jit(lambda x: shared_among_devices(sums, x, x[:, 0]))(x)
+    np.testing.assert_array_equal(shared, sums(x, x[:, 0]))

@@ -136,6 +136,16 @@ def test_the_panel_combines_means_and_the_largest_logit():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reparam", ["none", "sigma", "weight"])
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}])
+def test_a_panel_that_devices_share_is_that_of_one(reparam, mesh, monkeypatch):
+    monkeypatch.setattr(meshes, "SMALL", 1)
+    task = TinyTask(reparam=reparam)
+    whole, parts = (run.__wrapped__(steps=1, panel=True, task=task, **each)[2].panel for each in ({}, mesh))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5, err_msg=str(path))
+
+
 def test_asking_for_the_panel_changes_nothing_else():
     task, optimizer = TinyTask(), optax.adam(1e-3)
     layers = describe(task.init, jax.random.key(0))
