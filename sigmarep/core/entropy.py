@@ -31,7 +31,7 @@ class AttentionStatistics(NamedTuple):
     A query that sees no key has entropy and variance 0, and max_logit −inf. One with a NaN among its logits has NaN
     throughout. A logit of +inf has max_logit +inf, variance NaN, and entropy NaN, as its softmax has; under sigmoid
     weights, where its weight is 1, the entropy is exact. A logit of −inf is a weight of 0, unless all are: then the softmax
-    is NaN, and so are entropy and variance.
+    is NaN, and so are entropy and variance, and max_logit too where no mask is given.
 
     Attributes:
       entropy: in nats.
