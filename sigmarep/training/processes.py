@@ -68,7 +68,9 @@ def give_threads() -> None:
     more devices than cores the collectives of some devices can wait in all threads for those of others; after 40 seconds
     XLA ends the process. XLA reads the variable NPROC, where it is set, as the number of cores.
     """
-    devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    # JAX's types know the name from one of its versions on.
+    config: Any = jax.config
+    devices = config.jax_num_cpu_devices
     if devices > (os.cpu_count() or 1):
         os.environ.setdefault("NPROC", str(THREADS_A_DEVICE * devices))
 
