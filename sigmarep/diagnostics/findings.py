@@ -196,7 +196,7 @@ def outcome(run: Run, known: Facts) -> str:
 
 def _entropy(run: Run, facts: Facts) -> str:
     if facts.lowest is None:
-        return "No attention entropy was recorded." if run.attends else f"A{NOT_DEFINED[1:]}."
+        return "No attention entropy was recorded." if run.attends else f"{NOT_DEFINED.capitalize()}."
     value, layer, step = facts.lowest
     if not facts.fell:
         if value < NEAR:

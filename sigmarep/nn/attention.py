@@ -18,7 +18,7 @@ from sigmarep.fields import attribute
 from sigmarep.nn import attention_statistics, grouped_queries, key_value_cache
 from sigmarep.nn.axes import with_axes
 from sigmarep.nn.fused_attention import cudnn_attention, cudnn_supports, flash
-from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, slot_scaled
+from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, handed_on, slot_scaled
 from sigmarep.nn.positions import Rotary
 from sigmarep.nn.sphere import UnitHeads
 from sigmarep.nn.visibility import FULL, RealTokens, Visibility
@@ -212,19 +212,7 @@ class MultiHeadAttention(nn.Module):
         return doors.load(value, field=MODEL_NAMES.get(name, name)) if doors.is_dotted(value) else value
 
     def _dense(self, features: int | tuple[int, ...], name: str, **options: Any) -> SigmaDenseGeneral:
-        return SigmaDenseGeneral(
-            features,
-            use_bias=self.use_bias,
-            reparam=self.reparam,
-            gamma_init=self.gamma_init,
-            gamma_trainable=self.gamma_trainable,
-            power_vectors=self.power_vectors,
-            common_std=self.common_std,
-            bias_init=self.bias_init,
-            dtype=self.dtype,
-            name=name,
-            **options,
-        )
+        return SigmaDenseGeneral(features, name=name, **handed_on(self), **options)
 
     def _scaled_init(self) -> Initializer:
         return self.kernel_init if self.value_scale == 1.0 else slot_scaled(self.kernel_init, (self.value_scale,))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sigmarep import fields
 from sigmarep.nn.attention import DEFAULT_KERNEL_INIT, AttentionConfig
 from sigmarep.nn.axes import with_axes
-from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, slot_scaled
+from sigmarep.nn.linear import Initializer, Reparam, SigmaDenseGeneral, handed_on, slot_scaled
 from sigmarep.nn.positions import rotated
 from sigmarep.nn.visibility import FULL, Visibility
 
@@ -170,17 +170,7 @@ class Consensus(nn.Module):
         return direct + graph.rows.applied(state, stacked, offsets, causal=causal)
 
     def _dense(self, features: int | tuple[int, ...], name: str, **options: Any) -> SigmaDenseGeneral:
-        shared = {
-            "use_bias": self.use_bias,
-            "reparam": self.reparam,
-            "gamma_init": self.gamma_init,
-            "gamma_trainable": self.gamma_trainable,
-            "power_vectors": self.power_vectors,
-            "common_std": self.common_std,
-            "kernel_init": self.kernel_init,
-            "bias_init": self.bias_init,
-            "dtype": self.dtype,
-        }
+        shared = handed_on(self) | {"kernel_init": self.kernel_init}
         return SigmaDenseGeneral(features, name=name, **(shared | options))
 
     def _of_pairs(self, x: jax.Array, offsets: list[int], name: str) -> jax.Array:

@@ -35,6 +35,24 @@ Initializer = Callable[..., jax.Array]
 _reparametrize = jax.jit(spectral.reparametrize, inline=True)
 
 
+# Fields that a module with dense layers of its own has under the layers' names.
+HANDED_ON = (
+    "use_bias",
+    "reparam",
+    "gamma_init",
+    "gamma_trainable",
+    "power_vectors",
+    "common_std",
+    "bias_init",
+    "dtype",
+)
+
+
+def handed_on(module: nn.Module) -> dict[str, Any]:
+    """The arguments that the dense layers of `module` take from its own fields, `HANDED_ON`."""
+    return {name: getattr(module, name) for name in HANDED_ON}
+
+
 class ReparametrizedLayer(nn.Module):
     """Base class of the layers: their common fields, and the replacement of the kernel by the effective one.
 
