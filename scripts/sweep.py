@@ -41,11 +41,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
 JOBS = flags.DEFINE_integer(
     "jobs",
     None,
-    "Number of processes at a time; locally half the cores by default, one with --vectorize.",
+    "Number of processes at a time; locally half the cores by default, one on an accelerator or with --vectorize.",
     lower_bound=1,
 )
-VECTORIZE = flags.DEFINE_integer(
-    "vectorize", 1, "Most runs of one program that a process makes together, on an accelerator.", lower_bound=1
+VECTORIZE = flags.DEFINE_string(
+    "vectorize",
+    "auto",
+    "Most runs of one program that a process makes together; auto: 1 on CPUs, measured on an accelerator.",
 )
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the commands without running them.")
 LAUNCHER = flags.DEFINE_enum("launcher", "local", launchers.LAUNCHERS, "This machine, or the kind of cluster.")
@@ -72,7 +74,7 @@ def main() -> None:
     path, _, text = given.partition(":")
     if not os.path.isfile(path):
         raise BadInput(f"--config {path}: there is no such file")
-    module = command.load_config_file(path)
+    module, most = command.load_config_file(path), vectorized(VECTORIZE.value)
     if SEARCH.value:
         search(module, path, text, workdir)
         return
@@ -88,10 +90,8 @@ def main() -> None:
             raise BadInput(f"--run {RUN.value}: expected a number from 0 to {len(runs) - 1}")
         runs = [runs[RUN.value]]
     elif LAUNCHER.value != "local":
-        if VECTORIZE.value > 1:
-            raise BadInput(
-                f"--vectorize {VECTORIZE.value}: needs --launcher local; {LAUNCHER.value} starts each run alone"
-            )
+        if (most or 1) > 1:
+            raise BadInput(f"--vectorize {most}: needs --launcher local; {LAUNCHER.value} starts each run alone")
         launch(runs, given, workdir)
         return
     if DRY_RUN.value:
@@ -99,18 +99,27 @@ def main() -> None:
             print(shlex.join(run.command))
         return
     prepare(workdir)
-    jobs = JOBS.value or (sweeps.default_jobs() if VECTORIZE.value == 1 else 1)
+    jobs = JOBS.value or (1 if (most or 1) > 1 else None)
     record = sweeps.execute(
         runs,
         workdir,
         jobs=jobs,
         say=lambda text: print(text, flush=True),
-        environment=sweeps.environment_of(workdir, jobs),
-        vectorize=VECTORIZE.value,
+        environment=sweeps.environment_of(workdir, jobs or 1),
+        vectorize=most,
     )
     if RUN.value is not None and record[runs[0].name]["state"] == "stopped":
         sys.exit(143)
     end([record[run.name]["state"] for run in runs])
+
+
+def vectorized(given: str) -> int | None:
+    """The value of --vectorize, None for auto."""
+    if given == "auto":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise BadInput(f"--vectorize {given}: expected auto or a number from 1")
+    return int(given)
 
 
 def listed(module, name: str, given: str, text: str):
@@ -150,7 +159,7 @@ def search(module, path: str, text: str, workdir: str) -> None:
         ("dry_run", DRY_RUN.value),
         ("run", RUN.value is not None),
         ("launcher", LAUNCHER.value != "local"),
-        ("vectorize", VECTORIZE.value > 1),
+        ("vectorize", (vectorized(VECTORIZE.value) or 1) > 1),
         ("table", TABLE.value),
     ):
         if unusual:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sigmarep.errors import BadInput, Diverged, Stopped, one_line
+from sigmarep.errors import BadInput, Diverged, SigmarepError, Stopped, one_line
 from sigmarep.files import locked, read_json, write_atomically
+from sigmarep.training.metrics import read_metrics
 from sigmarep.training.stopped import stopped_early
 from sigmarep.training.workdir_lock import holder
-from sigmarep.worker import Worker
+from sigmarep.vectorization import Given, Measured, speed
+from sigmarep.worker import TOO_MANY, Worker
 
 Point = dict[str, Any]
 # State of a run by its exit status.
@@ -63,6 +65,11 @@ class Source(Protocol):
         """A run has ended."""
 
 
+def default_jobs() -> int:
+    """Default number of runs at a time on CPUs: half the cores."""
+    return max((os.cpu_count() or 2) // 2, 1)
+
+
 def read_record(workdir: str) -> dict[str, dict[str, Any]]:
     """Reads the record of the runs that have ended: `point`, `state`, `status` and `seconds` by name; {} without any.
 
@@ -92,26 +99,30 @@ class Execution:
         record: dict[str, dict[str, Any]],
         say: Callable[[str], None],
         environment: dict[str, str],
-        vectorize: int,
+        vectorize: int | None,
         source: Source | None = None,
     ):
         self._workdir, self._record, self._say, self._environment = workdir, record, say, environment
-        self._vectorize, self._source = vectorize, source
+        self._source = source
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._workers: set[Worker] = set()
         # Runs of one program, by its key.
         self._groups: dict[str, collections.deque[PlannedRun]] = {"": collections.deque(waiting)}
-        # Runs of a group that are made together.
-        self._widths: dict[str, int] = {}
+        # The runs of a group that are made together; none before it is known on what.
+        self._widths: Given | Measured = Given(vectorize or 1)
+        self._measures = vectorize is None
         # Keys of the groups that a worker has begun.
         self._begun: set[str] = set()
 
-    def make(self, jobs: int) -> None:
-        """Makes all runs, `jobs` at a time."""
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    def make(self, jobs: int | None) -> None:
+        """Makes all runs, `jobs` at a time; None for `default_jobs` on CPUs, for one where an accelerator is shared."""
+        most = jobs or default_jobs()
+        with concurrent.futures.ThreadPoolExecutor(most) as pool:
             try:
                 first = self._grouped() if len(self._groups[""]) > 1 else None
-                futures = [pool.submit(self._slot, first if i == 0 else None) for i in range(jobs)]
+                if jobs is None and isinstance(self._widths, Measured):
+                    most = 1
+                futures = [pool.submit(self._slot, first if i == 0 else None) for i in range(most)]
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
             except BaseException:
@@ -125,15 +136,16 @@ class Execution:
         """Groups the runs by program, and returns the worker that has named these."""
         runs = list(self._groups[""])
         worker = self._started(runs[0])
-        keys = worker.keys([run.arguments for run in runs]) if worker else None
-        if worker is None or keys is None:
+        answer = worker.programs([run.arguments for run in runs]) if worker else None
+        if worker is None or answer is None:
             return worker
+        programs, devices = answer
         self._groups = {}
-        for run, key in zip(runs, keys, strict=True):
+        for run, (key, _) in zip(runs, programs, strict=True):
             self._groups.setdefault(run.name if key is None else key, collections.deque()).append(run)
-        for key, group in self._groups.items():
-            # As even as can be: the program computes places that are not used too.
-            self._widths[key] = -(-len(group) // -(-len(group) // self._vectorize))
+        # Together, runs are slower on CPUs (docs/cost.md).
+        if self._measures and devices != "cpu":
+            self._widths = Measured({key for key, together in programs if together and key is not None})
         return worker
 
     def _started(self, run: PlannedRun) -> Worker | None:
@@ -149,56 +161,79 @@ class Execution:
         with self._lock:
             self._workers.discard(worker)
 
-    def _next(self, group: str | None) -> tuple[str, list[PlannedRun]] | None:
+    def _next(self, group: str | None) -> tuple[str, int, list[PlannedRun]] | None:
         """The next runs for a worker that has made those of `group`: more of these, else of a program that nobody has
-        begun, else of the one with the most runs left."""
+        begun, else of the one with the most runs left; before them their group and how many are made together."""
         with self._lock:
             left = {key: runs for key, runs in self._groups.items() if runs}
             if self._stopping.is_set():
                 return None
             if not left:
                 run = self._source.next() if self._source else None
-                return ("", [run]) if run else None
+                return ("", 1, [run]) if run else None
             unbegun = [key for key in left if key not in self._begun]
             chosen = group if group in left else unbegun[0] if unbegun else max(left, key=lambda each: len(left[each]))
             assert chosen is not None
             self._begun.add(chosen)
             runs = left[chosen]
-            return chosen, [runs.popleft() for _ in range(min(self._widths.get(chosen, 1), len(runs)))]
+            width = self._widths.width(chosen, len(runs))
+            return chosen, width, [runs.popleft() for _ in range(min(width, len(runs)))]
 
     def _slot(self, worker: Worker | None) -> None:
         """Makes runs until none is left."""
         group = None
         try:
             while chosen := self._next(group):
-                group, runs = chosen
+                group, width, runs = chosen
                 if not all(map(self._free, runs)):
                     return
                 worker = worker or self._started(runs[0])
                 if worker is None:
                     return
-                if not self._made(worker, runs, self._widths.get(group, 1)):
+                if not self._made(worker, group, runs, width):
                     self._closed(worker)
                     worker = None
         finally:
             if worker is not None:
                 self._closed(worker)
 
-    def _made(self, worker: Worker, runs: Sequence[PlannedRun], width: int) -> bool:
-        """Makes runs, together if `width` is above 1, and notes how they end. True if the worker goes on."""
+    def _made(self, worker: Worker, group: str, runs: Sequence[PlannedRun], width: int) -> bool:
+        """Makes runs of a group, together if `width` is above 1, and notes how they end. True if the worker goes on."""
         start = time.monotonic()
         each = [(run.arguments, os.path.join(self._workdir, run.name), self._log(run)) for run in runs]
         if width == 1:
             status, goes_on = worker.make(*each[0])
             self._ended(runs[0], status, time.monotonic() - start)
+            self._note_speed(width, runs)
             return goes_on
         answers = worker.make_together(each, width)
         while True:
             try:
                 number, status = next(answers)
             except StopIteration as end:
+                self._note_speed(width, runs)
                 return end.value
-            self._ended(runs[number], status, time.monotonic() - start)
+            if status != TOO_MANY:
+                self._ended(runs[number], status, time.monotonic() - start)
+            elif isinstance(self._widths, Measured):
+                self._again(group, runs[number], width)
+            else:
+                self._ended(runs[number], SigmarepError.exit_status, time.monotonic() - start)
+
+    def _note_speed(self, width: int, runs: Sequence[PlannedRun]) -> None:
+        if isinstance(self._widths, Measured):
+            rows = [read_metrics(os.path.join(self._workdir, run.name, "metrics.jsonl")) for run in runs]
+            with self._lock:
+                if together := self._widths.note(width, [each for each in map(speed, rows) if each]):
+                    self._say(f"{width} at a time: trained on {together:.4g} examples a second")
+
+    def _again(self, group: str, run: PlannedRun, width: int) -> None:
+        """Puts back a run of which `width` were too many for the device's memory."""
+        assert isinstance(self._widths, Measured)
+        with self._lock:
+            self._widths.refuse(width)
+            self._groups[group].append(run)
+        self._say(f"{run.name}: {width} at a time are too many for the device's memory; made with fewer")
 
     def _log(self, run: PlannedRun) -> str:
         folder = os.path.join(self._workdir, run.name)

@@ -17,7 +17,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigmarep.errors import BadInput, SigmarepError
-from sigmarep.sweep_execution import FINAL, RECORD, Execution, PlannedRun, Point, Source, read_record, reason
+from sigmarep.sweep_execution import (
+    FINAL,
+    RECORD,
+    Execution,
+    PlannedRun,
+    Point,
+    Source,
+    default_jobs,
+    read_record,
+    reason,
+)
 from sigmarep.training.diagnosis import ENTROPY
 from sigmarep.training.metrics import read_metrics
 
@@ -159,10 +169,10 @@ def execute(
     todo: Sequence[PlannedRun],
     workdir: str,
     *,
-    jobs: int,
+    jobs: int | None,
     say: Callable[[str], None],
     environment: dict[str, str] | None = None,
-    vectorize: int = 1,
+    vectorize: int | None = 1,
     source: Source | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Makes the runs that are not finished, and returns the record of all.
@@ -178,10 +188,11 @@ def execute(
     Args:
       todo: the runs of the sweep.
       workdir: folder of the sweep.
-      jobs: number of processes at a time.
+      jobs: number of processes at a time; None for one where an accelerator is shared, else `default_jobs()`.
       say: receives lines of progress.
       environment: environment variables of the runs; None for those of this process.
-      vectorize: most runs that a process makes together.
+      vectorize: most runs that a process makes together; None to choose: 1 on CPUs, on an accelerator as many as make the
+        most steps in a second (`sigmarep.vectorization`).
       source: chooses further runs when those of `todo` are made.
 
     Raises:
@@ -189,9 +200,11 @@ def execute(
     """
     record = read_record(workdir)
     waiting = [run for run in todo if record.get(run.name, {}).get("state") not in FINAL]
-    together = f" x {vectorize} of one program" if vectorize > 1 else ""
+    together = f" x {vectorize} of one program" if vectorize and vectorize > 1 else ""
     if source is None:
-        say(f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs}{together} at a time")
+        say(
+            f"{len(todo)} runs, {len(todo) - len(waiting)} finished before, {jobs or default_jobs()}{together} at a time"
+        )
     if waiting or source:
         variables = dict(os.environ if environment is None else environment)
         execution = Execution(
@@ -240,11 +253,6 @@ def environment_of(workdir: str, jobs: int) -> dict[str, str]:
     JAX would else give to the first."""
     room = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if jobs > 1 else {}
     return room | shared_cache(workdir)
-
-
-def default_jobs() -> int:
-    """Default number of runs at a time: half the cores."""
-    return max((os.cpu_count() or 2) // 2, 1)
 
 
 def shared_cache(workdir: str) -> dict[str, str]:

@@ -10,6 +10,8 @@ from typing import Any
 from sigmarep import signals
 
 POLL_SECONDS = 0.2
+# In place of the exit status of a run that was made together with more others than the device has memory for.
+TOO_MANY = -1000
 
 
 class Worker:
@@ -35,9 +37,14 @@ class Worker:
                 pass_fds=[descriptor],
             )
 
-    def keys(self, arguments: Sequence[Sequence[str]]) -> list[str | None] | None:
-        """A name for the program of each run, None for those without a configuration; None if the process ended."""
-        return self._ask("keys", arguments)
+    def programs(self, arguments: Sequence[Sequence[str]]) -> tuple[list[tuple[str | None, bool]], str] | None:
+        """Asks for the programs of runs.
+
+        Returns:
+          For each run a name of its program, None for one without a configuration, and True if the program can make several
+          runs together on this process's devices; and the kind of these, such as "cpu". None if the process ended.
+        """
+        return self._ask("programs", arguments)
 
     def make(self, arguments: Sequence[str], workdir: str, log: str) -> tuple[int, bool]:
         """Makes a run. Returns the exit status that scripts/train.py alone would have, and True if the process goes on."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from sigmarep import command
 from sigmarep.errors import BadInput, Diverged
+from sigmarep.worker import TOO_MANY
 
 # After a run with another status the process ends: memory may be missing, or a signal asked for the end.
 GOES_ON = (0, BadInput.exit_status, Diverged.exit_status)
@@ -35,17 +36,19 @@ def serve(descriptor: int, train: Callable[..., None], show: Callable[..., None]
     os.set_inheritable(descriptor, False)
     programs = Programs()
 
-    def key(arguments: Sequence[str]) -> str | None:
-        keys: list[str] = []
+    def program(arguments: Sequence[str]) -> tuple[str | None, bool]:
+        configs: list[Any] = []
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            command.outcome(lambda: keys.append(program_key(command.resolve(arguments).to_dict())))
-        return keys[0] if keys else None
+            command.outcome(lambda: configs.append(command.resolve(arguments)))
+        if not configs:
+            return None, False
+        return program_key(configs[0].to_dict()), jax.device_count() == 1 and configs[0].get("parallel") == "jit"
 
     with Connection(descriptor) as connection, contextlib.suppress(EOFError, OSError):
         while True:
             what, *details = connection.recv()
-            if what == "keys":
-                connection.send([key(arguments) for arguments in details[0]])
+            if what == "programs":
+                connection.send(([program(arguments) for arguments in details[0]], jax.default_backend()))
                 continue
             if what == "together":
                 status = _together(connection, programs, show, *details)
@@ -70,7 +73,7 @@ def _together(
     runs: Sequence[tuple[Sequence[str], str, str]],
     width: int,
 ) -> int:
-    """Makes runs together, and sends the number and the exit status of each as it ends.
+    """Makes runs together, and sends the number and the exit status of each, or `TOO_MANY`, as it ends.
 
     Args:
       runs: arguments, workdir and log of each.
@@ -79,7 +82,7 @@ def _together(
     Returns:
       The first status that is not in `GOES_ON`, 0 if there is none.
     """
-    from sigmarep.training.lanes import Group
+    from sigmarep.training.lanes import Group, TooManyRuns
     from sigmarep.training.loop import training
     from sigmarep.training.requests import Steps
 
@@ -89,11 +92,14 @@ def _together(
             result = yield from training(command.resolve(arguments), workdir, programs=programs, place=place)
             show(result, workdir)
             return 0
+        except TooManyRuns as error:
+            command.status_of(error)
+            return TOO_MANY
         except (Exception, SystemExit) as error:
             return command.status_of(error)
 
     def ended(number: int, status: int) -> None:
-        statuses.append(status)
+        statuses.append(TooManyRuns.exit_status if status == TOO_MANY else status)
         connection.send((number, status))
 
     statuses: list[int] = []

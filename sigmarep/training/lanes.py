@@ -32,6 +32,10 @@ from sigmarep.training.requests import EvaluationRequest, Pause, StepRequest, St
 from sigmarep.training.step import StepOutput, TrainState, evaluation_variables
 
 
+class TooManyRuns(SigmarepError):
+    """The device has not enough memory for so many runs at a time."""
+
+
 class Alone:
     """The place of a run that has its devices to itself."""
 
@@ -260,14 +264,21 @@ class Group:
         return self._data[key]
 
     def put(self, number: int, state: TrainState, runner: JitRunner) -> None:
-        """Takes the state of a lane; all lanes have states of the same shapes."""
-        if self._states is None:
-            self._mesh, shapes = runner.mesh, jax.eval_shape(lambda: state)
-            self._states = jax.jit(
-                lambda: jax.tree.map(lambda x: jnp.zeros((self.width, *x.shape), x.dtype), shapes),
-                out_shardings=meshes.replicated(runner.mesh),
-            )()
-        self._states = _put(self._states, state, number)
+        """Takes the state of a lane; all lanes have states of the same shapes.
+
+        Raises:
+          TooManyRuns: the device has not enough memory for all lanes.
+        """
+        try:
+            if self._states is None:
+                self._mesh, shapes = runner.mesh, jax.eval_shape(lambda: state)
+                self._states = jax.jit(
+                    lambda: jax.tree.map(lambda x: jnp.zeros((self.width, *x.shape), x.dtype), shapes),
+                    out_shardings=meshes.replicated(runner.mesh),
+                )()
+            self._states = _put(self._states, state, number)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._explained(error) from error
 
     def get(self, number: int) -> TrainState:
         """A copy of the state of a lane."""
@@ -377,7 +388,7 @@ class Group:
     def _explained(self, error: Exception) -> Exception:
         if "RESOURCE_EXHAUSTED" not in str(error):
             return error
-        failure = SigmarepError(
+        failure = TooManyRuns(
             f"--vectorize: the device has not enough memory for {self.width} runs at a time ({one_line(error)[:200]}); "
             "make fewer"
         )
