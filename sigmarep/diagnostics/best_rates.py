@@ -15,6 +15,8 @@ from sigmarep.sweeps import finished_runs, short
 ARM, RATE, SEED = "arm", "learning_rate", "seed"
 # Ends of the names of metrics of which more is better; of all others less is.
 HIGHER_IS_BETTER = ("accuracy", "bleu")
+# Shares by which a loss may be above a reference; the first is the primary one (docs/experiments.md).
+THRESHOLDS = (0.1, 0.02, 0.05, 0.2)
 NAN = math.nan
 
 # Figures of all seeds, NaN for a run that diverged, by setting ("optimizer=lars"), by arm and by learning rate.
@@ -83,6 +85,35 @@ def tables(figures: Figures, metric: str) -> list[str]:
     return texts
 
 
+def reach(figures: Figures, metric: str, reference: str) -> list[str]:
+    """A Markdown table for each setting: the rates at which an arm is as good as another arm at its best.
+
+    Args:
+      reference: that arm. A rate counts if the arm's median there is at most (1 + θ) times the reference's best median, for
+        the four θ of `THRESHOLDS`. Given are how many rates count, and behind them which; where they are no neighbors,
+        all of them.
+
+    Raises:
+      BadInput: more is better of the metric, or the reference has trained nowhere.
+    """
+    if _higher(metric):
+        raise BadInput(f"--reference {reference}: is for losses; more is better of {metric}")
+    texts = []
+    for setting, by_arm in figures.items():
+        if math.isnan(best := best_rate(by_arm.get(reference, {}), metric)):
+            raise BadInput(f"--reference {reference}: expected an arm that trained, among {', '.join(by_arm)}")
+        goal = median(by_arm[reference][best], metric)
+        rates = sorted({rate for by_rate in by_arm.values() for rate in by_rate})
+        title = f"{metric} within a share of the best of {reference}, {goal:.4g}" + (f" ({setting})" if setting else "")
+        rows = [f"| {title} | {' | '.join(f'{share:.0%}' for share in THRESHOLDS)} |", "|---|---|---|---|---|"]
+        for arm, by_rate in by_arm.items():
+            medians = {rate: median(by_rate[rate], metric) for rate in rates if by_rate.get(rate)}
+            good = [[rate for rate, each in medians.items() if each <= (1 + share) * goal] for share in THRESHOLDS]
+            rows.append(f"| {arm} | {' | '.join(_reached(each, rates) for each in good)} |")
+        texts.append("\n".join(rows))
+    return texts
+
+
 def draw(figures: Figures, metric: str) -> Any:
     """Draws the figure of every arm against the learning rate, a panel for each setting: all seeds, range, median.
 
@@ -104,6 +135,16 @@ def draw(figures: Figures, metric: str) -> Any:
     axes[-1].minorticks_off()
     axes[-1].set(xlabel="learning rate")
     return figure
+
+
+def _reached(good: Sequence[float], rates: Sequence[float]) -> str:
+    if not good:
+        return "0"
+    places = [rates.index(rate) for rate in good]
+    neighbors = places == list(range(places[0], places[-1] + 1))
+    if neighbors and len(good) > 1:
+        return f"{len(good)}: {good[0]:g} to {good[-1]:g}"
+    return f"{len(good)}: {', '.join(f'{rate:g}' for rate in good)}"
 
 
 def _higher(metric: str) -> bool:

@@ -44,6 +44,7 @@ ARMS = {
         *(f"arm={arm}" for arm in ("sigmoid", "target_entropy", "seq_vcr", "sigma_start")),
     ],
     "stability/lm.py": ["", "arm=pre_ln", "arm=target_entropy"],
+    "stability/remedies.py": ["", "task=lm,arm=hyperball"],
     "stability/translation.py": ["", "arm=pre_ln", "arm=sigmoid"],
     "stability/speech.py": ["", "arm=pre_ln"],
     "stability/robustness.py": ["", "arm=post_ln", "width=192,depth=12,batch_size=2048,dtype=bfloat16"],
@@ -216,6 +217,7 @@ SWEPT = {
     "stability/depth.py",
     "stability/intervention.py",
     "stability/lm.py",
+    "stability/remedies.py",
     "stability/robustness.py",
     "stability/speech.py",
     "stability/translation.py",
@@ -233,9 +235,11 @@ def test_experiments_that_are_sweeps_have_one():
 
 
 def all_forms(module):
-    """The points of a sweep, of every size where it takes one."""
-    sizes = module.SIZES if inspect.signature(module.sweep).parameters else ()
-    return [module.sweep(f"size={size}") for size in sizes] or [module.sweep()]
+    """The points of a sweep, of every size or task where it takes one."""
+    if not inspect.signature(module.sweep).parameters:
+        return [module.sweep()]
+    name = "size" if hasattr(module, "SIZES") else "task"
+    return [module.sweep(f"{name}={each}") for each in getattr(module, f"{name.upper()}S")]
 
 
 @pytest.mark.parametrize("name", SWEEPS)

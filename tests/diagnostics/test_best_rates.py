@@ -51,6 +51,29 @@ def test_of_a_loss_the_lowest_median_is_the_best(tmp_path):
     assert "| deepnorm | 0.003 | 5.7 | 5.9, 5.8, 6.1 | 5.7, 5.6, diverged | 5, diverged, diverged |" in text
 
 
+def test_an_arm_is_as_good_as_another_at_its_best_by_four_shares(tmp_path):
+    runs = [
+        *of_arm("pre_ln", {0.01: [2.2, 2.0, 1.9], 0.1: [2.3, None, None], 1.0: [9.0, 9.0, 9.0]}),
+        *of_arm("sigma", {0.01: [2.11, 2.09, 2.09], 0.1: [1.9, 1.9, None], 1.0: [2.3, 2.3, 2.3]}),
+        *of_arm("apart", {0.01: [1.0, 1.0, 1.0], 0.1: [None, None, 1.0], 1.0: [2.03, 2.03, 2.03]}),
+        *of_arm("lost", {0.01: [None, None, None]}),
+    ]
+    figures = best_rates.read_figures(written(tmp_path, LOSS, runs), LOSS)
+    (text,) = best_rates.reach(figures, LOSS, "pre_ln")
+    head, _, *rows = text.splitlines()
+    assert head == "| eval/test/loss within a share of the best of pre_ln, 2 | 10% | 2% | 5% | 20% |"
+    assert rows == [
+        "| pre_ln | 1: 0.01 | 1: 0.01 | 1: 0.01 | 1: 0.01 |",
+        "| sigma | 2: 0.01 to 0.1 | 1: 0.1 | 2: 0.01 to 0.1 | 3: 0.01 to 1 |",
+        "| apart | 2: 0.01, 1 | 2: 0.01, 1 | 2: 0.01, 1 | 2: 0.01, 1 |",
+        "| lost | 0 | 0 | 0 | 0 |",
+    ]
+    with pytest.raises(BadInput, match=r"--reference lost: expected an arm that trained, among pre_ln, sigma"):
+        best_rates.reach(figures, LOSS, "lost")
+    with pytest.raises(BadInput, match=r"is for losses; more is better of eval/test/accuracy"):
+        best_rates.reach(figures, ACCURACY, "pre_ln")
+
+
 def test_a_sweep_without_rates_and_a_metric_that_no_run_has_are_refused(tmp_path):
     workdir = written(tmp_path, LOSS, of_arm("sigma", {0.1: [5.0]}))
     with pytest.raises(BadInput, match=r"--metric eval/test/wer: the run 0 has eval/test/loss"):
