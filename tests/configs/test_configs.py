@@ -75,6 +75,7 @@ ARMS = {
     "ssl/simclr_imagenet.py": ["arm=pre_ln", "arm=frozen_patch", "arm=sigma,warmup=10", "arm=sigma_pre_ln"],
     "ssl/mocov3_imagenet.py": ["", "arm=sigma_pre_ln,warmup=10"],
     "vit/cifar10.py": [""],
+    "vit/fashion_mnist.py": ["", "epochs=20,arm=sigma_pre_ln"],
     "vit/imagenet_384.py": ["", "stage=pretrain"],
     "vit/imagenet_deit.py": ["", "reparam=sigma"],
     "vit/imagenet_mae.py": ["", "variant=L/16", "variant=H/14"],
