@@ -193,7 +193,7 @@ def test_its_layers_are_placed_and_trained_by_what_they_are(name, text):
 def test_its_docstring_has_the_command_and_says_whether_it_was_run(name, text):
     doc = load(name).__doc__
     assert f"python scripts/train.py --config configs/{name}" in doc
-    full_scale = name.startswith(("vit/", "asr/librispeech")) or (
+    full_scale = name.startswith(("vit/imagenet", "vit/cifar10", "asr/librispeech")) or (
         name.startswith("ssl/") and name != "ssl/quickstart.py"
     )
     if full_scale:
