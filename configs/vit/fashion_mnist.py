@@ -1,7 +1,7 @@
 """Fashion-MNIST from scratch on a laptop: the small ViT of a public PyTorch tutorial, to compare a plain baseline with.
 
     python scripts/train.py --config configs/vit/fashion_mnist.py:epochs=20 --workdir runs/fashion_mnist
-    python scripts/train.py --config configs/vit/fashion_mnist.py:epochs=20,arm=sigma_pre_ln --workdir runs/fashion_mnist_sigma
+    python scripts/train.py --config configs/vit/fashion_mnist.py:epochs=20,arm=sigma_pre_ln --workdir runs/fashion_sigma
 
 Arguments: arm (pre_ln; one of sigmarep.remedies.ARMS), epochs (200), learning_rate (0.0005).
 
@@ -11,8 +11,8 @@ twice the width, kernels of standard deviation 0.02, dropout 0.1, AdamW with wei
 twentieth of the epochs and a cosine to a fiftieth of the rate, pad-and-crop by two pixels and flips.
 
 Deviations: the head is one layer on the class token instead of two with a tanh; the class token has a position;
-biases, gains and positions are not decayed; the rate moves at every step instead of every epoch. On two cores 20 epochs
-are feasible; docs/results.md has what came out. The data are those of `fashion_mnist_package`, a package of Debian's that
+biases, gains and positions are not decayed; the rate moves at every step instead of every epoch. Not run yet to its
+end. The data are those of `fashion_mnist_package`, a package of Debian's that
 the first run names.
 """
 

@@ -215,7 +215,7 @@ class MultiHeadAttention(nn.Module):
         return SigmaDenseGeneral(features, name=name, **handed_on(self), **options)
 
     def _scaled_init(self) -> Initializer:
-        return self.kernel_init if self.value_scale == 1.0 else slot_scaled(self.kernel_init, (self.value_scale,))
+        return slot_scaled(self.kernel_init, (self.value_scale,))
 
     def _project(self, x: jax.Array, context: jax.Array | None, cache_length: int) -> Heads:
         """Queries (B, T, N, H) of x; keys and values (B, S, N, H) of the context, or of x without one."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 def with_axes(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains the dimensions of x to the mesh axes that the rules in force give their names.
 
-    Returns x itself outside `flax.linen.logical_axis_rules` or without a mesh (`jax.set_mesh`).
+    Returns x itself outside `flax.linen.logical_axis_rules` or without a mesh of several devices (`jax.set_mesh`).
 
     Args:
       x: an array with as many dimensions as there are `names`. A dimension without a name or rule is whole on every
@@ -34,7 +34,7 @@ def with_axes(x: jax.Array, *names: str | None) -> jax.Array:
 def spec_of(shape: tuple[int, ...], *names: str | None) -> jax.sharding.PartitionSpec | None:
     """The placement that `with_axes` gives an array of this shape, None where it does nothing."""
     rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty:
+    if not rules or mesh.empty or mesh.size == 1:
         return None
     axes = [_tuple(each) for each in nn.logical_to_mesh_axes(names, rules) or ()]
     spec = [

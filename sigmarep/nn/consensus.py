@@ -122,7 +122,7 @@ class Consensus(nn.Module):
         offsets = [*past] if visibility.is_causal else [*past, *range(1, self.window + 1)]
         edges = _edges(visibility, x.shape[1], offsets)
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        init = self.kernel_init if self.value_scale == 1.0 else slot_scaled(self.kernel_init, (self.value_scale,))
+        init = slot_scaled(self.kernel_init, (self.value_scale,))
         state = self._dense(heads, "value", kernel_init=init)(x)
         strength = jax.nn.softplus(self._dense(1, "strength")(self._of_pairs(x, offsets, "strength")))[..., 0]
         rows = self._rows(x, offsets, heads)

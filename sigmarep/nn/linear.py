@@ -98,8 +98,24 @@ class ReparametrizedLayer(nn.Module):
             raise ValueError(f"{self._label()}: features = {self.features}: expected at least 1")
         if name == self.matrix_name and self.reparam == "scale":
             return self._scaled(init_fn, *init_args, unbox=unbox, **init_kwargs)
-        value: Any = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
+        value: Any = self._given(name, *init_args, unbox=unbox)
+        if value is None:
+            value = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
         return self._effective(value) if name == self.matrix_name else value
+
+    @nn.nowrap
+    def _given(self, name: str, shape: Any = None, *_: Any, unbox: bool = True) -> Any:
+        """A parameter of the expected shape, where there is one; None for Flax to make one, or to refuse it.
+
+        To check the shape Flax traces the initializer of every parameter anew, a tenth of the tracing of a step.
+        """
+        if shape is None or self.is_initializing() or not self.has_variable("params", name):
+            return None
+        value: Any = self.get_variable("params", name)
+        unboxed = nn.meta.unbox(value)
+        if np.shape(unboxed) != tuple(np.atleast_1d(shape).tolist()):
+            return None
+        return unboxed if unbox else value
 
     @nn.nowrap
     def _scaled(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> jax.Array:
@@ -129,14 +145,15 @@ class ReparametrizedLayer(nn.Module):
             raise ValueError("batch_dims: a batch of kernels has no single spectral norm; use nn.vmap")
         features = self.features
         outputs = int(np.prod(features))
-        matrix = spectral.matrix_view(kernel, outputs)
         if self.reparam == "weight":
-            return spectral.weight_normalized(kernel, self._gamma(spectral.column_norms(matrix)))
+            return spectral.weight_normalized(
+                kernel, self._gamma(spectral.column_norms(spectral.matrix_view(kernel, outputs)))
+            )
 
         if self.power_vectors < 1:
             raise ValueError(f"power_vectors = {self.power_vectors}: expected at least 1")
-        vectors = min(self.power_vectors, *matrix.shape)
-        start = functools.cache(lambda: norms.leading_vectors(matrix, vectors))
+        vectors = min(self.power_vectors, outputs, kernel.size // outputs)
+        start = functools.cache(lambda: norms.leading_vectors(spectral.matrix_view(kernel, outputs), vectors))
         if not (self.has_variable("spectral", "u") or self.is_mutable_collection("spectral")):
             lifted = "inside nn.scan or nn.vmap also name it in variable_axes={'params': 0, 'spectral': 0}"
             if self.is_initializing():
@@ -176,7 +193,9 @@ class ReparametrizedLayer(nn.Module):
                 raise ValueError(f"gamma_init = {self.gamma_init!r}: expected 'one', 'sigma' or a number") from None
             return jnp.full(of_kernel.shape, value, jnp.float32)
 
-        gamma: jax.Array = super().param("gamma", init)
+        gamma: jax.Array | None = self._given("gamma", of_kernel.shape)
+        if gamma is None:
+            gamma = super().param("gamma", init)
         return gamma if self.gamma_trainable else jax.lax.stop_gradient(gamma)
 
     @nn.nowrap
@@ -227,6 +246,8 @@ class SigmaEmbed(ReparametrizedLayer, nn.Embed):
 
 def slot_scaled(init: Initializer, factors: tuple[float, ...]) -> Initializer:
     """An initializer of fused projections (D, slots · N · H) whose slots are multiplied by `factors`."""
+    if set(factors) == {1.0}:
+        return init
 
     def initializer(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         slots = init(key, shape, dtype).reshape(shape[0], len(factors), -1)
