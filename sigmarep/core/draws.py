@@ -6,6 +6,7 @@ drawn by parts that stay in the cache, the bits take a tenth of the time. Other 
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +81,15 @@ def written_out(key: jax.Array) -> jax.Array:
         return key
     same: jax.Array = jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT)
     return same
+
+
+def with_default_keys(tree: Any) -> Any:
+    """The tree with keys of JAX's default generator in place of `written_out` ones, which no other process can read."""
+
+    def default(x: Any) -> Any:
+        key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if not key or jax.random.key_impl(x) != _WRITTEN_OUT:
+            return x
+        return jax.random.wrap_key_data(jax.random.key_data(x), impl="threefry2x32")
+
+    return jax.tree.map(default, tree)

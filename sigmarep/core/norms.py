@@ -45,25 +45,24 @@ def leading_vectors(matrix: jax.Array, vectors: int = 1) -> tuple[jax.Array, jax
     matrix = matrix.astype(jnp.float32)
     # Divided by it, no entry is above 1, and one is 1 unless all are 0: the lengths below need no care for their squares.
     scale = divisor(matrix)
-    # Vectors are divided by its root before and after a product: by all of it at once they may be too small for float32.
-    root = jnp.sqrt(scale)
     inputs, outputs = matrix.shape
-    if min(inputs, outputs) > GRAM_SIDE:
-        side = min(inputs, outputs)
+    side = min(inputs, outputs)
+    candidates: jax.Array | None
+    if side > GRAM_SIDE:
+        # Vectors are divided by the root before and after a product: by the whole at once they may underflow.
+        root = jnp.sqrt(scale)
         steps = min(START_ITERATIONS + math.ceil(side ** (1 / 3)), side // START_BLOCK)
         candidates, gram = _block_krylov(matrix, root, steps)
-    elif outputs <= inputs:
-        scaled = matrix / scale
-        candidates, gram = None, product(scaled.T, scaled)
     else:
-        candidates = matrix / scale
-        gram = product(candidates, candidates.T)
+        matrix, root = matrix / scale, jnp.ones(())
+        candidates = matrix if inputs < outputs else None
+        gram = product(matrix.T, matrix) if candidates is None else product(matrix, matrix.T)
     rows = jnp.zeros((0, outputs))
     for i in range(vectors):
         y = _leading_vector(gram, squarings=START_SQUARINGS)[:, 0]
         row = y if candidates is None else product(y, candidates)
         if row.size != outputs:
-            # The candidates span inputs.
+            # A combination of inputs, which are fewer.
             row = product(row / root, matrix) / root
         rows = jnp.concatenate([rows, next_row(row, rows)[None]])
         if i + 1 < vectors:
@@ -272,8 +271,10 @@ def _block_krylov(matrix: jax.Array, root: jax.Array, steps: int) -> tuple[jax.A
 
     def back(images: jax.Array) -> jax.Array:
         if tall:
-            return _product("mn,mk->kn", matrix, images / root) / root
-        return lax.optimization_barrier(_product("nm,km->nk", matrix, images / root)).T / root
+            rows = _product("mn,mk->kn", matrix, images / root)
+        else:
+            rows = lax.optimization_barrier(_product("nm,km->nk", matrix, images / root)).T
+        return rows / root
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         basis, gram, block = carry

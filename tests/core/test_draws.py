@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigmarep.core.draws import written_out
+from sigmarep.core.draws import with_default_keys, written_out
+from sigmarep.tasks import describe_layers
 
 
 def test_threefry_agrees_with_the_published_vector():
@@ -43,3 +44,15 @@ def test_stacked_keys_draw_what_each_draws():
 def test_another_generator_stays():
     key = jax.random.key(0, impl="rbg")
     assert written_out(key) is key
+
+
+def test_keys_among_variables_are_those_of_the_default_generator():
+    class Model:
+        def init(self, key):
+            return {"params": {"x": jax.random.normal(key, (3,))}, "dropout": {"key": jax.random.fold_in(key, 1)}}
+
+    key = jax.random.key(2)
+    for variables in (describe_layers(Model()).initialize(key), with_default_keys(Model().init(written_out(key)))):
+        assert variables["dropout"]["key"].dtype == key.dtype
+        assert variables["dropout"]["key"] == jax.random.fold_in(key, 1)
+        np.testing.assert_array_equal(variables["params"]["x"], jax.random.normal(key, (3,)))
