@@ -47,10 +47,11 @@ def describe_layers(model: "TaskModel") -> "Layers":
     # Commands that only read files of runs import this module and start no JAX.
     import jax
 
+    from sigmarep.core.draws import with_default_keys, written_out
     from sigmarep.nn.layers import describe
 
     try:
-        return describe(model.init, jax.random.key(0))
+        return describe(lambda key: with_default_keys(model.init(written_out(key))), jax.random.key(0))
     except ValueError as error:
         raise BadInput(f"config.model.{error}") from error
 
