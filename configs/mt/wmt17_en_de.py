@@ -29,6 +29,8 @@ def get_config(text=""):
     config.compute_dtype = "bfloat16"
 
     model = config.model
+    # As the paper: attention and σ in float32, the rest in half precision.
+    model.attention_float32 = True
     model.depth, model.width, model.num_heads, model.mlp_dim = args["depth"], 512, 8, 2048
     model.norm, model.reparam = args["norm"], args["reparam"]
     model.activation = "relu"

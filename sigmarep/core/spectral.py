@@ -222,8 +222,10 @@ def reparametrize(
     *,
     basis: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    steps: int = 1,
+    through_sigma: bool = True,
 ) -> Reparametrized:
-    """Computes Ŵ = (γ/σ)·W after one power step from `u`, with the gradients stated in the module docstring.
+    """Computes Ŵ = (γ/σ)·W after a power step from `u`, with the gradients stated in the module docstring.
 
     The backward pass saves nothing of the kernel's size except the kernel itself. Only the returned kernel carries a
     gradient; `u`, `sigma` and `basis` are statistics to store.
@@ -234,9 +236,18 @@ def reparametrize(
       u: shape (outputs,), float32. Its size tells which trailing axes of `kernel` are outputs.
       basis: shape (k − 1, outputs), see `power_step`.
       dtype: type of the returned kernel, `kernel.dtype` if None.
+      steps: power steps, each of which reads the kernel twice; the paper makes one.
+      through_sigma: False takes σ as a constant: ∂L/∂W = (γ/σ)·G. Ŵ is the same, but W no longer keeps its length under
+        gradient descent. An ablation.
     """
     dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
-    effective, *statistics = _reparametrize(kernel, gamma, *lax.stop_gradient((u, basis)), dtype)
+    u, basis = lax.stop_gradient((u, basis))
+    for _ in range(steps - 1):
+        _, u, _, basis = power_step(lax.stop_gradient(kernel), u, basis)
+    if not through_sigma:
+        _, u, sigma, basis = power_step(lax.stop_gradient(kernel), u, basis)
+        return Reparametrized(effective_kernel(kernel, gamma, sigma, dtype=dtype), u, sigma, basis)
+    effective, *statistics = _reparametrize(kernel, gamma, u, basis, dtype)
     return Reparametrized(effective, *lax.stop_gradient(statistics))
 
 

@@ -41,6 +41,7 @@ def training_stream(
     start: int = 0,
     transform: Callable[[Example, np.random.Generator], Example] | None = None,
     pair_transform: Callable[[Example, np.random.Generator], Example] | None = None,
+    repeats: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 8,
@@ -57,18 +58,27 @@ def training_stream(
       start: number of the first batch.
       transform: applied to every example.
       pair_transform: applied to two consecutive examples as a batch of two (mixup, CutMix).
+      repeats: times that each example comes, each time transformed anew, in rows that are no neighbors; an epoch is then
+        as many rows as there are examples, of fewer of them.
       process_index, process_count: p and n.
       num_threads: threads that read and transform.
       num_workers: processes that read and transform; 0 for none.
 
     Raises:
-      BadInput: the batch does not divide over the processes or into pairs, or the seed is negative.
+      BadInput: the batch does not divide over the processes or into pairs, the seed is negative, or there are more repeats
+        than half of the batch.
     """
     if seed < 0:
         raise BadInput(f"config.seed = {seed}: expected 0 or more")
     local = _local_size(batch_size, process_count)
     # Practically endless. Grain's own endless repeat overflows by rounding for batches of one.
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**60 // len(source))
+    if repeats > max(batch_size // 2, 1):
+        raise BadInput(
+            f"config.data.augment.repeats = {repeats}: expected at most half of config.batch_size = {batch_size}"
+        )
+    if repeats > 1:
+        dataset = _repeated(dataset, batch_size, repeats).seed(seed)
     if transform is not None:
         dataset = dataset.random_map(transform)
     if pair_transform is not None:
@@ -94,6 +104,25 @@ def training_stream(
     stream = _closing(iter(iterable), num_workers)
     _streams.add(stream)
     return stream
+
+
+def _repeated(examples: grain.MapDataset, batch_size: int, repeats: int) -> grain.MapDataset:
+    """Every example `repeats` times within a batch, or where it ends within two.
+
+    A batch is made of parts, as of the devices that share it in the method's first use: the copies of an example are at
+    one place of as many parts, so that pairs of rows are never of one example.
+    """
+    even = 1 + (batch_size % 2 == 0)
+    divisors = (parts for parts in range(repeats, batch_size) if batch_size % (even * parts) == 0)
+    parts = next(divisors, batch_size)
+
+    def example(index: int) -> Example:
+        batch, row = divmod(index, batch_size)
+        part, place = divmod(row, batch_size // parts)
+        result: Example = examples[(batch * batch_size + place * parts + part) // repeats]
+        return result
+
+    return grain.MapDataset.range(2**60).map(example)
 
 
 def _end_with(parent: int, index: int, count: int) -> None:

@@ -78,7 +78,8 @@ class SpeechTransformer(nn.Module):
             x = jnp.where(real[:, :, None], features, 0.0).astype(c.dtype)
         fan_in = self.conv_kernel * features.shape[-1]
         left = (self.conv_kernel - stride) // 2
-        plain = not self.conv_reparam or c.reparam == "none"
+        options = c.reparametrization()
+        plain = not self.conv_reparam or options["reparam"] == "none"
         x = SigmaConv(
             2 * c.width,
             (self.conv_kernel,),
@@ -86,7 +87,7 @@ class SpeechTransformer(nn.Module):
             padding=[(left, self.conv_kernel - stride - left)],
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform") if plain else c.initializer(),
             bias_init=_uniform(fan_in) if plain else nn.initializers.zeros,
-            **c.reparametrization() | {"reparam": "none" if plain else c.reparam},
+            **options | {"reparam": "none" if plain else c.reparam},
             role="input",
             name="front_end",
         )(x)
@@ -102,8 +103,7 @@ class SpeechTransformer(nn.Module):
             name="positions",
         )(x, real, deterministic=deterministic)
         x = TransformerStack(c, name="encoder")(x, visibility=Visibility(key_mask=real), deterministic=deterministic)
-        plain = c.reparam == "none"
-        options = c.reparametrization()
+        plain = options["reparam"] == "none"
         if c.gamma_init != "sigma":
             options["gamma_init"] = "one"
         head = SigmaDense(

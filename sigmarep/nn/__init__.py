@@ -6,7 +6,8 @@ from sigmarep.nn.convert import reparametrize
 from sigmarep.nn.fold import fold
 from sigmarep.nn.linear import SigmaConv, SigmaDense, SigmaDenseGeneral, SigmaEmbed
 from sigmarep.nn.observe import observe
-from sigmarep.nn.transformer import Mlp, TransformerBlock, TransformerConfig, TransformerStack
+from sigmarep.nn.transformer import Mlp, TransformerBlock, TransformerStack
+from sigmarep.nn.transformer_config import TransformerConfig
 
 __all__ = [
     "Mlp",

@@ -37,6 +37,7 @@ DEFAULT_KERNEL_INIT = nn.initializers.lecun_normal()
 # Fields that `config.model` calls otherwise.
 MODEL_NAMES = {
     "dropout": "attention_dropout",
+    "float32": "attention_float32",
     "implementation": "attention_implementation",
     "temperature": "attention_temperature",
     "weights": "attention_weights",
@@ -66,7 +67,8 @@ class MultiHeadAttention(nn.Module):
       head_dim: H; D / N if None.
       use_bias: biases in all projections.
       value_scale: factor on the initial value and output kernels (DeepNorm's β).
-      reparam, gamma_init, gamma_trainable, power_vectors, common_std: see `sigmarep.nn.linear.ReparametrizedLayer`.
+      reparam, gamma_init, gamma_trainable, power_vectors, power_steps, sigma_gradient, common_std: see
+        `sigmarep.nn.linear.ReparametrizedLayer`.
       kernel_init, bias_init, dtype: as in `flax.linen.Dense`.
     """
 
@@ -92,6 +94,9 @@ class MultiHeadAttention(nn.Module):
         "name: a fused kernel, (query, key, value, mask=, is_causal=) to (B, T, N, H).",
         choices=IMPLEMENTATIONS,
         **PIECE,
+    )
+    float32: bool = attribute(
+        False, "Logits, weights and their sums in float32 under a half compute type, as in the paper's translation."
     )
     weights: str | Callable[..., Any] = attribute(
         "softmax",
@@ -141,6 +146,8 @@ class MultiHeadAttention(nn.Module):
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
+    power_steps: int = 1
+    sigma_gradient: bool = True
     common_std: float = SigmaDenseGeneral.common_std
     kernel_init: Initializer = DEFAULT_KERNEL_INIT
     bias_init: Initializer = nn.initializers.zeros_init()
@@ -266,6 +273,8 @@ class MultiHeadAttention(nn.Module):
             query, key, value = process(query, key, value, positions)
         if self.qk_norm == "unit":
             query, key = UnitHeads(name="query_key")(query, key)
+        if self.float32:
+            query, key, value = (each.astype(jnp.float32) for each in (query, key, value))
         return query, key, value
 
     def _scale(

@@ -52,7 +52,8 @@ class Consensus(nn.Module):
       rotary_base: as in `sigmarep.nn.MultiHeadAttention`.
       window, rank, hidden, iterations: largest distance of an edge; rows of Λ of a head; hidden units of the two MLPs;
         number of steps.
-      reparam, gamma_init, gamma_trainable, power_vectors, common_std: see `sigmarep.nn.linear.ReparametrizedLayer`.
+      reparam, gamma_init, gamma_trainable, power_vectors, power_steps, sigma_gradient, common_std: see
+        `sigmarep.nn.linear.ReparametrizedLayer`.
       kernel_init, bias_init, dtype: as in `flax.linen.Dense`.
     """
 
@@ -68,6 +69,8 @@ class Consensus(nn.Module):
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
+    power_steps: int = 1
+    sigma_gradient: bool = True
     common_std: float = SigmaDenseGeneral.common_std
     kernel_init: Initializer = DEFAULT_KERNEL_INIT
     bias_init: Initializer = nn.initializers.zeros_init()

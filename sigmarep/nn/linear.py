@@ -32,7 +32,7 @@ Initializer = Callable[..., jax.Array]
 
 # Traced once for all layers of one shape, where Python would trace the same dozens of operations for each of them and
 # again in every scan; inlined, so that the program that is compiled is the same.
-_reparametrize = jax.jit(spectral.reparametrize, inline=True)
+_reparametrize = jax.jit(spectral.reparametrize, inline=True, static_argnames=("steps", "through_sigma"))
 
 
 # Fields that a module with dense layers of its own has under the layers' names.
@@ -42,6 +42,8 @@ HANDED_ON = (
     "gamma_init",
     "gamma_trainable",
     "power_vectors",
+    "power_steps",
+    "sigma_gradient",
     "common_std",
     "bias_init",
     "dtype",
@@ -67,6 +69,8 @@ class ReparametrizedLayer(nn.Module):
       power_vectors: number of vectors in the power iteration. The paper uses 1; 4 follow fast training far more closely
         for the same two reads of the kernel (see `sigmarep.core.spectral`). At most the smaller side of the kernel's
         matrix is used.
+      power_steps: power steps of each call; the paper makes one, and found no gain in more.
+      sigma_gradient: False takes σ as a constant of the gradient (`sigmarep.core.spectral.reparametrize`).
       common_std: initial standard deviation of all kernels under "scale". The paper's variance is 4e-5. Each kernel is
         measured, where the paper takes the deviation that its initializer is meant to have. The paper was read in a
         summary of its formulas alone.
@@ -82,6 +86,8 @@ class ReparametrizedLayer(nn.Module):
     gamma_init: str | float = "one"
     gamma_trainable: bool = True
     power_vectors: int = 1
+    power_steps: int = 1
+    sigma_gradient: bool = True
     common_std: float = 4e-5**0.5
     role: Role = "hidden"
     makes: tuple[str, ...] = ()
@@ -150,8 +156,9 @@ class ReparametrizedLayer(nn.Module):
                 kernel, self._gamma(spectral.column_norms(spectral.matrix_view(kernel, outputs)))
             )
 
-        if self.power_vectors < 1:
-            raise ValueError(f"power_vectors = {self.power_vectors}: expected at least 1")
+        for name in ("power_vectors", "power_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         vectors = min(self.power_vectors, outputs, kernel.size // outputs)
         start = functools.cache(lambda: norms.leading_vectors(spectral.matrix_view(kernel, outputs), vectors))
         if not (self.has_variable("spectral", "u") or self.is_mutable_collection("spectral")):
@@ -170,7 +177,14 @@ class ReparametrizedLayer(nn.Module):
         if self.reparam == "sigma":
             gamma = self._gamma(start()[1] if self.is_initializing() else sigma.value)
         start_u, start_basis = self._start_of_this_apply(u.value, None if basis is None else basis.value)
-        result: spectral.Reparametrized = _reparametrize(kernel, gamma, start_u, basis=start_basis)
+        result: spectral.Reparametrized = _reparametrize(
+            kernel,
+            gamma,
+            start_u,
+            basis=start_basis,
+            steps=self.power_steps,
+            through_sigma=self.sigma_gradient,
+        )
         if self.is_mutable_collection("spectral") and not self.is_initializing():
             u.value, sigma.value = result.u, result.sigma
             if basis is not None:

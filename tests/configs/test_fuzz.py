@@ -107,7 +107,7 @@ SENSE = {
     r"data\.(eval_stride|num_workers|num_threads|spec_augment\.\w+)": NOT_NEGATIVE,
     r"data\.buckets": rising(POSITIVE),
     r"data\.eval_splits": distinct_words,
-    r"model\.(depth|width|num_heads|mlp_dim|power_vectors|patch_size|conv_kernel|conv_stride)": SIZE,
+    r"model\.(depth|width|num_heads|mlp_dim|power_vectors|power_steps|patch_size|conv_kernel|conv_stride)": SIZE,
     r"model\.(init_std|common_std|patch_gain|attention_temperature)": POSITIVE,
     r"model\.(norm_epsilon|logit_cap|output_logit_cap|num_kv_heads|seq_vcr|decoder_depth|logit_chunk)|z_loss": NOT_NEGATIVE,
     r"model\.(freq_scale|max_global_shift|max_local_shift)": NOT_NEGATIVE,

@@ -105,6 +105,48 @@ def test_gradient_is_orthogonal_to_the_kernel_from_any_u():
     assert abs(cosine) < 1e-6
 
 
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_several_steps_are_that_many_calls_and_the_last_one_has_the_gradient(vectors):
+    rng = np.random.default_rng(7)
+    kernel, cotangent = (jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2))
+    block = np.linalg.qr(rng.normal(size=(4, vectors)))[0].T.astype(np.float32)
+    start = {"u": jnp.asarray(block[0]), "basis": jnp.asarray(block[1:]) if vectors > 1 else None}
+
+    def loss(kernel, u, basis, steps):
+        result = spectral.reparametrize(kernel, jnp.float32(1.7), u, basis=basis, steps=steps)
+        return jnp.sum(result.kernel * cotangent), result
+
+    (_, several), gradient = jax.value_and_grad(loss, has_aux=True)(kernel, start["u"], start["basis"], 3)
+    single = start
+    for _ in range(2):
+        _, result = loss(kernel, single["u"], single["basis"], 1)
+        single = {"u": result.u, "basis": result.basis}
+    (_, last), expected = jax.value_and_grad(loss, has_aux=True)(kernel, single["u"], single["basis"], 1)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), several, last)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_with_sigma_as_a_constant_the_gradient_is_that_of_a_scaled_kernel():
+    rng = np.random.default_rng(8)
+    kernel, cotangent = (rng.normal(size=(5, 3)) for _ in range(2))
+    u = rng.normal(size=3)
+    u /= np.linalg.norm(u)
+    gamma = -0.6
+
+    def loss(kernel, gamma):
+        result = spectral.reparametrize(kernel, gamma, jnp.asarray(u, jnp.float32), through_sigma=False)
+        return jnp.sum(result.kernel * cotangent), result
+
+    arguments = jnp.asarray(kernel, jnp.float32), jnp.float32(gamma)
+    (_, result), (by_kernel, by_gamma) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arguments)
+    v = kernel @ u
+    sigma = np.linalg.norm(kernel.T @ (v / np.linalg.norm(v)))
+    np.testing.assert_allclose(result.kernel, gamma / sigma * kernel, rtol=1e-5)
+    np.testing.assert_allclose(result.sigma, sigma, rtol=1e-6)
+    np.testing.assert_allclose(by_kernel, gamma / sigma * cotangent, rtol=1e-5)
+    np.testing.assert_allclose(by_gamma, np.sum(cotangent * kernel) / sigma, rtol=1e-5)
+
+
 def test_effective_norm_is_gamma():
     kernel = jnp.asarray(random_matrix(20, 30))
     u = leading_vector(kernel)

@@ -146,6 +146,30 @@ def test_pairs_are_neighbours_in_the_batch():
         np.testing.assert_array_equal(batch["share"][::2], batch["share"][1::2])
 
 
+@pytest.mark.parametrize(("batch_size", "repeats"), [(8, 2), (8, 3), (12, 5), (22, 3), (9, 3), (7, 2)])
+def test_repeated_examples_are_transformed_anew_and_no_pairs(batch_size, repeats):
+    batches = take(30, batch_size=batch_size, repeats=repeats)
+    rows = np.stack([batch["x"] for batch in batches])
+    noise = np.stack([batch["noise"] for batch in batches])
+    assert len(np.unique(noise)) == noise.size
+    # As in a list of the shuffled examples in which each stands `repeats` times, cut into batches.
+    plain = itertools.chain.from_iterable(batch["x"] for batch in take(40, batch_size=batch_size))
+    listed = np.repeat(list(itertools.islice(plain, rows.size)), repeats)[: rows.size].reshape(rows.shape)
+    np.testing.assert_array_equal(np.sort(rows), np.sort(listed))
+    if batch_size % 2 == 0:
+        # Where an epoch ends an example may come again at once.
+        whole = rows[: 50 * repeats // batch_size]
+        assert np.all(whole[:, ::2] != whole[:, 1::2])
+    assert_equal(batches[3:5], take(2, batch_size=batch_size, repeats=repeats, start=3))
+
+
+def test_more_repeats_than_half_of_the_batch_are_refused():
+    with pytest.raises(
+        BadInput, match=r"config.data.augment.repeats = 5: expected at most half of config.batch_size = 8"
+    ):
+        take(1, repeats=5)
+
+
 @pytest.mark.parametrize(("batch_size", "processes"), [(8, 1), (8, 2), (64, 1), (10, 5)])
 def test_evaluation_sees_every_example_once(batch_size, processes):
     parts = [

@@ -1,5 +1,6 @@
 """Attention: its values and gradients, its statistics, and which road it takes."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,39 @@ def test_attention_in_half_precision_has_the_gradients_of_jax():
     for each in products:
         rounded = each.params["precision"] == jax.lax.DotAlgorithmPreset.BF16_BF16_F32
         assert rounded or {x.aval.dtype for x in each.invars} == {jnp.dtype(jnp.bfloat16)}
+
+
+def _captured(layer, variables, x):
+    """Heads of queries, keys and values, and what the output layer reads."""
+    captured = {}
+
+    def intercept(next_function, args, kwargs, context):
+        result = next_function(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.name in ("query", "key", "value", "out"):
+            captured[context.module.name] = args[0] if context.module.name == "out" else result
+        return result
+
+    with nn.intercept_methods(intercept):
+        layer.apply(variables, x)
+    return captured
+
+
+def test_attention_in_float32_rounds_nothing_between_the_projections():
+    x = 4 * X.astype(jnp.bfloat16)
+    variables = MultiHeadAttention(4, dtype=jnp.bfloat16).init(KEY, x)
+    errors = {}
+    for float32 in (False, True):
+        layer = MultiHeadAttention(4, dtype=jnp.bfloat16, float32=float32, implementation="xla")
+        heads = _captured(layer, variables, x)
+        query, key, value = (np.asarray(heads[name], np.float64) for name in ("query", "key", "value"))
+        logits = np.einsum("btnh,bsnh->bnts", query, key) / 2.0
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
+        assert heads["query"].dtype == jnp.bfloat16
+        assert heads["out"].dtype == (jnp.float32 if float32 else jnp.bfloat16)
+        errors[float32] = np.max(np.abs(np.asarray(heads["out"], np.float64) - expected))
+        assert layer.apply(variables, x).dtype == jnp.bfloat16
+    assert errors[True] < 1e-5 < 1e-3 < errors[False]
 
 
 @pytest.mark.parametrize("qkv", ["separate", "fused"])

@@ -1,6 +1,7 @@
 """Blocks and stacks: every way of computing them gives the same numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from sigmarep.nn import TransformerBlock, TransformerConfig, TransformerStack, fold
+from sigmarep.nn.layers import describe
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 6, 16))
@@ -209,6 +211,32 @@ def test_rotary_positions_refuse_an_odd_number_of_features_a_head():
         ValueError, match="num_heads = 16: rotary positions need an even number of features a head, not 1"
     ):
         dataclasses.replace(SMALL, num_heads=16, rotary_base=100.0)
+
+
+@pytest.mark.parametrize("qkv", ["fused", "separate"])
+def test_under_the_scope_of_attention_all_other_kernels_are_plain(qkv):
+    c = dataclasses.replace(SMALL, depth=1, qkv=qkv, scan=False, reparam_scope="attention")
+    variables = TransformerStack(c).init(KEY, X)
+    scaled = {path[-2].key for path, _ in jax.tree.leaves_with_path(variables["params"]) if path[-1].key == "gamma"}
+    assert scaled == {"out", *(("qkv",) if qkv == "fused" else ("query", "key", "value"))}
+    described = describe(TransformerStack(c).init, KEY, X)
+    assert {layer.reparam for path, layer in described.items() if "/mlp/" in path} == {"none"}
+    assert {layer.reparam for path, layer in described.items() if "/attention/" in path} == {"sigma"}
+
+
+def test_further_power_steps_reach_the_norm_in_one_application():
+    c = dataclasses.replace(SMALL, depth=1, scan=False, power_steps=60, sigma_gradient=False)
+    variables = TransformerStack(c).init(KEY, X)
+    lost = jax.tree.map_with_path(
+        lambda path, x: jnp.ones_like(x) / x.size**0.5 if path[-1].key == "u" else x, variables["spectral"]
+    )
+    _, changed = TransformerStack(c).apply({**variables, "spectral": lost}, X, mutable=["spectral"])
+    for path, sigma in jax.tree.leaves_with_path(changed["spectral"]):
+        if path[-1].key == "sigma":
+            kernel = functools.reduce(lambda tree, key: tree[key.key], path[:-1], variables["params"])["kernel"]
+            outputs = functools.reduce(lambda tree, key: tree[key.key], path[:-1], changed["spectral"])["u"].size
+            norm = np.linalg.norm(np.asarray(kernel, np.float64).reshape(-1, outputs), 2)
+            assert float(sigma) == pytest.approx(norm, rel=1e-3)
 
 
 def test_a_block_of_power_vectors_is_the_same_scanned_unrolled_and_folded():

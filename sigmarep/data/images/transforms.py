@@ -50,6 +50,13 @@ FIELDS: dict[str, Any] = {
             order="not falling",
         ),
         "flip": field(False, "Mirrors half of the pictures."),
+        "repeats": field(
+            1,
+            "Times that a picture comes in a batch, each time augmented anew (repeated augmentation, Hoffer et al., 2020); "
+            "at most half of the batch.",
+            at_least=1,
+            at_most=2**10,
+        ),
         "color_jitter": field(0.0, "Strength of brightness, contrast and saturation jitter.", **_SHARE),
         "randaugment_layers": field(0, "RandAugment's operations per picture; 0 for none.", at_least=0, at_most=100),
         "randaugment_magnitude": field(9.0, "Mean strength of an operation, of 10.", at_least=0, at_most=10),

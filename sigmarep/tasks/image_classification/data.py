@@ -36,6 +36,7 @@ class ImageClassificationData(PictureData):
             process_count=process_count,
             transform=transform,
             pair_transform=pair_transform,
+            repeats=self.config.data.augment.repeats,
         )
 
     def evaluations(self, model):
