@@ -4,6 +4,7 @@
 of the code, and holds for every value of every configuration file as it stands.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -202,8 +203,9 @@ def loaded():
 
 
 def mutations():
-    """Triples of a case, a field's name and its new value: of every field some, each in a configuration drawn anew."""
-    draw = random.Random(SEED)
+    """Triples of a case, a field's name and its new value: of every field some, each in a configuration drawn anew of the
+    files that were drawn least."""
+    draw, uses = random.Random(SEED), collections.Counter()
     configs = loaded()
     cases_of = {}
     for case, config in configs.items():
@@ -214,7 +216,8 @@ def mutations():
         kind = float if name.endswith(UNITS) else (kinds or {str}).pop()
         for value in draw.sample(VALUES[kind], min(MUTATIONS, len(VALUES[kind]))):
             if name != "task":
-                case = draw.choice(cases)
+                case = min(draw.sample(cases, len(cases)), key=lambda each: uses[each[0]])
+                uses[case[0]] += 1
                 yield case, configs[case], name, value
 
 
