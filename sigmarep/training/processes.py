@@ -18,8 +18,8 @@ from absl import flags
 
 from sigmarep.errors import BadInput
 
-# A process that dies ends the others after this many seconds at the latest; on CPU and GPU their next collective fails
-# before that.
+# A process that dies ends the others after this many seconds at the latest; on CPU and GPU their next collective often
+# fails before that.
 HEARTBEAT_SECONDS = 60
 # Collectives of one device that may be ready together.
 THREADS_A_DEVICE = 4
@@ -40,6 +40,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "Processes; else JAX_NUM_PROCESSES, or the cluster's.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "From 0; else JAX_PROCESS_ID, or the cluster's.", lower_bound=0)
     flags.DEFINE_integer("distributed_timeout", 25, "Seconds that the processes wait for each other.", lower_bound=1)
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        HEARTBEAT_SECONDS,
+        "Seconds without a sign of life after which a process counts as dead, and the others end.",
+        lower_bound=5,
+    )
 
 
 def join_by_flags() -> None:
@@ -56,6 +62,7 @@ def join_by_flags() -> None:
         num_processes=_number(values.num_processes, "JAX_NUM_PROCESSES"),
         process_id=_number(values.process_id, "JAX_PROCESS_ID"),
         timeout=values.distributed_timeout,
+        heartbeat=values.heartbeat_timeout,
     )
     if line:
         print(line, flush=True)
@@ -85,7 +92,13 @@ def _number(value: int | None, variable: str) -> int | None:
 
 
 def join(
-    mode: str, *, coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+    mode: str,
+    *,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    timeout: int,
+    heartbeat: int = HEARTBEAT_SECONDS,
 ) -> str | None:
     """Makes this process one of several; the first thing that a command does with JAX.
 
@@ -93,6 +106,7 @@ def join(
       mode: one of `MODES`.
       coordinator, num_processes, process_id: None for the cluster's own, as JAX detects it.
       timeout: seconds that the processes wait for each other.
+      heartbeat: seconds without a sign of life after which a process counts as dead.
 
     Returns:
       "process i of n: its devices", None for a single process.
@@ -122,8 +136,9 @@ def join(
                 process_id,
                 cluster_detection_method=None if missing else "deactivate",
                 initialization_timeout=left,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+                heartbeat_timeout_seconds=heartbeat,
+                # At the end one may still write while the others wait.
+                shutdown_timeout_seconds=max(heartbeat, HEARTBEAT_SECONDS),
             )
         except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
             if isinstance(error, ValueError) and missing:

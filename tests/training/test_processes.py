@@ -123,8 +123,12 @@ def get_config(_=None):
 """
 
 
+HEARTBEAT = 15
+
+
 def start(folder, name, index, count, port):
     flags = f"--distributed=on --coordinator=localhost:{port} --num_processes={count} --process_id={index}".split()
+    flags.append(f"--heartbeat_timeout={HEARTBEAT}")
     command = [sys.executable, "scripts/train.py", "--config", folder / "config.py", "--workdir", folder / name]
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // count)}
     return subprocess.Popen(
@@ -165,8 +169,8 @@ def test_a_run_that_loses_a_process_goes_on_with_one_and_then_with_four(tmp_path
         time.sleep(0.05)
     second.kill()
     killed = time.monotonic()
-    ((out, err), status), _ = finish([first, second], timeout=processes.HEARTBEAT_SECONDS + 30)
-    assert time.monotonic() - killed < processes.HEARTBEAT_SECONDS + 10
+    ((out, err), status), _ = finish([first, second], timeout=HEARTBEAT + 60)
+    assert time.monotonic() - killed < HEARTBEAT + 40
     assert status not in (0, 2, 3), err
     assert "process 0 of 2: 2 of 4 devices (cpu" in out
     # Whoever notices first ends it: a collective that fails, or JAX's own watch over the processes.
