@@ -24,6 +24,9 @@ from sigmarep.core.flash_kernels import ROWS, Plan
 
 # Keys and queries of a block. A GPU's block is held by one multiprocessor.
 BLOCKS = {"tpu": 512, "gpu": 64}
+# Bytes of a token of one head in a TPU's memory, from where blocks are half as long: the backward pass holds all tokens of
+# the other side, and 1,500 of 192 float32 features beside blocks of 512 are more than 16 MB.
+WIDE = 512
 LANES = 128
 # Identities that nothing has, of the tokens that fill up the last block.
 NO_QUERY, NO_KEY = -1, -2
@@ -78,6 +81,8 @@ def flash_attention(
         raise ValueError(f"dropout = {dropout}: needs dropout_seeds")
     (_, queries, _, features), keys = query.shape, key.shape[1]
     block = block_size or BLOCKS.get(platform, LANES)
+    if block_size is None and platform == "tpu" and -(-features // LANES) * LANES * query.dtype.itemsize > WIDE:
+        block //= 2
     plan = Plan(
         queries=queries,
         keys=keys,
