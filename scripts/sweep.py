@@ -10,11 +10,11 @@
 
 Each run has its own folder, where log.txt has its output, and is what scripts/train.py makes alone. A process makes
 runs one after another, first those of one program, which differ in seed and rates alone; --jobs is the number of
-processes. With --vectorize N a process makes up to N runs of one program together, by jax.vmap on one device, each with
-its own data order, metrics, checkpoints and end: for an accelerator that a single small run leaves idle. Runs that are
+processes. On an accelerator a process makes several runs of one program together where that is faster, by jax.vmap on one
+device, each with its own data order, metrics, checkpoints and end; with --vectorize N up to N. Runs that are
 done or diverged are not repeated; runs that failed or were stopped are. The processes share compiled programs
-(JAX_COMPILATION_CACHE_DIR). On a machine with one accelerator use --jobs 1. `--dry_run` prints the files and commands of
-a launch without writing or running anything; `--table` prints the states of the runs. See docs/launch.md.
+(JAX_COMPILATION_CACHE_DIR). `--dry_run` prints the files and commands of a launch without writing or running anything;
+`--table` prints the states of the runs. See docs/launch.md.
 
 With --search optuna the runs are not listed but chosen, in the space that the file's function search() gives, from what the
 runs before have shown; those that do worse than the median are ended early. The same command goes on with the search.

@@ -221,7 +221,7 @@ class Execution:
                 self._ended(runs[number], SigmarepError.exit_status, time.monotonic() - start)
 
     def _note_speed(self, width: int, runs: Sequence[PlannedRun]) -> None:
-        if isinstance(self._widths, Measured):
+        if isinstance(self._widths, Measured) and not self._widths.knows(width):
             rows = [read_metrics(os.path.join(self._workdir, run.name, "metrics.jsonl")) for run in runs]
             with self._lock:
                 if together := self._widths.note(width, [each for each in map(speed, rows) if each]):

@@ -53,13 +53,17 @@ class Measured:
         """The number with which most steps were made in a second, 1 before anything was measured."""
         return max(self._speeds, key=self._speeds.__getitem__, default=1)
 
+    def knows(self, width: int) -> bool:
+        """True once the speed of `width` runs at a time was noted."""
+        return width in self._speeds
+
     def note(self, width: int, speeds: Sequence[float]) -> float | None:
         """Takes the speeds, in examples a second, of runs that were made `width` at a time.
 
         Returns:
           That of all together; None if none has a speed, or if it is known.
         """
-        if not speeds or width in self._speeds:
+        if not speeds or self.knows(width):
             return None
         self._speeds[width] = width * statistics.median(speeds)
         if width == self._tried:

@@ -174,11 +174,11 @@ def compile_step(config: ml_collections.ConfigDict, on: Target, *, panel: bool =
         sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
-        if kernel := re.search(r"memory space vmem while allocating on stack for %(\w+)", str(error)):
-            needed, limit = re.findall(r"with size (\S+) and limit (\S+) ", str(error))[0]
+        vmem = r"memory space vmem while allocating on stack for %(\w+).*with size (\S+) and limit (\S+) "
+        if kernel := re.search(vmem, str(error), re.DOTALL):
             raise DoesNotFit(
-                f"the kernel {kernel[1]} needs {needed} of a core's own memory, of which {on.name} has {limit}; for one of "
-                "attention set config.model.attention_implementation = 'xla'"
+                f"the kernel {kernel[1]} needs {kernel[2]} of a core's own memory, of which {on.name} has {kernel[3]}; for "
+                "one of attention set config.model.attention_implementation = 'xla'"
             ) from None
         # The message gives the memory needed first, then the memory available.
         used, available = (float(number) * 1024.0 ** (1 + "KMG".index(unit)) for number, unit in sizes[:2])

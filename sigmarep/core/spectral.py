@@ -237,8 +237,8 @@ def reparametrize(
       basis: shape (k − 1, outputs), see `power_step`.
       dtype: type of the returned kernel, `kernel.dtype` if None.
       steps: power steps, each of which reads the kernel twice; the paper makes one.
-      through_sigma: False takes σ as a constant: ∂L/∂W = (γ/σ)·G. Ŵ is the same, but W no longer keeps its length under
-        gradient descent. An ablation.
+      through_sigma: False takes σ as a constant: ∂L/∂W = (γ/σ)·G. Ŵ is the same; the gradient is no longer orthogonal to
+        W. An ablation.
     """
     dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
     u, basis = lax.stop_gradient((u, basis))
