@@ -13,6 +13,7 @@ from sigmarep import command
 from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+AVERAGE = command.define_average_flag()
 SPLIT = flags.DEFINE_string("split", "dev", "The split to choose on.")
 WEIGHTS = flags.DEFINE_list(
     "language_weight", ["0.3", "0.5", "0.8", "1.2"], "Values of config.decoding.language_weight."
@@ -37,7 +38,7 @@ def main() -> None:
     from sigmarep.tasks import speech_recognition
     from sigmarep.training.evaluation import Evaluator
 
-    run = open_run(workdir)
+    run = open_run(workdir, average=AVERAGE.value)
     if run.config.task != "speech_recognition":
         raise BadInput(f"--workdir {workdir}: is a run of {run.config.task}; expected speech_recognition")
     decoding = ml_collections.ConfigDict(run.config.decoding)

@@ -15,6 +15,7 @@ from sigmarep import command
 from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+AVERAGE = command.define_average_flag()
 IMAGES = flags.DEFINE_multi_string("images", [], "A picture or a folder of pictures; may be given several times.")
 # Pictures held in memory at a time.
 AT_A_TIME = 256
@@ -27,7 +28,7 @@ def main() -> None:
     from sigmarep.data.images import files
     from sigmarep.inference import open_run
 
-    run, paths, problems = open_run(workdir), files.find(IMAGES.value), []
+    run, paths, problems = open_run(workdir, average=AVERAGE.value), files.find(IMAGES.value), []
     while part := list(itertools.islice(paths, AT_A_TIME)):
         pictures = {}
         for path in part:

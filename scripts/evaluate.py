@@ -23,6 +23,7 @@ SPLIT = flags.DEFINE_list("split", None, "Splits in place of config.data.eval_sp
 NAME = flags.DEFINE_string("name", None, "A data set in place of config.data.name.")
 FOLDER = flags.DEFINE_string("folder", None, "Own files in place of config.data.folder.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "In place of config.data.data_dir.")
+AVERAGE = command.define_average_flag()
 CONFIG = command.define_config_flag()
 processes.define_flags()
 
@@ -41,7 +42,7 @@ def main() -> None:
     processes.join_by_flags()
     with processes.ending_together():
         config = command.resolved_config(CONFIG) if CONFIG.value is not None else None
-        result = evaluate(config, workdir, data=data)
+        result = evaluate(config, workdir, data=data, average=AVERAGE.value)
     if processes.index():
         return
     print(f"checkpoint of step {result.pop('step')}")

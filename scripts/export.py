@@ -14,6 +14,7 @@ from sigmarep import command
 from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+AVERAGE = command.define_average_flag()
 # A format that is asked for often and cannot be written, so that the refusal says why.
 ONNX = "onnx"
 FORMAT = flags.DEFINE_enum(
@@ -35,7 +36,7 @@ def main() -> None:
     from sigmarep import export
     from sigmarep.inference import open_run
 
-    run = open_run(workdir)
+    run = open_run(workdir, average=AVERAGE.value)
     if FORMAT.value == "stablehlo":
         lines = export.save_stablehlo(run, output)
     else:

@@ -10,6 +10,7 @@ from absl import flags
 from sigmarep import command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+AVERAGE = command.define_average_flag()
 PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; may be given several times.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 128, "Tokens of a text, the prompt among them.", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits.", lower_bound=0)
@@ -22,7 +23,7 @@ def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
     from sigmarep.inference import open_run
 
-    for text in open_run(workdir).generate(
+    for text in open_run(workdir, average=AVERAGE.value).generate(
         PROMPT.value,
         seed=SEED.value,
         max_length=MAX_LENGTH.value,

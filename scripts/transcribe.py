@@ -13,6 +13,7 @@ from sigmarep import command
 from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+AVERAGE = command.define_average_flag()
 AUDIO = flags.DEFINE_multi_string("audio", [], "An audio file; may be given several times.")
 
 
@@ -22,7 +23,7 @@ def main() -> None:
         raise BadInput("--audio is missing: name an audio file")
     from sigmarep.inference import open_run
 
-    run = open_run(workdir)
+    run = open_run(workdir, average=AVERAGE.value)
     recordings, problems = {}, []
     for path in AUDIO.value:
         try:

@@ -13,6 +13,7 @@ from sigmarep import command
 from sigmarep.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+AVERAGE = command.define_average_flag()
 TEXT = flags.DEFINE_multi_string("text", [], "A sentence; may be given several times.")
 INPUT = flags.DEFINE_string("input", None, "A file of sentences.")
 
@@ -26,7 +27,7 @@ def main() -> None:
 
     sentences = list(text_folder.lines(INPUT.value)) if INPUT.value else TEXT.value
     names = [f"{INPUT.value}:{i + 1}" if INPUT.value else f"--text {text!r}" for i, text in enumerate(sentences)]
-    for translation in open_run(workdir).translate(sentences, names=names):
+    for translation in open_run(workdir, average=AVERAGE.value).translate(sentences, names=names):
         print(translation.replace("\n", " "))
 
 

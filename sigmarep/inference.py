@@ -172,11 +172,15 @@ class Run:
         return getattr(self.task, name)
 
 
-def open_run(folder: str) -> Run:
+def open_run(folder: str, *, average: int = 1) -> Run:
     """The trained model of a workdir.
 
+    Args:
+      average: the number of newest checkpoints whose parameters are averaged; as many must be in the folder
+        (`config.keep_checkpoints`). Other collections are the newest one's.
+
     Raises:
-      BadInput: the folder holds no run, or no checkpoint that is whole.
+      BadInput: the folder holds no run, no checkpoint that is whole, or fewer than `average`.
     """
-    restored = restore(None, folder)
+    restored = restore(None, folder, average=average)
     return Run(folder=folder, **restored._asdict())

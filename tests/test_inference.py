@@ -320,6 +320,30 @@ def test_reading_a_run_changes_nothing_in_its_folder(language_model, tmp_path, c
     assert "the checkpoint of step 2 is damaged" in capsys.readouterr().err
 
 
+def test_the_last_checkpoints_are_averaged(classifier, tmp_path):
+    first = tmp_path / "first"
+    shutil.copytree(classifier.folder, first)
+    shutil.rmtree(first / "checkpoints" / "2")
+    both, one, two = open_run(classifier.folder, average=2), open_run(str(first)), open_run(classifier.folder)
+    assert both.step == 2
+    for mean, a, b in zip(*(jax.tree.leaves(run.variables["params"]) for run in (both, one, two)), strict=True):
+        np.testing.assert_allclose(mean, (np.asarray(a) + np.asarray(b)) / 2, rtol=1e-6, atol=1e-8)
+    jax.tree.map(np.testing.assert_array_equal, both.variables["spectral"], two.variables["spectral"])
+    # σ of the mean is its own: a power step on it, from the newest vector.
+    kernel = np.asarray(both.variables["params"]["patch_embedding"]["kernel"], np.float64).reshape(-1, 16)
+    u = np.asarray(two.variables["spectral"]["patch_embedding"]["u"], np.float64)
+    sigma = np.linalg.norm(kernel.T @ (kernel @ u)) / np.linalg.norm(kernel @ u)
+    gamma = float(both.variables["params"]["patch_embedding"]["gamma"])
+    plain = np.asarray(both.plain().variables["params"]["patch_embedding"]["kernel"]).reshape(-1, 16)
+    np.testing.assert_allclose(plain, gamma / sigma * kernel, rtol=1e-4, atol=1e-6)
+    data = {"data_dir": str(tmp_path / "data")}
+    assert np.isfinite(evaluate(None, classifier.folder, data=data, average=2)["eval/test/loss"])
+    with pytest.raises(
+        BadInput, match=r"holds 2 of the 3 checkpoints to average; average fewer, or train with a larger"
+    ):
+        open_run(classifier.folder, average=3)
+
+
 def test_a_run_of_eight_devices_is_evaluated_on_six(language_model, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(language_model.folder, folder)

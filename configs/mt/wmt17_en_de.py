@@ -26,6 +26,8 @@ def get_config(text=""):
     config.log_every_steps = 100
     config.eval_every_steps = 10_000
     config.checkpoint_every_steps = 2_000
+    # As many as are averaged by `evaluate.py --average 10`.
+    config.keep_checkpoints = 10
     config.compute_dtype = "bfloat16"
 
     model = config.model

@@ -102,12 +102,14 @@ class TaskModel(Protocol):
       model_fields: beginnings of the names of the fields that decide the shapes and the meaning of parameters and inputs.
         A checkpoint can be evaluated under a configuration that differs in others alone.
       microbatches: a batch may be cut into microbatches (`config.accumulation`): no example's loss depends on others.
+      takes_progress: `loss` has one more argument, `progress`: () float32, the fraction of the run's steps made before.
     """
 
     config: Any
     primary_metric: str
     model_fields: tuple[str, ...] = ("model.",)
     microbatches: bool = True
+    takes_progress: bool = False
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, `params` among them."""

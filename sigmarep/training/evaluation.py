@@ -24,7 +24,7 @@ BATCHES_IN_FLIGHT = 2
 
 
 def evaluate(
-    config: ml_collections.ConfigDict | None, folder: str, *, data: Mapping[str, Any] | None = None
+    config: ml_collections.ConfigDict | None, folder: str, *, data: Mapping[str, Any] | None = None, average: int = 1
 ) -> dict[str, float]:
     """Evaluates the newest checkpoint of a workdir on the splits of its task; changes nothing there.
 
@@ -33,12 +33,14 @@ def evaluate(
     Args:
       config: the stored one if None; else one of the same model, with other splits or ways to decode.
       data: fields of `config.data` to change, such as `{"name": "text_folder", "folder": DIR, "eval_splits": ("test",)}`.
+      average: the number of newest checkpoints whose parameters are averaged.
 
     Raises:
-      BadInput: the folder holds no run or no checkpoint, `config` is of another model, or a split cannot be read.
+      BadInput: the folder holds no run, no checkpoint or fewer than `average`, `config` is of another model, or a split
+        cannot be read.
       Diverged: a loss is NaN.
     """
-    run = restore(config, folder, data=data)
+    run = restore(config, folder, data=data, average=average)
     check_rows(run.config, run.task.batch_rows(), run.mesh)
     opened = tasks.get(run.config.task).open_data(run.config, run.files)
     metrics = Evaluator(run.mesh, opened.evaluations(run.task))(run.variables)

@@ -277,6 +277,7 @@ def _program(
                 accumulation=config.accumulation,
                 ema_decay=config.ema_decay,
                 qk_clip=config.optimizer.qk_clip,
+                total_steps=total,
                 axis_name=axis_name,
                 placed=placed,
             )

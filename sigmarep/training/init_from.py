@@ -17,7 +17,7 @@ from sigmarep.errors import BadInput, one_line
 from sigmarep.fields import field
 from sigmarep.nn import fold
 from sigmarep.nn.layers import Layers
-from sigmarep.training.checkpoints import check_path
+from sigmarep.training.checkpoint_files import check_path
 from sigmarep.training.mesh import path_name
 from sigmarep.weights import files, load, names
 

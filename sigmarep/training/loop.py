@@ -16,7 +16,8 @@ from sigmarep.errors import BadInput, Diverged, Stopped, one_line
 from sigmarep.tasks.protocol import Batch
 from sigmarep.training import init_from, workdir
 from sigmarep.training.callbacks import Callback, Callbacks, Stop, named_callbacks
-from sigmarep.training.checkpoints import Checkpointer, check_path, has_checkpoint
+from sigmarep.training.checkpoint_files import check_path
+from sigmarep.training.checkpoints import Checkpointer, has_checkpoint
 from sigmarep.training.config import validate
 from sigmarep.training.divergence import DivergenceCheck, GoodCheckpoints
 from sigmarep.training.evaluation import Evaluator

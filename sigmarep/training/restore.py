@@ -41,7 +41,7 @@ class Restored(NamedTuple):
 
 
 def restore(
-    config: ml_collections.ConfigDict | None, folder: str, *, data: Mapping[str, Any] | None = None
+    config: ml_collections.ConfigDict | None, folder: str, *, data: Mapping[str, Any] | None = None, average: int = 1
 ) -> Restored:
     """The model of a workdir on the devices of this machine, which may be others than those of the run.
 
@@ -51,9 +51,10 @@ def restore(
     Args:
       config: the stored one if None; else one of the same model.
       data: fields of `config.data` to change.
+      average: see `sigmarep.training.checkpoints.read_variables`.
 
     Raises:
-      BadInput: the folder holds no run or no checkpoint, or `config` is of another model.
+      BadInput: the folder holds no run, no checkpoint or fewer than `average`, or `config` is of another model.
     """
     chosen = ml_collections.ConfigDict(config) if config is not None else restored_config(folder)
     elsewhere = config is None and not meshes.fits(chosen.mesh)
@@ -71,7 +72,8 @@ def restore(
         # As many as every batch divides over.
         devices = devices[: math.gcd(len(devices), *task.batch_rows())]
     mesh = meshes.create_mesh(checked.mesh, devices)
-    restored = read_variables(os.path.join(folder, "checkpoints"), _abstract_variables(task, mesh, checked), say=_warn)
+    abstract = _abstract_variables(task, mesh, checked)
+    restored = read_variables(os.path.join(folder, "checkpoints"), abstract, average=average, say=_warn)
     if restored is None:
         raise BadInput(f"--workdir {folder}: holds no checkpoint yet")
     step, variables = restored

@@ -85,6 +85,7 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float = 0.0,
     qk_clip: float = 0.0,
+    total_steps: int = 1,
     axis_name: str | None = None,
     placed: Any = None,
 ) -> Callable[..., tuple[TrainState, StepOutput]]:
@@ -98,6 +99,7 @@ def make_train_step(
       accumulation: microbatches a step.
       ema_decay: of the averaged weights.
       qk_clip: the threshold of `sigmarep.nn.qk_clip`, off at 0.
+      total_steps: of the run, for a task whose loss takes its progress.
       axis_name: of the devices under pmap; None under jit, where sums over the batch are global already.
       placed: shardings of the parameters, by which the devices share the panel's reading of them; None if each reads all.
     """
@@ -110,8 +112,10 @@ def make_train_step(
         return tree if placed is None else jax.tree.map(spread_over_data, tree, placed)
 
     def gradients(state: TrainState, batch, rng, attention: bool) -> tuple[Any, LossOutput]:
+        own = {"progress": state.step / total_steps} if getattr(task, "takes_progress", False) else {}
+
         def loss_sum(params):
-            output = task.loss(params, state.model_state, batch, rng, attention=attention)
+            output = task.loss(params, state.model_state, batch, rng, attention=attention, **own)
             # What modules sow in the collection `losses` is a mean already; the reported loss is the task's alone.
             sown = sum(map(jnp.sum, jax.tree.leaves(output.model_state.get("losses", {}))))
             return output.loss[0] + output.loss[1] * sown, output

@@ -1,5 +1,6 @@
 """The contrastive task: its views, its momentum encoder, its state in checkpoints, and what it refuses."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -11,8 +12,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from sigmarep import tasks
 from sigmarep.core import spectral
 from sigmarep.errors import BadInput
 from sigmarep.tasks import contrastive
@@ -21,6 +24,7 @@ from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import build
 from sigmarep.training.metrics import read_metrics
+from sigmarep.training.step import create_state, make_train_step
 
 ROOT = Path(__file__).parents[2]
 ARMS = {"pre_ln": ("none", "pre"), "sigma": ("sigma", "none"), "sigma_pre_ln": ("sigma", "pre")}
@@ -171,6 +175,23 @@ def test_the_momentum_encoder_follows_the_parameters_with_a_spectral_state_of_it
     np.testing.assert_allclose(found["sigma"], np.linalg.norm(z), rtol=1e-5)
     online = state["spectral"]["vit"]["patch_embedding"]
     assert np.abs(np.asarray(online["u"]) - np.asarray(found["u"])).max() > 1e-3
+
+
+def test_the_decay_of_the_momentum_encoder_rises_on_half_a_cosine(data_dir):
+    config = validate(tiny(data_dir, method="moco_v3", momentum=0.75, momentum_schedule="cosine"))
+    task = contrastive.create_model(config, {})
+    optimizer = optax.sgd(0.0)
+    state = create_state(task.init, optimizer, seed=0, ema=False)
+    # Both encoders begin alike.
+    state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1.0, state.params))
+    step = jax.jit(make_train_step(task, optimizer, lambda _: 0.0, layers=tasks.describe_layers(task), total_steps=4))
+    images = np.random.default_rng(0).normal(size=(16, 2, 8, 8, 1)).astype(np.float32)
+    old = state.model_state["momentum"]["params"]["vit"]
+    for made, moved in ((0, 0.25), (2, 0.25 / 2), (3, 0.25 * (1 - np.sqrt(0.5)) / 2)):
+        after, _ = step(dataclasses.replace(state, step=jnp.asarray(made)), {"views": images})
+        new = after.model_state["momentum"]["params"]["vit"]
+        for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+            np.testing.assert_allclose(b - a, moved, rtol=1e-4, atol=1e-6)
 
 
 def test_a_training_step_takes_one_power_step_over_both_views(data_dir):

@@ -8,7 +8,8 @@ import pytest
 
 from sigmarep.errors import BadInput, SigmarepError
 from sigmarep.training import evaluate, evaluation, loop, train_and_evaluate
-from sigmarep.training.checkpoints import MANIFEST, Checkpointer
+from sigmarep.training.checkpoint_files import MANIFEST
+from sigmarep.training.checkpoints import Checkpointer
 from sigmarep.training.config import default_config, validate
 from sigmarep.training.experiment import Experiment, build
 from sigmarep.training.metrics import JsonLines, parse, read_metrics

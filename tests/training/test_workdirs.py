@@ -15,9 +15,10 @@ import pytest
 
 from sigmarep.errors import BadInput, Diverged, SigmarepError
 from sigmarep.files import write_atomically
-from sigmarep.training import checkpoints as checkpointing
-from sigmarep.training import evaluate, train_and_evaluate
-from sigmarep.training.checkpoints import MANIFEST, Checkpointer, check_path, read_variables
+from sigmarep.training import checkpoint_files, evaluate, train_and_evaluate
+from sigmarep.training import checkpoints as checkpoints_module
+from sigmarep.training.checkpoint_files import MANIFEST, check_path
+from sigmarep.training.checkpoints import Checkpointer, read_variables
 from sigmarep.training.config import default_config
 from sigmarep.training.divergence import GoodCheckpoints
 from sigmarep.training.metrics import JsonLines, read_metrics, wandb_id
@@ -56,7 +57,7 @@ def test_every_complete_checkpoint_has_its_manifest_while_the_next_is_written(tm
     checkpoints.save(1, state(1), extra={})
     checkpoints.wait()
     assert (tmp_path / "1" / MANIFEST).exists()
-    assert checkpointing._problem(str(tmp_path / "1")) is None
+    assert checkpoint_files.problem_of(str(tmp_path / "1")) is None
     checkpoints.close()
 
 
@@ -76,6 +77,20 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
         assert value == step
         assert step == 2 or "step 2 is damaged" in lines[0]
         path.write_bytes(original)
+
+
+def test_averaging_passes_over_damaged_checkpoints(tmp_path):
+    saved(tmp_path, (1, 2, 4, 8), keep=4)
+    damaged = next(path for path in (tmp_path / "4").rglob("*") if path.is_file() and path.name != MANIFEST)
+    damaged.write_bytes(b"")
+    lines = []
+    step, variables = read_variables(str(tmp_path), ABSTRACT, average=3, say=lines.append)
+    assert step == 8
+    np.testing.assert_allclose(variables["params"]["a"], (1 + 2 + 8) / 3, rtol=1e-6)
+    (line,) = lines
+    assert "step 4 is damaged" in line
+    with pytest.raises(BadInput, match="holds 3 of the 4 checkpoints to average"):
+        read_variables(str(tmp_path), ABSTRACT, average=4, say=lines.append)
 
 
 def test_a_checkpoint_without_a_manifest_is_used_last_and_never_silently(tmp_path):
@@ -129,7 +144,7 @@ def test_readers_beside_a_writer_read_whole_checkpoints(tmp_path):
 
 def test_a_checkpoint_that_vanishes_while_it_is_read_is_followed_by_the_next(tmp_path, monkeypatch):
     saved(tmp_path, (1,))
-    restore = checkpointing._read
+    restore = checkpoint_files.read_items
 
     def vanishing(path, **items):
         if path.endswith("/1") and os.path.exists(path):
@@ -138,7 +153,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_followed_by_the_next(tmp
             shutil.rmtree(path)
         return restore(path, **items)
 
-    monkeypatch.setattr(checkpointing, "_read", vanishing)
+    monkeypatch.setattr(checkpoints_module, "read_items", vanishing)
     lines = []
     assert read(tmp_path, lines.append) == (2, 2.0)
     assert lines == []

@@ -26,6 +26,7 @@ from sigmarep.tasks.protocol import AXIS, Files, LossOutput, TaskModel
 from sigmarep.tasks.transformer_config import portable
 
 METHODS = ("simclr", "moco_v3")
+MOMENTUM_SCHEDULES = ("constant", "cosine")
 PATCH_KERNEL = "vit/patch_embedding/kernel"
 
 
@@ -42,7 +43,12 @@ FIELDS: dict[str, Any] = {
     "data": {**{name: each for name, each in _VIT["data"].items() if name != "augment"}, "views": views.FIELDS},
     "method": field("simclr", "simclr, or moco_v3 with its momentum encoder.", choices=METHODS),
     "temperature": field(0.2, "Temperature of the contrastive loss.", above=0),
-    "momentum": field(0.99, "Decay of the momentum encoder per step (moco_v3).", at_least=0, at_most=1),
+    "momentum": field(
+        0.99, "Decay of the momentum encoder per step (moco_v3), the first one on a cosine.", at_least=0, at_most=1
+    ),
+    "momentum_schedule": field(
+        "constant", "That decay over the run: constant, or rising to 1 on half a cosine.", choices=MOMENTUM_SCHEDULES
+    ),
     "freeze_patch_embedding": field(False, "The patch embedding stays as initialized, MoCo v3's remedy."),
     "projector": _HEAD,
     # Of moco_v3 alone.
@@ -119,6 +125,7 @@ class Contrastive(TaskModel):
     primary_metric = "probe_accuracy"
     model_fields = ("method", "model.", "projector.", "predictor.")
     microbatches = False
+    takes_progress = True
 
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
@@ -157,7 +164,7 @@ class Contrastive(TaskModel):
         rows, size, channels = self.config.batch_size, self.config.data.image_size, len(self.config.data.mean)
         return [{"views": jax.ShapeDtypeStruct((rows, 2, size, size, channels), jnp.float32)}]
 
-    def loss(self, params, model_state, batch, rng, *, attention):
+    def loss(self, params, model_state, batch, rng, *, attention, progress=0.0):
         images = batch["views"].reshape(-1, *batch["views"].shape[2:])
         own = {name: value for name, value in model_state.items() if name != "momentum"}
         # Both views in one apply: one power step, and one batch to normalise over.
@@ -172,7 +179,7 @@ class Contrastive(TaskModel):
         recorded = changed.pop("attention", {})
         options = {"axis_name": _axis_name(self.config)}
         if "momentum" in model_state:
-            changed["momentum"], keys = self._momentum_step(params, model_state["momentum"], images, rng)
+            changed["momentum"], keys = self._momentum_step(params, model_state["momentum"], images, rng, progress)
             sums = simclr.momentum_contrast(outputs.prediction, keys, self.config.temperature, **options)
         else:
             sums = simclr.nt_xent(outputs.projection, self.config.temperature, **options)
@@ -183,13 +190,15 @@ class Contrastive(TaskModel):
             attention=recorded,
         )
 
-    def _momentum_step(self, params, momentum, images, rng):
+    def _momentum_step(self, params, momentum, images, rng, progress):
         """The momentum encoder after its update from the parameters as they are before this step's, and its keys.
 
         That order is the method's (algorithm 1). The power step is taken on the averaged kernels, from vectors that
         follow them alone.
         """
         decay = self.config.momentum
+        if self.config.momentum_schedule == "cosine":
+            decay = 1 - (1 - decay) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         averaged = jax.tree.map(
             lambda old, new: decay * old + (1 - decay) * jax.lax.stop_gradient(new),
             momentum["params"],
