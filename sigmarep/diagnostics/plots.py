@@ -110,7 +110,12 @@ def _arrange(figure: Any) -> None:
     width = figure.get_figwidth()
     above = [0.12 + (0.13 * math.ceil(len(each.get_texts()) / _columns(width)) if each else 0.0) for each in legends]
     heights = figure.axes[0].get_gridspec().get_height_ratios()
-    bottom = 0.42
+    from matplotlib.ticker import FixedLocator
+
+    last = figure.axes[-1].xaxis
+    # Only ticks with names of their own have several lines.
+    names = last.get_ticklabels() if isinstance(last.get_major_locator(), FixedLocator) else ()
+    bottom = 0.42 + 0.13 * max((each.get_text().count("\n") for each in names), default=0)
     total = sum(heights) + sum(above) + bottom
     figure.set_size_inches(width, total)
     top = total

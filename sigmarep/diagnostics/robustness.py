@@ -6,8 +6,10 @@ end is below the threshold.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from sigmarep.diagnostics import plots
 from sigmarep.errors import BadInput
 from sigmarep.sweeps import Outcome, finished_runs, short
 from sigmarep.training.diagnosis import lowest_entropy
@@ -36,7 +38,7 @@ def read_grid(workdir: str) -> Grid:
             seen.setdefault(key, set()).add(str(value))
     varying = [key for key, each in seen.items() if len(each) > 1 and key not in (ARM, SEED)]
     grid: Grid = {}
-    for name, point in points.items():
+    for name, point in sorted(points.items(), key=lambda each: _order(each[1], [*varying, SEED])):
         setting = ", ".join(f"{key}={point[key]}" for key in varying if key in point)
         grid.setdefault(str(point[ARM]), {}).setdefault(setting, []).append(outcomes[name])
     return dict(sorted(grid.items()))
@@ -72,6 +74,42 @@ def tables(grid: Grid, metric: str) -> list[str]:
         lowest = min(filter(math.isfinite, (lowest_entropy(run.rows) for run in runs)), default=math.nan)
         counts.append(f"| {arm} | {' | '.join(cells)} | {_percent(best)} | {lowest:.3f} |")
     return ["\n".join(rows), "\n".join(counts)]
+
+
+def draw(grid: Grid, metric: str) -> Any:
+    """Draws the accuracy of every run by setting, settings side by side; the dash is the median of seeds.
+
+    A run that diverged is at 0.
+    """
+    settings = list(dict.fromkeys(setting for by_setting in grid.values() for setting in by_setting))
+    figure, (axes,) = plots.new_figure([2.6], plots.WIDTHS["double"])
+    for i, (arm, by_setting) in enumerate(grid.items()):
+        color = plots.PALETTE[i % len(plots.PALETTE)]
+        shift = 0.1 * (i - (len(grid) - 1) / 2)
+        shown = {
+            settings.index(setting) + shift: [_drawn(run, metric) for run in runs]
+            for setting, runs in by_setting.items()
+        }
+        axes.plot(list(shown), [statistics.median(each) for each in shown.values()], "_", color=color, markersize=9)
+        x = [place for place, each in shown.items() for _ in each]
+        axes.plot(x, [value for each in shown.values() for value in each], "o", color=color, markersize=3, label=arm)
+    axes.axhline(THRESHOLDS[0], color="#595959", linewidth=0.8, linestyle=":")
+    values = [[part.rsplit("=", 1)[-1] for part in setting.split(", ")] for setting in settings]
+    names = [part.split("=", 1)[0] for part in settings[0].split(", ")]
+    axes.set_xticks(range(len(settings)), ["\n".join(each) for each in values])
+    axes.set(ylabel=plots.plain(metric.removeprefix("eval/")), ylim=(0, 1), xlabel=plots.plain(", ".join(names)))
+    plots.add_legend(axes, len(grid))
+    return figure
+
+
+def _drawn(run: Outcome, metric: str) -> float:
+    return 0.0 if math.isnan(value := accuracy(run, metric)) else value
+
+
+def _order(point: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[float, str]]:
+    """Sorts numbers by their size, and texts behind them."""
+    values = [point.get(key) for key in keys]
+    return [(each, "") if isinstance(each, int | float) else (math.inf, str(each)) for each in values]
 
 
 def _seeds(runs: Sequence[Outcome], metric: str) -> str:
