@@ -28,26 +28,30 @@ ONLY = flags.DEFINE_string("only", "", "With --all: recompile only the recipes w
 OUTPUT = flags.DEFINE_string("output", "docs/compiled.md", "With --all: file to write the table to.")
 
 # The full-scale recipes, each at the paper's global batch, and the slices that they are compiled for.
+LARGE = ("v5e:16x16", "v5p:4x4x4", "v6e:8x8")
+MIDDLE = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8")
+SMALL = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
 RECIPES = (
-    ("vit/imagenet_simplified.py", ("v5e:16x16", "v4:4x4x4")),
-    ("vit/imagenet_simplified.py:variant=L/16", ("v5e:16x16", "v4:4x4x4")),
-    ("vit/imagenet_simplified.py:variant=H/16", ("v5e:16x16", "v4:4x4x4")),
-    ("vit/imagenet_deit.py", ("v5e:16x16",)),
-    ("vit/imagenet_deit.py:reparam=sigma", ("v5e:16x16", "v5e:4x4")),
-    ("vit/imagenet_mae.py:variant=L/16", ("v5e:16x16",)),
-    ("vit/imagenet_mae.py:variant=H/14", ("v5e:16x16",)),
-    ("ssl/simclr_imagenet.py", ("v5e:16x16",)),
-    ("ssl/mocov3_imagenet.py:arm=sigma_pre_ln", ("v5e:16x16",)),
-    ("asr/librispeech_100h.py", ("v5e:8x8",)),
-    ("asr/librispeech_100h.py:norm=none,disjoint=2,depth=72,conv=true", ("v5e:8x8",)),
-    ("lm/wikitext103.py", ("v5e:2x4",)),
-    ("mt/wmt17_en_de.py", ("v5e:8x8",)),
-    ("mt/wmt17_en_de.py:depth=100", ("v5e:8x8", "v5e:16x16")),
-    ("mt/wmt17_en_de.py:depth=100,norm=deepnorm,reparam=none", ("v5e:16x16",)),
+    ("vit/imagenet_simplified.py", (*LARGE, "v4:4x4x4")),
+    ("vit/imagenet_simplified.py:variant=L/16", (*LARGE, "v4:4x4x4")),
+    ("vit/imagenet_simplified.py:variant=H/16", (*LARGE, "v4:4x4x4")),
+    ("vit/imagenet_deit.py", LARGE),
+    ("vit/imagenet_deit.py:reparam=sigma", (*LARGE, "v5e:4x4")),
+    ("vit/imagenet_mae.py:variant=L/16", LARGE),
+    ("vit/imagenet_mae.py:variant=H/14", LARGE),
+    ("ssl/simclr_imagenet.py", LARGE),
+    ("ssl/mocov3_imagenet.py:arm=sigma_pre_ln", LARGE),
+    ("asr/librispeech_100h.py", MIDDLE),
+    ("asr/librispeech_100h.py:norm=none,disjoint=2,depth=72,conv=true", MIDDLE),
+    ("lm/wikitext103.py", SMALL),
+    ("lm/decoder.py:size=full", LARGE),
+    ("mt/wmt17_en_de.py", MIDDLE),
+    ("mt/wmt17_en_de.py:depth=100", ("v5e:8x8", *LARGE)),
+    ("mt/wmt17_en_de.py:depth=100,norm=deepnorm,reparam=none", LARGE),
 )
 COLUMNS = (
     *("recipe", "topology", "mesh", "batch", "arguments", "outputs", "temporaries", "total of chip, GiB"),
-    *("TFLOP", "GB read and written", "collectives, MB (count)", "compiled in"),
+    *("TFLOP", "GB read and written", "in main memory", "collectives, MB (count)", "compiled in"),
 )
 UNPRINTABLE = (
     'this jaxlib cannot print what the installed libtpu, a newer one, has compiled; pip install "sigmarep[tpu-compile]" '
@@ -75,7 +79,8 @@ def main() -> None:
     else:
         loops = ", ".join(str(count) for count in costs.trip_counts.values())
         print(
-            f"a step, each device: {costs.flops / 1e12:.4g} TFLOP, {costs.bytes / 1e9:.4g} GB read and written"
+            f"a step, each device: {costs.flops / 1e12:.4g} TFLOP, {costs.bytes / 1e9:.4g} GB read and written, "
+            f"{costs.main_memory / 1e9:.4g} GB of them in main memory"
             + (f" (loops of {loops} iterations counted in full)" if loops else "")
         )
     for each in step.collectives:
@@ -116,9 +121,10 @@ def table() -> None:
 def _cells(step, target) -> tuple[str, ...]:
     memory = step.memory
     moved = ", ".join(f"{each.kind} {each.bytes / 1e6:.4g} ({each.executions})" for each in step.collectives) or "none"
-    counted = ("not known",) * 3
+    counted: tuple[str, ...] = ("not known",) * 4
     if step.costs is not None:
-        counted = (f"{step.costs.flops / 1e12:.4g}", f"{step.costs.bytes / 1e9:.4g}", moved)
+        moved_bytes = (f"{each / 1e9:.4g}" for each in (step.costs.bytes, step.costs.main_memory))
+        counted = (f"{step.costs.flops / 1e12:.4g}", *moved_bytes, moved)
     return (
         _mesh(step.mesh),
         _batch(step.batch),
@@ -151,8 +157,9 @@ def _write(path: str, made: dict[tuple[str, str], tuple[str, ...]], versions: st
         f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}. All figures are for one chip and one step. Memory, in "
         "GiB, is the compiler's: arguments are the state and the chip's part of the batch, outputs are the results that "
         "do not reuse their memory. Operations and bytes are the compiler's own count, with a loop's body counted once "
-        "per iteration. Collectives are counted likewise, and sized by their results on one chip. Nothing here was run: "
-        "no figure tells how long a step takes. The batch is the largest of the task.",
+        "per iteration; the part in main memory, counted from the program's text, is without buffers that never leave the "
+        "core's own memory. Collectives are counted likewise, and sized by their results on one chip. Nothing here was "
+        "run: no figure tells how long a step takes. The batch is the largest of the task.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -1,7 +1,6 @@
 """Cost of an optimized XLA program: collectives, operations and bytes, with loop bodies counted once per iteration.
 
-XLA's own cost analysis counts the body of a loop once. The trip count of a loop made by `jax.lax.scan` is a constant in
-the loop's condition; here the body is counted that many times.
+XLA's own cost analysis counts the body of a loop once.
 """
 
 import importlib
@@ -11,15 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sigmarep.compile import hlo_text, memory_traffic
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {
-    **{"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2},
-    **{"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8},
-}
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|c64)\[([\d,]*)\]")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|called_computations)=\{?%?([\w.,% -]+)\}?")
 
 
 class Costs(NamedTuple):
@@ -27,13 +21,15 @@ class Costs(NamedTuple):
 
     Attributes:
       flops: operations by the compiler's count, loop bodies times their trip counts.
-      bytes: bytes accessed, counted likewise.
+      bytes: bytes accessed by instructions, counted likewise, wherever they lie.
+      main_memory: of these, bytes of buffers in the device's main memory (`sigmarep.compile.memory_traffic`).
       trip_counts: executions per step of each loop body, by name; empty if no loop could be counted.
       without_loops: (flops, bytes) with every loop body counted once, as XLA reports them.
     """
 
     flops: float
     bytes: float
+    main_memory: float
     trip_counts: dict[str, int]
     without_loops: tuple[float, float]
 
@@ -52,24 +48,11 @@ class Collective(NamedTuple):
     bytes: int
 
 
-class _Instruction(NamedTuple):
-    name: str
-    shape: str
-    opcode: str
-    # The text after the opcode: operands and attributes.
-    rest: str
-
-
-class _Computation(NamedTuple):
-    lines: list[str]
-    instructions: list[_Instruction]
-
-
 def collectives(text: str) -> list[Collective]:
     """Collectives of a program by kind, the kind with the most bytes first."""
-    computations, entry = _parse(text)
+    computations, entry = hlo_text.parse(text)
     totals: dict[str, list[int]] = {}
-    for name, executions in _executions(computations, entry).items():
+    for name, executions in hlo_text.executions(computations, entry).items():
         for _, shape, opcode, _ in computations[name].instructions:
             kind = opcode.removesuffix("-start")
             if kind in COLLECTIVES:
@@ -81,7 +64,7 @@ def collectives(text: str) -> list[Collective]:
 
 def shapes_of(text: str, kind: str) -> list[tuple[int, ...]]:
     """Shapes of the results of every collective of a kind, in the order of the program."""
-    computations, _ = _parse(text)
+    computations, _ = hlo_text.parse(text)
     return [
         tuple(int(n) for n in dims.split(",") if n)
         for computation in computations.values()
@@ -100,17 +83,20 @@ def costs(text: str, analysis: Any) -> Costs:
     """
     analysis = analysis[0] if isinstance(analysis, list) else analysis or {}
     reported = (float(analysis.get("flops", 0.0)), float(analysis.get("bytes accessed", 0.0)))
-    computations, entry = _parse(text)
-    executions = _executions(computations, entry)
-    bodies = {name: _bodies(computations, name) for name in (entry, *_all_bodies(computations, entry))}
+    traffic = memory_traffic.main_memory_bytes(text)
+    computations, entry = hlo_text.parse(text)
+    executions = hlo_text.executions(computations, entry)
+    bodies = {
+        name: hlo_text.bodies_in(computations, name) for name in (entry, *hlo_text.all_bodies(computations, entry))
+    }
     repeated = {name: executions[name] for name in bodies if executions[name] > 1}
     if not repeated:
-        return Costs(*reported, trip_counts={}, without_loops=reported)
+        return Costs(*reported, traffic, trip_counts={}, without_loops=reported)
     analyses = {}
     for name in bodies:
         analysis = _analyze(text, name)
         if analysis is None:
-            return Costs(*reported, trip_counts={}, without_loops=reported)
+            return Costs(*reported, traffic, trip_counts={}, without_loops=reported)
         analyses[name] = analysis
 
     def counted(i: int) -> float:
@@ -121,97 +107,7 @@ def costs(text: str, analysis: Any) -> Costs:
         ratio = sum(executions[name] * own[name] for name in bodies) / sizes[entry] if sizes[entry] else 1.0
         return reported[i] * ratio
 
-    return Costs(counted(0), counted(1), trip_counts=repeated, without_loops=reported)
-
-
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """Parses a program into its computations by name; also returns the name of the entry."""
-    computations: dict[str, _Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head and not line.startswith(("HloModule", " ")):
-            current = _Computation([], [])
-            computations[head[2]] = current
-            entry = head[2] if head[1] else entry
-        elif current is not None:
-            current.lines.append(line)
-            instruction = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))
-            if instruction:
-                current.instructions.append(_Instruction(*instruction.groups()))
-            if line == "}":
-                current = None
-    return computations, entry
-
-
-def _bodies(computations: dict[str, _Computation], name: str) -> list[tuple[str, int]]:
-    """(body, trip count) of the outermost loops of a computation and of the computations that it calls."""
-    loops = []
-    for callee, trip_count in _callees(computations[name], computations):
-        loops += [(callee, trip_count)] if trip_count else _bodies(computations, callee)
-    return loops
-
-
-def _all_bodies(computations: dict[str, _Computation], name: str) -> list[str]:
-    """Bodies of all loops, nested ones included."""
-    bodies = []
-    for body, _ in _bodies(computations, name):
-        bodies += [body, *_all_bodies(computations, body)]
-    return list(dict.fromkeys(bodies))
-
-
-def _callees(computation: _Computation, computations) -> list[tuple[str, int]]:
-    """(name, trip count) of the computations that one calls; the trip count is 0 unless the callee is a loop body."""
-    callees = []
-    for _, _, opcode, rest in computation.instructions:
-        for group in _CALLED.findall(rest):
-            for name in re.findall(r"[\w.-]+", group):
-                if name in computations:
-                    callees.append((name, _trip_count(rest, computations) if opcode == "while" else 0))
-    return callees
-
-
-def _trip_count(rest: str, computations: dict[str, _Computation]) -> int:
-    """Iterations of a loop, given its attributes; 1 if the number is not a constant of the program."""
-    known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', rest)
-    if known:
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.-]+)", rest)
-    lines = computations[condition[1]].lines if condition else []
-    limits = [int(n) for line in lines for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", line)]
-    return -(-limits[0] // _increment(rest, lines, computations)) if len(limits) == 1 and limits[0] else 1
-
-
-def _increment(rest: str, condition: list[str], computations: dict[str, _Computation]) -> int:
-    """Constant by which an iteration increases the loop's counter: above 1 if the compiler unrolled it; 1 if unknown."""
-    body = re.search(r"body=%?([\w.-]+)", rest)
-    counter = re.findall(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", "\n".join(condition))
-    if not body or len(counter) != 1:
-        return 1
-    instructions = computations[body[1]].instructions
-    operands = re.findall(r"%([\w.-]+)", instructions[-1].rest.partition(")")[0])
-    index = int(counter[0])
-    added = {name: rest for name, _, opcode, rest in instructions if opcode == "add"}
-    constants = {
-        name: int(rest.partition(")")[0])
-        for name, shape, opcode, rest in instructions
-        if opcode == "constant" and re.match(r"[su]32\[\]", shape)
-    }
-    terms = re.findall(r"%([\w.-]+)", added.get(operands[index], "").partition(")")[0]) if index < len(operands) else []
-    return next((constants[term] for term in terms if constants.get(term)), 1)
-
-
-def _executions(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
-    """Number of executions of each computation in a step."""
-    executions: dict[str, int] = {}
-
-    def visit(name: str, times: int) -> None:
-        executions[name] = executions.get(name, 0) + times
-        for callee, trip_count in _callees(computations[name], computations):
-            visit(callee, times * (trip_count or 1))
-
-    visit(entry, 1)
-    return executions
+    return Costs(counted(0), counted(1), traffic, trip_counts=repeated, without_loops=reported)
 
 
 def _result_bytes(shape: str, *, started: bool) -> int:
@@ -220,7 +116,7 @@ def _result_bytes(shape: str, *, started: bool) -> int:
     if started:
         # The start of a permutation also returns two scalar handles.
         arrays = [(kind, dims) for kind, dims in arrays if (kind, dims) != ("u32", "")]
-    sizes = [BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays]
+    sizes = [hlo_text.BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays]
     # The start of a collective returns its operands, followed by its results.
     return sum(sizes[len(sizes) // 2 :] if started and len(sizes) > 1 else sizes)
 
