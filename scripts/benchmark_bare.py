@@ -4,7 +4,8 @@
 
 The bare model has Flax's own layers and attention in a loop over the blocks, and its step is a jitted value_and_grad and
 optax.adam: no metrics but the loss, no collections, no random numbers. This project's models have the same shapes,
-activation and optimizer and are trained by the trainer's own step, scanned and unrolled. Printed are medians, and medians
+activation and optimizer and are trained by the trainer's own step: scanned, with all iterations of the scan unrolled by
+XLA (`config.model.scan_unroll`), and as separate blocks. Printed are medians, and medians
 and quartiles of the ratios within rounds; tracing is that of a step, with its lowering, from a model that was not traced
 before. Other flags are those of benchmark_step.py.
 """
@@ -115,9 +116,10 @@ def compare(depth: int) -> None:
         makes[f"bare {name}"] = functools.partial(bare_built, batch, depth, norm=normed)
     bases = {}
     for name, (norm, reparam, base) in OURS.items():
-        for form, scan in (("scanned", True), ("unrolled", False)):
+        forms = {"scanned": (True, 1), "scanned, unrolled by XLA": (True, depth), "unrolled": (False, 1)}
+        for form, (scan, unroll) in forms.items():
             full = f"{name}, {form}"
-            fields = with_fields(depth=depth, norm=norm, reparam=reparam, scan=scan)
+            fields = with_fields(depth=depth, norm=norm, reparam=reparam, scan=scan, scan_unroll=unroll)
             makes[full], bases[full] = functools.partial(built, fields), base
 
     traces: dict[str, list[float]] = {name: [] for name in makes}

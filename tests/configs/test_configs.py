@@ -53,6 +53,7 @@ ARMS = {
         *(f"arm={arm},optimizer=sgd" for arm in ("no_norm", "weight_only", "spectral_only")),
         "arm=sigma_only_trust,width=192,depth=12,patch_size=2,batch_size=512,dtype=bfloat16",
     ],
+    "stability/claim_a_speech.py": ["", "arm=no_norm,optimizer=sgd", "arm=sigma_only_trust"],
     "stability/depth.py": [
         "",
         *(f"arm={arm},depth=36" for arm in ("plain", "rezero", "layer_scale", "deepnorm")),
@@ -215,6 +216,7 @@ SWEPT = {
     "ssl/quickstart.py",
     "ssl/simclr_imagenet.py",
     "stability/claim_a.py",
+    "stability/claim_a_speech.py",
     "stability/depth.py",
     "stability/intervention.py",
     "stability/lm.py",
