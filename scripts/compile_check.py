@@ -51,7 +51,7 @@ RECIPES = (
 )
 COLUMNS = (
     *("recipe", "topology", "mesh", "batch", "arguments", "outputs", "temporaries", "total of chip, GiB"),
-    *("TFLOP", "GB read and written", "in main memory", "collectives, MB (count)", "compiled in"),
+    *("TFLOP", "GB read and written", "main memory, GB", "collectives, MB (count)", "compiled in"),
 )
 UNPRINTABLE = (
     'this jaxlib cannot print what the installed libtpu, a newer one, has compiled; pip install "sigmarep[tpu-compile]" '
@@ -80,7 +80,7 @@ def main() -> None:
         loops = ", ".join(str(count) for count in costs.trip_counts.values())
         print(
             f"a step, each device: {costs.flops / 1e12:.4g} TFLOP, {costs.bytes / 1e9:.4g} GB read and written, "
-            f"{costs.main_memory / 1e9:.4g} GB of them in main memory"
+            f"{costs.main_memory / 1e9:.4g} GB to and from main memory"
             + (f" (loops of {loops} iterations counted in full)" if loops else "")
         )
     for each in step.collectives:
@@ -157,8 +157,9 @@ def _write(path: str, made: dict[tuple[str, str], tuple[str, ...]], versions: st
         f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}. All figures are for one chip and one step. Memory, in "
         "GiB, is the compiler's: arguments are the state and the chip's part of the batch, outputs are the results that "
         "do not reuse their memory. Operations and bytes are the compiler's own count, with a loop's body counted once "
-        "per iteration; the part in main memory, counted from the program's text, is without buffers that never leave the "
-        "core's own memory. Collectives are counted likewise, and sized by their results on one chip. Nothing here was "
+        "per iteration. The traffic with main memory is counted from the program's text: without buffers that never leave "
+        "the core's own memory, and with the padding of tiles, by which it may be above the compiler's count of all. "
+        "Collectives are counted likewise, and sized by their results on one chip. Nothing here was "
         "run: no figure tells how long a step takes. The batch is the largest of the task.",
         "",
         "| " + " | ".join(COLUMNS) + " |",

@@ -9,7 +9,8 @@ Arguments: size (small; full), arm (one of sigmarep.remedies.ARMS: sigma), optim
 or 0.0003 at the full size), qk_norm (false; true puts RMSNorm on queries and keys), folder (of texts, for the full size).
 
 The small one reads the reference prose of Python's own help, as quickstart.py does, half an hour on two busy cores. The
-full one has 24 blocks of width 2,048, 1.2 billion parameters, and reads 26 billion tokens in batches of half a million;
+full one has 24 blocks of width 2,048, 1.2 billion parameters, sharded over eight devices (`config.mesh.fsdp`), and reads
+26 billion tokens in batches of half a million;
 its sizes and rates are what such models commonly have, no one's recipe. Muon's updates are of the size of Adam's, so that
 one learning rate serves both. Not run yet at the full size.
 """
@@ -63,6 +64,8 @@ def _full(config, folder):
     config.compute_dtype = "bfloat16"
     config.model.remat = "dots"
     config.model.logit_chunk = 256
+    # The state alone is 13.6 GiB.
+    config.mesh.fsdp = 8
     config.optimizer.warmup_steps = 2_000
     data = config.data
     data.name, data.folder = "text_folder", folder

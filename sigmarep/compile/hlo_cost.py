@@ -22,7 +22,7 @@ class Costs(NamedTuple):
     Attributes:
       flops: operations by the compiler's count, loop bodies times their trip counts.
       bytes: bytes accessed by instructions, counted likewise, wherever they lie.
-      main_memory: of these, bytes of buffers in the device's main memory (`sigmarep.compile.memory_traffic`).
+      main_memory: bytes to and from the device's main memory, by another count (`sigmarep.compile.memory_traffic`).
       trip_counts: executions per step of each loop body, by name; empty if no loop could be counted.
       without_loops: (flops, bytes) with every loop body counted once, as XLA reports them.
     """
