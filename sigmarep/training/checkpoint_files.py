@@ -44,6 +44,7 @@ def check_path(workdir: str) -> None:
 
 
 def steps_of(directory: str) -> list[int]:
+    """Steps of the folders of checkpoints, whole or not, oldest first."""
     # By name: a damaged step may be no step to Orbax, and would be passed over in silence.
     return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"0|[1-9][0-9]*", name))
 
@@ -144,6 +145,7 @@ def _read_whole(path: str, read: Callable[[], Any], *, sealed: bool) -> tuple[An
 
 
 def check_shapes(path: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises BadInput at the first array whose shape is another in the checkpoint at `path` than the one wanted."""
     for name in sorted(saved.keys() | wanted.keys()):
         saved_shape, wanted_shape = saved.get(name, "no such array"), wanted.get(name, "no such array")
         if saved_shape != wanted_shape:
@@ -154,6 +156,7 @@ def check_shapes(path: str, saved: dict[str, Any], wanted: dict[str, Any]) -> No
 
 
 def shapes_of(state: Any) -> dict[str, list[int]]:
+    """Shapes of the arrays of a tree by path, as JSON keeps them."""
     return {path_name(path): list(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
@@ -183,6 +186,7 @@ def _checksum(path: str) -> int:
 
 
 def write_manifest(path: str) -> None:
+    """Writes the checksums of the checkpoint at `path` into it."""
     write_atomically(os.path.join(path, MANIFEST), json.dumps(_files(path), indent=1), sync=True)
 
 
