@@ -5,9 +5,9 @@
 The bare model has Flax's own layers and attention in a loop over the blocks, and its step is a jitted value_and_grad and
 optax.adam: no metrics but the loss, no collections, no random numbers. This project's models have the same shapes,
 activation and optimizer and are trained by the trainer's own step: scanned, with all iterations of the scan unrolled by
-XLA (`config.model.scan_unroll`), and as separate blocks. Printed are medians, and medians
-and quartiles of the ratios within rounds; tracing is that of a step, with its lowering, from a model that was not traced
-before. Other flags are those of benchmark_step.py.
+XLA (`config.model.scan_unroll`), and as separate blocks. Printed are medians, and medians and quartiles of the ratios
+within rounds; tracing is that of a step, with its lowering, from a model that was not traced before. Other flags are
+those of benchmark_step.py.
 """
 
 import functools

@@ -70,12 +70,7 @@ def define_config_flag() -> Any:
 
 def define_average_flag() -> Any:
     """The flag --average of commands that open a run: how many of its newest checkpoints are averaged."""
-    return flags.DEFINE_integer(
-        "average",
-        1,
-        "The newest checkpoints whose parameters are averaged; the run must have kept as many.",
-        lower_bound=1,
-    )
+    return flags.DEFINE_integer("average", 1, "Newest checkpoints whose parameters are averaged.", lower_bound=1)
 
 
 def resolved_config(flag: Any) -> Any:

@@ -10,9 +10,8 @@ or 0.0003 at the full size), qk_norm (false; true puts RMSNorm on queries and ke
 
 The small one reads the reference prose of Python's own help, as quickstart.py does, half an hour on two busy cores. The
 full one has 24 blocks of width 2,048, 1.2 billion parameters, sharded over eight devices (`config.mesh.fsdp`), and reads
-26 billion tokens in batches of half a million;
-its sizes and rates are what such models commonly have, no one's recipe. Muon's updates are of the size of Adam's, so that
-one learning rate serves both. Not run yet at the full size.
+26 billion tokens in batches of half a million; its sizes and rates are what such models commonly have, no one's recipe.
+Muon's updates are of the size of Adam's, so that one learning rate serves both. Not run yet at the full size.
 """
 
 from sigmarep.remedies import set_arm

@@ -13,7 +13,6 @@ import jax
 from sigmarep.compile import hlo_text, memory_traffic
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|c64)\[([\d,]*)\]")
 
 
 class Costs(NamedTuple):
@@ -70,7 +69,7 @@ def shapes_of(text: str, kind: str) -> list[tuple[int, ...]]:
         for computation in computations.values()
         for _, shape, opcode, _ in computation.instructions
         if opcode.removesuffix("-start") == kind
-        for _, dims in _SHAPE.findall(shape)
+        for _, dims, _ in hlo_text.ARRAY.findall(shape)
     ]
 
 
@@ -112,7 +111,7 @@ def costs(text: str, analysis: Any) -> Costs:
 
 def _result_bytes(shape: str, *, started: bool) -> int:
     """Bytes of a collective's results. `started` tells that its shape is that of an asynchronous start."""
-    arrays = _SHAPE.findall(shape)
+    arrays = [(kind, dims) for kind, dims, _ in hlo_text.ARRAY.findall(shape)]
     if started:
         # The start of a permutation also returns two scalar handles.
         arrays = [(kind, dims) for kind, dims in arrays if (kind, dims) != ("u32", "")]

@@ -16,11 +16,11 @@ import re
 from sigmarep.compile import hlo_text
 from sigmarep.compile.hlo_text import Computation, Instruction
 
-_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|c64)\[([\d,]*)\](?:\{([^}]*)\})?")
+CONTROL = ("while", "conditional", "call")
 # They move nothing themselves.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"),
-    *("replica-id", "while", "conditional", "call"),
+    *("replica-id", *CONTROL),
 }
 SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -28,17 +28,13 @@ SLICES = ("dynamic-slice", "slice", "gather")
 def main_memory_bytes(text: str) -> float:
     """Bytes that one execution of an optimized HLO program reads from and writes to main memory, loops in full."""
     computations, entry = hlo_text.parse(text)
-    counter = _Counter(computations)
-    total = 0.0
-    pending = [(entry, 1)]
-    while pending:
-        name, times = pending.pop()
-        total += times * counter.traffic(name)
-        for each in computations[name].instructions:
-            if each.opcode in ("while", "conditional", "call"):
-                alone = Computation([], [each])
-                pending += [(callee, times * (trips or 1)) for callee, trips in hlo_text.callees(alone, computations)]
-    return total
+    counter, executions = _Counter(computations), hlo_text.executions(computations, entry)
+    # All others are within an instruction of one of these.
+    whole = {entry}
+    for computation in computations.values():
+        control = [each for each in computation.instructions if each.opcode in CONTROL]
+        whole |= {name for name, _ in hlo_text.callees(Computation([], control), computations)}
+    return sum(executions[name] * counter.traffic(name) for name in whole)
 
 
 class _Counter:
@@ -76,7 +72,7 @@ class _Counter:
         if not each.opcode.endswith("-start"):
             return read + _bytes(each.shape)
         # The start of a transfer has a tuple of its operands, its results, and handles.
-        arrays = [match for match in _ARRAY.finditer(each.shape) if match[2]]
+        arrays = [match for match in hlo_text.ARRAY.finditer(each.shape) if match[2]]
         results = arrays[len(operands) :]
         if each.opcode == "slice-start":
             read = sum(_size(match) for match in results) if read else 0
@@ -90,7 +86,7 @@ class _Counter:
             read = self._read(inner, self._parameter(inner, index)) if whole else 0
             total += whole if read is None else min(read, whole)
         root = self._computations[inner].root
-        results = [match[0] for match in _ARRAY.finditer(fusion.shape)]
+        results = [match[0] for match in hlo_text.ARRAY.finditer(fusion.shape)]
         values = [self._by_name[inner][each] for each in root.operands] if root.opcode == "tuple" else [root]
         if len(values) != len(results):
             # Tuples within it.
@@ -153,7 +149,7 @@ class _Counter:
 
 def _bytes(shape: str, *, everywhere: bool = False) -> float:
     """Bytes of the arrays of a shape: of those in main memory, or of all."""
-    return sum(_size(match) if everywhere else _in_main_memory(match) for match in _ARRAY.finditer(shape))
+    return sum(_size(match) if everywhere else _in_main_memory(match) for match in hlo_text.ARRAY.finditer(shape))
 
 
 def _in_main_memory(array: re.Match[str]) -> float:

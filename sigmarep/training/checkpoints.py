@@ -266,9 +266,9 @@ def read_variables(
     if newest is None:
         return None
     _tell(newest, say)
-    variables, read_of = newest.content, newest
+    variables, oldest = newest.content, newest.step
     for number in range(2, average + 1):
-        older = newest_whole(directory, read, before=read_of.step)
+        older = newest_whole(directory, read, before=oldest)
         if older is None:
             raise BadInput(
                 f"{directory}: holds {number - 1} of the {average} checkpoints to average; average fewer, or train with a "
@@ -276,7 +276,7 @@ def read_variables(
             )
         _tell(older, say)
         variables["params"] = _moved(variables["params"], older.content["params"], 1 / number)
-        read_of = older
+        oldest = older.step
     return newest.step, variables
 
 
