@@ -16,7 +16,7 @@ decode:
 from absl import flags
 
 from sigmarep import command
-from sigmarep.training import processes
+from sigmarep.training import process_flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 SPLIT = flags.DEFINE_list("split", None, "Splits in place of config.data.eval_splits, separated by commas.")
@@ -25,11 +25,12 @@ FOLDER = flags.DEFINE_string("folder", None, "Own files in place of config.data.
 DATA_DIR = flags.DEFINE_string("data_dir", None, "In place of config.data.data_dir.")
 AVERAGE = command.define_average_flag()
 CONFIG = command.define_config_flag()
-processes.define_flags()
+process_flags.define()
 
 
 def main() -> None:
     workdir = command.required("workdir", WORKDIR.value)
+    from sigmarep.training import processes
     from sigmarep.training.evaluation import evaluate
 
     given = {

@@ -14,7 +14,7 @@ import shutil
 from absl import flags
 
 from sigmarep import command, signals
-from sigmarep.training import processes
+from sigmarep.training import process_flags
 from sigmarep.training.config import describe, validate
 
 CONFIG = command.define_config_flag()
@@ -23,7 +23,7 @@ DESCRIBE = flags.DEFINE_boolean(
     "describe", False, "Prints every field of the configuration with its meaning, and ends."
 )
 CONNECTION = flags.DEFINE_integer("connection", None, "File descriptor by which scripts/sweep.py hands over its runs.")
-processes.define_flags()
+process_flags.define()
 
 
 def main() -> None:
@@ -45,12 +45,15 @@ def main() -> None:
 def _prepare() -> None:
     command.ctrl_c_is_sigterm()
     signals.end_with_parent()
+    from sigmarep.training import processes
+
     processes.join_by_flags()
 
 
 def train(config, workdir: str, programs=None) -> None:
     """Makes a run and prints its result."""
     # Importing the trainer starts JAX; a wrong flag should not wait for that.
+    from sigmarep.training import processes
     from sigmarep.training.loop import train_and_evaluate
 
     with processes.ending_together():

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sigmarep import configuration, doors, fields, recipes, signals, terminal
+from sigmarep import configuration, doors, fields, huge_pages, recipes, signals, terminal
 from sigmarep.errors import BadInput, SigmarepError, one_line
 from sigmarep.fields import UNITS
 from sigmarep.training.config import FREE, sections
@@ -165,8 +165,11 @@ def run(main: Callable[..., Any], *, positional: bool = False, compiles: bool = 
 
     Args:
       positional: `main` takes the list of the arguments that are no flags; without it they are refused.
-      compiles: `main` compiles programs, which are kept for the next start (`sigmarep.compile.cache`).
+      compiles: `main` compiles programs, which are kept for the next start (`sigmarep.compile.cache`), and computes
+        with them, for which the process starts once more (`sigmarep.huge_pages`).
     """
+    if compiles:
+        huge_pages.restart()
     logging.set_verbosity(logging.ERROR)
     terminal.escape_unencodable()
     flags.declare_key_flag("import")

@@ -26,6 +26,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sigmarep-test-jax-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# A script that a test starts does not start once more for the sake of the speed of its steps (`sigmarep.huge_pages`).
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+
 # With eight devices on two cores collectives would wait for each other for ever (`give_threads` of training/processes.py).
 os.environ.setdefault("NPROC", "32")
 

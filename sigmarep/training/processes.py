@@ -17,39 +17,14 @@ import jax
 from absl import flags
 
 from sigmarep.errors import BadInput
+from sigmarep.training.process_flags import HEARTBEAT_SECONDS
 
-# A process that dies ends the others after this many seconds at the latest; on CPU and GPU their next collective often
-# fails before that.
-HEARTBEAT_SECONDS = 60
 # Collectives of one device that may be ready together.
 THREADS_A_DEVICE = 4
-MODES = ("auto", "on", "off")
-
-
-def define_flags() -> None:
-    """Defines --distributed and what belongs to it."""
-    flags.disclaim_key_flags()
-    flags.DEFINE_enum(
-        "distributed",
-        "auto",
-        MODES,
-        "Whether this process is one of several. auto: where a coordinator is named, or on a TPU slice of several hosts, "
-        "or under Slurm or MPI with several tasks.",
-    )
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS, or the cluster's.")
-    flags.DEFINE_integer("num_processes", None, "Processes; else JAX_NUM_PROCESSES, or the cluster's.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "From 0; else JAX_PROCESS_ID, or the cluster's.", lower_bound=0)
-    flags.DEFINE_integer("distributed_timeout", 25, "Seconds that the processes wait for each other.", lower_bound=1)
-    flags.DEFINE_integer(
-        "heartbeat_timeout",
-        HEARTBEAT_SECONDS,
-        "Seconds without a sign of life after which a process counts as dead, and the others end.",
-        lower_bound=5,
-    )
 
 
 def join_by_flags() -> None:
-    """`join` with what the flags and the standard variables of the environment say, and prints who this process is.
+    """`join` with what flags and the standard variables of the environment say; prints who this process is.
 
     Raises:
       BadInput: see `join`.
@@ -103,7 +78,7 @@ def join(
     """Makes this process one of several; the first thing that a command does with JAX.
 
     Args:
-      mode: one of `MODES`.
+      mode: one of `sigmarep.training.process_flags.MODES`.
       coordinator, num_processes, process_id: None for the cluster's own, as JAX detects it.
       timeout: seconds that the processes wait for each other.
       heartbeat: seconds without a sign of life after which a process counts as dead.
