@@ -1,6 +1,7 @@
 """A process starts once more as itself to have memory in huge pages."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -97,3 +98,16 @@ def test_scripts_that_compute_start_again(script, starts_again):
     ended = subprocess.run([sys.executable, "-c", STARTED, *arguments], stdout=subprocess.PIPE, text=True)
     assert (ended.returncode == 7) == starts_again
     assert (f"{[STARTED, *arguments]} {{'changed': 'yes'}}\n" == ended.stdout) == starts_again
+
+
+def test_no_script_that_computes_has_imported_jax_before_it_could_start_again():
+    scripts = [str(path) for path in sorted(pathlib.Path("scripts").glob("*.py")) if "compiles=True" in path.read_text()]
+    assert "scripts/train.py" in scripts
+    code = (
+        "import runpy, sys\nfrom absl import flags\n"
+        "for script in sys.argv[1:]:\n"
+        "    [delattr(flags.FLAGS, name) for name in list(flags.FLAGS)]\n"
+        "    runpy.run_path(script, run_name='imported')\n"
+        "    assert 'jax' not in sys.modules, script\n"
+    )
+    subprocess.run([sys.executable, "-c", code, *scripts], check=True)
