@@ -14,7 +14,7 @@ from typing import Any
 from sigmarep.errors import BadInput, one_line
 from sigmarep.files import is_plain_name, read_json
 from sigmarep.sweep_execution import FINAL, RECORD, note, read_record
-from sigmarep.training.metrics import read_metrics
+from sigmarep.training.metrics import encoded, read_metrics
 
 # Objects of a run's folder beside its metrics.
 FILES = ("config.json", "environment.json", "diagnosis.json")
@@ -38,7 +38,7 @@ def pack(workdir: str, path: str, metrics: Sequence[str] = METRICS) -> int:
     if not finished:
         raise BadInput(f"--workdir {workdir}: holds no finished run of a sweep (by its {RECORD})")
     lines = []
-    for name, entry in sorted(finished.items()):
+    for name, entry in finished.items():
         folder = os.path.join(workdir, name)
         try:
             files = {file: read_json(each) for file in FILES if os.path.exists(each := os.path.join(folder, file))}
@@ -46,7 +46,8 @@ def pack(workdir: str, path: str, metrics: Sequence[str] = METRICS) -> int:
         except (OSError, ValueError) as error:
             raise BadInput(f"{folder}: cannot be read ({one_line(error)})") from None
         chosen = [{key: value for key, value in row.items() if key.startswith((*metrics, "step"))} for row in rows]
-        run = {"name": name, "entry": entry, "files": files, "rows": [row for row in chosen if len(row) > 1]}
+        rows = [encoded(row) for row in chosen if len(row) > 1]
+        run = {"name": name, "entry": entry, "files": files, "rows": rows}
         lines.append(json.dumps(run, separators=(",", ":")))
     try:
         with open(path, "xb") as file:
@@ -99,7 +100,8 @@ def _runs(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], list
                     raise ValueError(f"a run is named {name!r}")
                 if not (isinstance(entry, dict) and entry.get("state") in FINAL and set(files) <= set(FILES)):
                     raise ValueError(f"{name} is no finished run")
-                yield name, entry, files, [dict(row) for row in rows]
+                # Archives made before had infinities that no reader of metrics takes.
+                yield name, entry, files, [encoded(row) for row in rows]
     except OSError as error:
         raise BadInput(f"--archive {path}: cannot be read ({error.strerror})") from None
     except (lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:

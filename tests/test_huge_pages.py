@@ -101,7 +101,9 @@ def test_scripts_that_compute_start_again(script, starts_again):
 
 
 def test_no_script_that_computes_has_imported_jax_before_it_could_start_again():
-    scripts = [str(path) for path in sorted(pathlib.Path("scripts").glob("*.py")) if "compiles=True" in path.read_text()]
+    scripts = [
+        str(path) for path in sorted(pathlib.Path("scripts").glob("*.py")) if "compiles=True" in path.read_text()
+    ]
     assert "scripts/train.py" in scripts
     code = (
         "import runpy, sys\nfrom absl import flags\n"

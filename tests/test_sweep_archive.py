@@ -2,33 +2,51 @@
 
 import json
 import lzma
+import re
 
 import pytest
 
 from sigmarep import sweep_archive, sweeps
 from sigmarep.errors import BadInput
 from sigmarep.sweep_execution import note, read_record
+from sigmarep.training.metrics import JsonLines
 
 
 def made(folder, name, *, state="done", rows=({"step": 1, "train/loss": 2.0, "train/gradient_norm": 1.0},)):
     run = folder / name
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"seed": 0}))
-    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    writer = JsonLines(str(run))
+    for row in rows:
+        writer.write(row["step"], {name: value for name, value in row.items() if name != "step"})
+    writer.close()
     note(str(folder), name, {"point": {"arm": name}, "state": state, "status": 0, "seconds": 1.0})
 
 
 def test_an_unpacked_sweep_has_the_outcomes_of_the_packed_one(tmp_path):
     made(tmp_path / "a", "one", rows=[{"step": 1, "train/loss": 2.0}, {"step": 2, "eval/test/loss": 0.1 + 0.2}])
     made(tmp_path / "a", "two", state="diverged", rows=[{"step": 1, "train/loss": float("nan")}])
+    made(tmp_path / "a", "high", rows=[{"step": 1, "eval/test/loss": 1e6, "eval/test/perplexity": float("inf")}])
     made(tmp_path / "a", "lost", state="failed")
     path = str(tmp_path / "sweep.jsonl.xz")
-    assert sweep_archive.pack(str(tmp_path / "a"), path) == 2
-    assert sweep_archive.unpack(path, str(tmp_path / "b")) == (2, 0)
+    assert sweep_archive.pack(str(tmp_path / "a"), path) == 3
+    assert sweep_archive.unpack(path, str(tmp_path / "b")) == (3, 0)
+    assert not {"Infinity", "NaN"} & set(
+        re.findall(r"\w+", lzma.decompress((tmp_path / "sweep.jsonl.xz").read_bytes()).decode())
+    )
     before, after = (sweeps.finished_runs(str(tmp_path / folder)) for folder in "ab")
     # As text: NaN equals nothing, and a float's text is the float.
     assert repr(dict(sorted(after.items()))) == repr(dict(sorted(before.items())))
     assert json.loads((tmp_path / "b/one/config.json").read_text()) == {"seed": 0}
+
+
+def test_an_archive_with_infinities_that_json_does_not_have_is_unpacked(tmp_path):
+    path = tmp_path / "sweep.jsonl.xz"
+    entry = {"point": {"arm": "one"}, "state": "done", "status": 0, "seconds": 1.0}
+    rows = [{"step": 1, "eval/test/loss": 1e6, "eval/test/perplexity": float("inf")}]
+    path.write_bytes(lzma.compress(json.dumps({"name": "one", "entry": entry, "files": {}, "rows": rows}).encode()))
+    sweep_archive.unpack(str(path), str(tmp_path / "b"))
+    assert sweeps.finished_runs(str(tmp_path / "b"))["one"].rows == rows
 
 
 def test_only_metrics_that_are_asked_for_are_kept(tmp_path):

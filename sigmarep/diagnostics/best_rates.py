@@ -40,7 +40,8 @@ def read_figures(workdir: str, metric: str) -> Figures:
             values.setdefault(key, set()).add(str(value))
     varying = [key for key, each in values.items() if len(each) > 1 and key not in (ARM, RATE, SEED)]
     figures: Figures = {}
-    for name, point in points.items():
+    # Runs that were made together, or again, are not recorded in the order of their seeds.
+    for name, point in sorted(points.items(), key=lambda item: int(item[1].get(SEED, 0))):
         run = outcomes[name]
         if run.state != "diverged" and metric not in run.evaluation:
             raise BadInput(f"--metric {metric}: the run {name} has {', '.join(run.evaluation) or 'no evaluation'}")

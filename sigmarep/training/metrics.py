@@ -104,6 +104,15 @@ def metric_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for name in dict.fromkeys(itertools.chain.from_iterable(distinct)) if name != "step"]
 
 
+def encoded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it: what is no finite number by its name in `SPELLED`.
+
+    Raises:
+      ValueError, TypeError: a metric is no number.
+    """
+    return {name: value if name == "step" else _encoded(value) for name, value in row.items()}
+
+
 def _encoded(value: Any) -> float | str:
     value = float(value)
     return value if math.isfinite(value) else str(value)
@@ -220,10 +229,10 @@ class JsonLines:
         self._path = path
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        row = {name: _encoded(value) for name, value in metrics.items()}
+        line = json.dumps(encoded({"step": step, **metrics}), allow_nan=False)
         with _written(self._path):
             # In one call, so that a kill leaves at most one unfinished line.
-            self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            self._file.write(f"{line}\n")
             self._file.flush()
 
     def flush(self) -> None:
