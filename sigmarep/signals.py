@@ -1,6 +1,8 @@
 """Signals that are answered at once, also while the main thread runs code that is not Python's, such as a compilation.
 
-Python runs a signal's handler only between its own instructions. A thread that the signal itself wakes need not wait.
+Python runs a signal's handler only between its own instructions, and in the main thread. A thread that the signal itself
+wakes need not wait, and wakes the main thread: the system may hand the signal to another one, as it does where a stopped
+process goes on, and a main thread that waits for a lock would not learn of it.
 """
 
 import contextlib
@@ -17,6 +19,9 @@ Answer = Callable[[int], bool]
 PARENT = "SIGMAREP_PARENT"
 PARENT_SECONDS = 0.2
 DEFAULTS: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+# Interrupts what the main thread waits in; by default a process takes no notice of it.
+WAKE = signal.SIGURG
 
 _answers: list[Answer] = []
 # Signals that were blocked before a fork.
@@ -48,15 +53,21 @@ def _listen() -> Callable[[], None]:
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     old = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    # Without a handler in Python it would interrupt nothing.
+    handler = signal.signal(WAKE, lambda *_: None)
+    main = threading.get_ident()
 
     def watch() -> None:
         with woken:
             while received := woken.recv(64):
                 for number in received:
-                    any(answer(number) for answer in reversed(_answers))
+                    if number != WAKE:
+                        signal.pthread_kill(main, WAKE)
+                        any(answer(number) for answer in reversed(_answers))
 
     def stop() -> None:
         signal.set_wakeup_fd(old)
+        signal.signal(WAKE, handler or signal.SIG_DFL)
         wake.close()
 
     threading.Thread(target=watch, daemon=True).start()
@@ -78,7 +89,7 @@ def _forget() -> None:
     if _answers:
         _answers.clear()
         signal.set_wakeup_fd(-1)
-        for number, default in DEFAULTS.items():
+        for number, default in {**DEFAULTS, WAKE: signal.SIG_DFL}.items():
             if callable(signal.getsignal(number)):
                 signal.signal(number, default)
     _unblock()

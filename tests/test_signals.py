@@ -83,6 +83,18 @@ def test_the_first_ctrl_c_waits_where_something_must_be_saved_and_the_second_doe
     assert ended(process) == (130, "", "program.py: interrupted\n")
 
 
+# The main thread waits without a limit, and the system hands the signal to another thread.
+WAITS = (
+    "threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), {by})).start(); threading.Event().wait()"
+)
+
+
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_another_thread_gets_reaches_a_main_thread_that_waits(by, tmp_path):
+    body = f"import threading; {WAITS.format(by=f'signal.{by}')}"
+    assert ended(start(tmp_path, body, "command.stop_with_runs()")) == (143, "cleaned up\n", "")
+
+
 def test_a_signal_to_a_forked_child_is_the_childs_alone(tmp_path):
     body = "(child := os.fork()) or time.sleep(60); os.kill(child, signal.SIGTERM); print(os.wait()[1])"
     assert ended(start(tmp_path, body)) == (0, f"{signal.SIGTERM.value}\ncleaned up\n", "")
