@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -44,7 +45,12 @@ def start(tmp_path, body, before="pass"):
 
 
 def ended(process):
-    out, err = process.communicate(timeout=20)
+    # Not by communicate(): what came together with "begun" is in the buffer already, which that leaves out.
+    limit = threading.Timer(20, process.kill)
+    limit.start()
+    with process:
+        out, err = process.stdout.read(), process.stderr.read()
+    limit.cancel()
     return process.returncode, out, err
 
 
