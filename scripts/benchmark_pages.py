@@ -6,7 +6,6 @@ Printed for each are the examples or tokens a second over the second half of its
 and the most memory that it had, medians over the rounds; and how many of the metrics differ between the two kinds.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from absl import flags
 
 from sigmarep import command, huge_pages
 from sigmarep.errors import BadInput
+from sigmarep.training.metrics import FILE, read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = flags.DEFINE_string("config", "configs/stability/lm.py", "Configuration file of the training.")
@@ -56,8 +56,7 @@ def made(setting: str, folder: str) -> Training:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise BadInput(f"--config {CONFIG.value}: the training ended with status {process.returncode}")
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
+    lines = read_metrics(os.path.join(folder, FILE))
     return Training(lines, time.monotonic() - begin, usage.ru_maxrss / 2**20)
 
 
